@@ -1,0 +1,130 @@
+"""The encoded data set: what training reads instead of images and captions.
+
+A folder of safetensors shards and an index. All tensors of one example lie in the same row of the same shard, so
+latents cannot meet another image's caption. Batches are a function of (seed, step): nothing to save, nothing to
+restart wrongly on a resume.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sdxl_lora.randomness import generator
+
+Split = Literal["train", "held_out"]
+INDEX = "index.jsonl"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of the index."""
+
+    id: str
+    """SHA-256 of the image file."""
+    image: str
+    """File name of the image."""
+    caption: str
+    split: Split
+    shard: str
+    """File name of the shard."""
+    row: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Encoded examples side by side. An example alone is a batch of one."""
+
+    latents_mean: Tensor
+    """Mean of the VAE's posterior, scaled, (B, 4, H/8, W/8)."""
+    latents_std: Tensor
+    """Its standard deviation, scaled likewise, (B, 4, H/8, W/8)."""
+    token_ids: Tensor
+    """Of both tokenizers, int64, (B, 2, 77)."""
+    time_ids: Tensor
+    """Original (h, w), crop (top, left), target (h, w), pixels, int32, (B, 6)."""
+    prompt_embeds: Tensor | None
+    """(B, 77, 2048), if the text encoders are frozen."""
+    pooled_prompt_embeds: Tensor | None
+    """(B, 1280), if the text encoders are frozen."""
+
+    def __len__(self) -> int:
+        return len(self.latents_mean)
+
+    def to(self, device: torch.device) -> Self:
+        return type(self)(
+            *(None if t is None else t.to(device, non_blocking=True) for t in self.tensors().values())
+        )
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def cat(cls, batches: Sequence[Self]) -> Self:
+        """The examples of all `batches`, in their order."""
+        columns = zip(*(batch.tensors().values() for batch in batches), strict=True)
+        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+
+
+class EncodedDataset:
+    """One split of an encoded data set on disk; reads an example's bytes when it is asked for."""
+
+    def __init__(self, folder: Path, split: Split) -> None:
+        """Opens the index.
+
+        Raises:
+            FileNotFoundError: nothing was encoded into `folder`.
+            ValueError: the split is empty.
+        """
+        index = folder / INDEX
+        if not index.is_file():
+            raise FileNotFoundError(f"{index} not found: run `dvc repro encode_dataset` first")
+        rows = (Example(**json.loads(line)) for line in index.read_text(encoding="utf-8").splitlines())
+        self.examples = [example for example in rows if example.split == split]
+        if not self.examples:
+            raise ValueError(f"{folder}/ has no {split} example: add images, or change encoding.held_out")
+        self._shards = {name: safe_open(folder / name, "pt") for name in {e.shard for e in self.examples}}
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Example `index` as a batch of one."""
+        example = self.examples[index]
+        shard, names = self._shards[example.shard], self._shards[example.shard].keys()
+        rows = slice(example.row, example.row + 1)
+        return Batch(
+            **{f.name: shard.get_slice(f.name)[rows] if f.name in names else None for f in fields(Batch)}
+        )
+
+    def batch(self, indices: Iterable[int]) -> Batch:
+        return Batch.cat([self[index] for index in indices])
+
+
+def example_order(num_examples: int, seed: int, start: int) -> Iterator[int]:
+    """Indices of examples from position `start` of an endless sequence of shuffled epochs.
+
+    Every epoch visits every example once, in an order of its own; batches run on across its end.
+    """
+    epoch, position = divmod(start, num_examples)
+    while True:
+        order = torch.randperm(num_examples, generator=generator(seed, "order", epoch))
+        yield from order[position:].tolist()
+        epoch, position = epoch + 1, 0
+
+
+def write_shard(folder: Path, name: str, batch: Batch) -> None:
+    """Writes the examples of `batch` as rows 0, 1, ... of shard `name`."""
+    tensors = {key: tensor.contiguous() for key, tensor in batch.tensors().items() if tensor is not None}
+    save_file(tensors, folder / name)
+
+
+def write_index(folder: Path, examples: Iterable[Example]) -> None:
+    lines = (json.dumps(asdict(example), ensure_ascii=False, sort_keys=True) + "\n" for example in examples)
+    (folder / INDEX).write_text("".join(lines), encoding="utf-8")

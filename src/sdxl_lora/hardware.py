@@ -1,0 +1,89 @@
+"""The machine that a stage runs on: which device, how much memory, one job a GPU.
+
+What is chosen here changes results by rounding at most, so it comes from the environment, never from params.
+"""
+
+import os
+import resource
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+GIB = 2**30
+DEVICE_VARIABLE = "SDXL_LORA_DEVICE"
+
+
+def choose_device() -> torch.device:
+    """The device that SDXL_LORA_DEVICE names, else the current GPU, else the CPU."""
+    name = os.environ.get(DEVICE_VARIABLE) or ("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+@contextmanager
+def reserved_device(vram_gib: float | None) -> Iterator[torch.device]:
+    """A device for as long as the block runs: a GPU is taken by one job at a time, others wait for it.
+
+    Args:
+        vram_gib: the most GPU memory that the block may allocate, GiB; None: no limit, and the CPU will do.
+
+    Raises:
+        ValueError: a limit is given and there is no GPU with so much memory.
+    """
+    device = choose_device()
+    if vram_gib is not None:
+        require_gpu(device, vram_gib)
+    if device.type != "cuda":
+        yield device
+        return
+    identity = torch.cuda.get_device_properties(device).uuid
+    with FileLock(Path(tempfile.gettempdir()) / f"sdxl-lora-{identity}.lock"):
+        if vram_gib is not None:
+            fraction = vram_gib * GIB / torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(fraction, 1.0), device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield device
+
+
+def require_gpu(device: torch.device, vram_gib: float) -> None:
+    """Refuses a device without `vram_gib` of GPU memory."""
+    remedy = "choose a smaller recipe; `make recipe NAME=demo` selects the one that needs no GPU"
+    if device.type != "cuda":
+        raise ValueError(
+            f"training.vram_gib is {vram_gib:g}: this recipe needs a CUDA GPU with that much memory, and "
+            f"PyTorch {torch.__version__} sees none here. Run it on such a machine, or {remedy}"
+        )
+    total = torch.cuda.get_device_properties(device).total_memory / GIB
+    if total < vram_gib:
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(
+            f"training.vram_gib is {vram_gib:g}, but {name} has {total:.2f} GiB in all: "
+            f"lower training.vram_gib, or {remedy}"
+        )
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory held so far, GiB: reserved by PyTorch since `reserved_device` on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts KiB
+
+
+def require_disk_space(folder: Path, needed_bytes: int) -> None:
+    """Refuses to start writing what will not fit: a full disk truncates dvc.lock to 0 bytes.
+
+    Raises:
+        OSError: less than `needed_bytes` are free where `folder` lies.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise OSError(
+            f"{folder}/ needs {needed_bytes / GIB:.2f} GiB and the disk has {free / GIB:.2f} GiB free: "
+            "free some (`dvc gc --workspace` drops old results), then run again. "
+            "If dvc.lock is empty: `git checkout dvc.lock`"
+        )

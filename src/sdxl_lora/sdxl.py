@@ -1,0 +1,181 @@
+"""Stable Diffusion XL (Podell et al. 2023, arXiv:2307.01952) as diffusers keeps it: loading its parts, reading text.
+
+The only module that knows how the base model's folders are laid out. Everything is loaded from safetensors.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from sdxl_lora.config import ModelConfig, Precision
+from sdxl_lora.diffusion import PredictionType
+from sdxl_lora.sources import open_repository
+
+TextEncoders = tuple[CLIPTextModel, CLIPTextModelWithProjection]
+Tokenizers = tuple[CLIPTokenizer, CLIPTokenizer]
+Attention = Literal["sdpa", "xformers", "math"]
+
+DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """How the base model was trained to denoise."""
+
+    alphas_cumprod: Tensor
+    """alpha_bar at each timestep, fp32, (T,)."""
+    prediction_type: PredictionType
+
+
+def open_base(config: ModelConfig) -> Path:
+    """The base model's folder: configurations, tokenizers and the safetensors of the variant asked for."""
+    weights = f"*.{config.variant}.safetensors" if config.variant else "*.safetensors"
+    parts = ("unet", "text_encoder", "text_encoder_2", "vae")
+    patterns = [
+        "model_index.json",
+        "scheduler/*",
+        "tokenizer/*",
+        "tokenizer_2/*",
+        *(f"{part}/*.json" for part in parts),
+    ]
+    patterns += [f"{part}/{weights}" for part in parts if part != "vae" or config.vae is None]
+    return open_repository(config.base, config.revision, "model.base", patterns)
+
+
+def load_tokenizers(config: ModelConfig) -> Tokenizers:
+    base = open_base(config)
+    first, second = (CLIPTokenizer.from_pretrained(base / name) for name in ("tokenizer", "tokenizer_2"))
+    return first, second
+
+
+def load_text_encoders(config: ModelConfig, precision: Precision, device: torch.device) -> TextEncoders:
+    """Both text encoders, frozen."""
+    base = open_base(config)
+    options = {"dtype": DTYPES[precision], "variant": config.variant, "use_safetensors": True}
+    return (
+        frozen(CLIPTextModel.from_pretrained(base / "text_encoder", **options), device),
+        frozen(CLIPTextModelWithProjection.from_pretrained(base / "text_encoder_2", **options), device),
+    )
+
+
+def load_vae(config: ModelConfig, precision: Precision, device: torch.device) -> AutoencoderKL:
+    """The VAE that `config` names, frozen."""
+    dtype = DTYPES[precision]
+    if config.vae is None:
+        folder, variant = open_base(config) / "vae", config.variant
+    else:
+        patterns = ["config.json", "diffusion_pytorch_model.safetensors"]
+        folder, variant = open_repository(config.vae, str(config.vae_revision), "model.vae", patterns), None
+    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, variant=variant, use_safetensors=True)
+    return frozen(vae, device)
+
+
+def load_unet(config: ModelConfig, precision: Precision, device: torch.device) -> UNet2DConditionModel:
+    """The UNet, frozen."""
+    unet = UNet2DConditionModel.from_pretrained(
+        open_base(config) / "unet",
+        torch_dtype=DTYPES[precision],
+        variant=config.variant,
+        use_safetensors=True,
+    )
+    return frozen(unet, device)
+
+
+def load_pipeline(
+    config: ModelConfig, precision: Precision, device: torch.device
+) -> StableDiffusionXLPipeline:
+    """diffusers' pipeline with the VAE that `config` names; decodes one image at a time."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        open_base(config),
+        torch_dtype=DTYPES[precision],
+        variant=config.variant,
+        vae=load_vae(config, precision, device),
+        use_safetensors=True,
+        add_watermarker=False,
+    ).to(device)
+    pipeline.vae.enable_slicing()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_noise_schedule(config: ModelConfig) -> NoiseSchedule:
+    """The noise schedule in the base model's scheduler folder."""
+    scheduler = DDPMScheduler.from_pretrained(open_base(config) / "scheduler")
+    return NoiseSchedule(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
+
+
+def empty_prompt_is_zero(config: ModelConfig) -> bool:
+    """Whether the base model reads "no caption" as all-zero embeddings rather than as the empty string's."""
+    index = json.loads((open_base(config) / "model_index.json").read_text(encoding="utf-8"))
+    return bool(index.get("force_zeros_for_empty_prompt", True))
+
+
+def tokenize(tokenizers: Tokenizers, texts: list[str]) -> Tensor:
+    """Token ids of both tokenizers, padded and truncated to 77, int64, (B, 2, 77)."""
+    options = {"padding": "max_length", "truncation": True, "max_length": 77, "return_tensors": "pt"}
+    return torch.stack([tokenizer(texts, **options).input_ids for tokenizer in tokenizers], dim=1)
+
+
+def embed_tokens(text_encoders: TextEncoders, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What the UNet reads of a text (Podell et al. 2023, section 2.1).
+
+    The penultimate hidden states of both encoders side by side, and the second encoder's pooled projection.
+
+    Args:
+        token_ids: (B, 2, 77).
+
+    Returns:
+        prompt_embeds, (B, 77, 2048), and pooled_prompt_embeds, (B, 1280); narrower for smaller encoders.
+    """
+    first = text_encoders[0](token_ids[:, 0], output_hidden_states=True)
+    second = text_encoders[1](token_ids[:, 1], output_hidden_states=True)
+    return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+
+
+def predict(
+    unet: UNet2DConditionModel,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    prompt_embeds: Tensor,
+    pooled_prompt_embeds: Tensor,
+    time_ids: Tensor,
+) -> Tensor:
+    """The UNet's prediction, (B, 4, H/8, W/8).
+
+    Args:
+        noisy_latents: (B, 4, H/8, W/8).
+        timesteps: int64, (B,).
+        prompt_embeds: (B, 77, 2048).
+        pooled_prompt_embeds: (B, 1280).
+        time_ids: original (h, w), crop (top, left), target (h, w) in pixels, (B, 6). Kept in fp32: fp16 would turn
+            4001 into 4000 and 70000 into infinity.
+    """
+    conditions = {"text_embeds": pooled_prompt_embeds, "time_ids": time_ids.float()}
+    return unet(noisy_latents, timesteps, prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[0]
+
+
+def set_attention(unet: UNet2DConditionModel, attention: Attention) -> None:
+    """Chooses the UNet's attention kernels.
+
+    Raises:
+        ValueError: xformers is asked for and cannot run here.
+    """
+    backends = {"sdpa": "native", "math": "_native_math", "xformers": "xformers"}
+    try:
+        unet.set_attention_backend(backends[attention])
+    except (RuntimeError, ImportError) as error:
+        raise ValueError(
+            f"training.attention is {attention!r}, which cannot run here: {error} "
+            "Install it with `pip install -e '.[xformers]'` (torch 2.10.0), or set training.attention to sdpa"
+        ) from error
+
+
+def frozen(module: Any, device: torch.device) -> Any:
+    """`module` on `device`, in evaluation mode, without gradients."""
+    return module.to(device).eval().requires_grad_(False)

@@ -1,0 +1,7 @@
+"""The pipeline's stages: one script each, run by dvc.yaml as `python -m stages.<name>`."""
+
+import sys
+from pathlib import Path
+
+# `dvc exp run --temp` and queues run a copy of the repository, which must use its own library.
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
