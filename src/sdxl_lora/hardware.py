@@ -67,7 +67,7 @@ def require_gpu(device: torch.device, vram_gib: float) -> None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory held so far, GiB: reserved by PyTorch since `reserved_device` on a GPU, resident on a CPU."""
+    """Most memory held so far, GiB: by PyTorch since `reserved_device` on a GPU, by the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts KiB

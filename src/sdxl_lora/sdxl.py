@@ -1,4 +1,4 @@
-"""Stable Diffusion XL (Podell et al. 2023, arXiv:2307.01952) as diffusers keeps it: loading its parts, reading text.
+"""Stable Diffusion XL (Podell et al. 2023, arXiv:2307.01952) as diffusers keeps it: its parts and conditions.
 
 The only module that knows how the base model's folders are laid out. Everything is loaded from safetensors.
 """
@@ -37,13 +37,8 @@ def open_base(config: ModelConfig) -> Path:
     """The base model's folder: configurations, tokenizers and the safetensors of the variant asked for."""
     weights = f"*.{config.variant}.safetensors" if config.variant else "*.safetensors"
     parts = ("unet", "text_encoder", "text_encoder_2", "vae")
-    patterns = [
-        "model_index.json",
-        "scheduler/*",
-        "tokenizer/*",
-        "tokenizer_2/*",
-        *(f"{part}/*.json" for part in parts),
-    ]
+    patterns = ["model_index.json", "scheduler/*", "tokenizer/*", "tokenizer_2/*"]
+    patterns += [f"{part}/*.json" for part in parts]
     patterns += [f"{part}/{weights}" for part in parts if part != "vae" or config.vae is None]
     return open_repository(config.base, config.revision, "model.base", patterns)
 
@@ -66,34 +61,28 @@ def load_text_encoders(config: ModelConfig, precision: Precision, device: torch.
 
 def load_vae(config: ModelConfig, precision: Precision, device: torch.device) -> AutoencoderKL:
     """The VAE that `config` names, frozen."""
-    dtype = DTYPES[precision]
     if config.vae is None:
         folder, variant = open_base(config) / "vae", config.variant
     else:
         patterns = ["config.json", "diffusion_pytorch_model.safetensors"]
         folder, variant = open_repository(config.vae, str(config.vae_revision), "model.vae", patterns), None
-    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, variant=variant, use_safetensors=True)
-    return frozen(vae, device)
+    options = {"dtype": DTYPES[precision], "variant": variant, "use_safetensors": True}
+    return frozen(AutoencoderKL.from_pretrained(folder, **options), device)
 
 
 def load_unet(config: ModelConfig, precision: Precision, device: torch.device) -> UNet2DConditionModel:
     """The UNet, frozen."""
-    unet = UNet2DConditionModel.from_pretrained(
-        open_base(config) / "unet",
-        torch_dtype=DTYPES[precision],
-        variant=config.variant,
-        use_safetensors=True,
-    )
-    return frozen(unet, device)
+    options = {"dtype": DTYPES[precision], "variant": config.variant, "use_safetensors": True}
+    return frozen(UNet2DConditionModel.from_pretrained(open_base(config) / "unet", **options), device)
 
 
 def load_pipeline(
     config: ModelConfig, precision: Precision, device: torch.device
 ) -> StableDiffusionXLPipeline:
-    """diffusers' pipeline with the VAE that `config` names; decodes one image at a time."""
+    """The whole pipeline with the VAE that `config` names; decodes one image at a time."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         open_base(config),
-        torch_dtype=DTYPES[precision],
+        dtype=DTYPES[precision],
         variant=config.variant,
         vae=load_vae(config, precision, device),
         use_safetensors=True,
@@ -153,8 +142,8 @@ def predict(
         timesteps: int64, (B,).
         prompt_embeds: (B, 77, 2048).
         pooled_prompt_embeds: (B, 1280).
-        time_ids: original (h, w), crop (top, left), target (h, w) in pixels, (B, 6). Kept in fp32: fp16 would turn
-            4001 into 4000 and 70000 into infinity.
+        time_ids: original (h, w), crop (top, left), target (h, w) in pixels, (B, 6). Kept in fp32: fp16 would
+            turn 4001 into 4000 and 70000 into infinity.
     """
     conditions = {"text_embeds": pooled_prompt_embeds, "time_ids": time_ids.float()}
     return unet(noisy_latents, timesteps, prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[0]

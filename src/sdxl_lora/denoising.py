@@ -1,0 +1,97 @@
+"""The base model with its adapters as training and evaluation see it: encoded examples in, errors out."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from sdxl_lora.config import ModelConfig, Precision
+from sdxl_lora.dataset import Batch
+from sdxl_lora.diffusion import add_noise, prediction_target, squared_error
+from sdxl_lora.sdxl import (
+    DTYPES,
+    NoiseSchedule,
+    TextEncoders,
+    embed_tokens,
+    load_noise_schedule,
+    load_text_encoders,
+    load_unet,
+    predict,
+)
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """UNet, noise schedule and, unless captions were embedded before, text encoders."""
+
+    unet: UNet2DConditionModel
+    text_encoders: TextEncoders | None
+    noise_schedule: NoiseSchedule
+    precision: Precision
+
+    @property
+    def modules(self) -> tuple[torch.nn.Module, ...]:
+        return (self.unet, *(self.text_encoders or ()))
+
+    @property
+    def device(self) -> torch.device:
+        return self.noise_schedule.alphas_cumprod.device
+
+    def autocast(self) -> torch.autocast:
+        """Half precision where the frozen weights are, so that fp32 adapters can meet them."""
+        return torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32")
+
+    def errors(
+        self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor, captioned: Tensor | None = None
+    ) -> Tensor:
+        """Mean squared error of each example's prediction, fp32, (B,).
+
+        Args:
+            batch: where the conditions come from.
+            latents: x_0, fp32, (B, 4, H/8, W/8).
+            noise: eps, shaped as `latents`.
+            timesteps: int64, (B,).
+            captioned: 0 where the caption is dropped, else 1, (B,); None: all have theirs.
+        """
+        alpha_bar = self.noise_schedule.alphas_cumprod[timesteps]
+        prediction_type = self.noise_schedule.prediction_type
+        with self.autocast():
+            prompt_embeds, pooled_prompt_embeds = self.conditions(batch, captioned)
+            noisy_latents = add_noise(latents, noise, alpha_bar).to(DTYPES[self.precision])
+            prediction = predict(
+                self.unet, noisy_latents, timesteps, prompt_embeds, pooled_prompt_embeds, batch.time_ids
+            )
+        return squared_error(prediction, prediction_target(latents, noise, alpha_bar, prediction_type))
+
+    def conditions(self, batch: Batch, captioned: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The captions as the UNet reads them, (B, 77, 2048) and (B, 1280); all zeros is SDXL's "no caption".
+
+        Raises:
+            ValueError: the text encoders are frozen and the data set was encoded without embeddings.
+        """
+        if self.text_encoders is not None:
+            prompt_embeds, pooled_prompt_embeds = embed_tokens(self.text_encoders, batch.token_ids)
+        elif batch.prompt_embeds is not None and batch.pooled_prompt_embeds is not None:
+            prompt_embeds, pooled_prompt_embeds = batch.prompt_embeds, batch.pooled_prompt_embeds
+        else:
+            raise ValueError(
+                "model.text_encoders is 'frozen', but the encoded data set holds no embeddings: "
+                "run `dvc repro encode_dataset`"
+            )
+        dtype = DTYPES[self.precision]
+        prompt_embeds, pooled_prompt_embeds = prompt_embeds.to(dtype), pooled_prompt_embeds.to(dtype)
+        if captioned is None:
+            return prompt_embeds, pooled_prompt_embeds
+        captioned = captioned.to(dtype)
+        return prompt_embeds * captioned[:, None, None], pooled_prompt_embeds * captioned[:, None]
+
+
+def load_denoiser(config: ModelConfig, precision: Precision, device: torch.device) -> Denoiser:
+    """The base model's UNet, frozen, and its text encoders if `config` has them trained."""
+    text_encoders = (
+        load_text_encoders(config, precision, device) if config.text_encoders == "trained" else None
+    )
+    schedule = load_noise_schedule(config)
+    schedule = NoiseSchedule(schedule.alphas_cumprod.to(device), schedule.prediction_type)
+    return Denoiser(load_unet(config, precision, device), text_encoders, schedule, precision)

@@ -1,0 +1,58 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdxl_lora.hardware import (
+    DEVICE_VARIABLE,
+    GIB,
+    choose_device,
+    peak_memory_gib,
+    require_disk_space,
+    reserved_device,
+)
+
+
+def test_environment_names_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DEVICE_VARIABLE, "meta")
+    assert choose_device() == torch.device("meta")
+
+
+def test_memory_budget_without_a_gpu_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DEVICE_VARIABLE, "cpu")
+    with (
+        pytest.raises(ValueError, match=r"training.vram_gib is 14.5: .* CUDA GPU .* `make recipe NAME=demo`"),
+        reserved_device(14.5),
+    ):
+        pass
+
+
+def test_cpu_does_where_no_budget_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DEVICE_VARIABLE, "cpu")
+    with reserved_device(None) as device:
+        assert device == torch.device("cpu")
+
+
+def test_too_little_disk_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"needs 1048576.00 GiB and the disk has .* GiB free: free some"):
+        require_disk_space(tmp_path / "not" / "there" / "yet", 2**20 * GIB)
+    require_disk_space(tmp_path, 1)
+
+
+def test_peak_memory_of_a_cpu_process_is_what_it_held() -> None:
+    before = peak_memory_gib(torch.device("cpu"))
+    ballast = torch.ones(int((before + 0.25) * GIB / 4))
+    assert peak_memory_gib(torch.device("cpu")) > before + 0.2
+    del ballast
+
+
+@pytest.mark.gpu
+def test_memory_budget_is_enforced() -> None:
+    with reserved_device(1.0) as device, pytest.raises(torch.OutOfMemoryError):
+        torch.empty(int(1.1 * GIB), dtype=torch.uint8, device=device)
+
+
+@pytest.mark.gpu
+def test_budget_above_the_card_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"lower training\.vram_gib"), reserved_device(1e6):
+        pass
