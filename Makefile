@@ -1,0 +1,73 @@
+# Everything runs from .venv, which `make setup` fills from requirements.lock. Needs git, make and Python 3.11 to 3.13.
+
+PYTHON ?= python3 python3.13 python3.12 python3.11
+PORT ?= 5000
+NAME ?=
+FORCE ?=
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+# dvc.yaml says `python`: the environment's has to come first.
+RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check ui recipe lock clean
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED)  ## create .venv from requirements.lock (PYTHON=python3.12 chooses the interpreter)
+
+demo: setup  ## run the whole pipeline on the embedded model and data set: CPU, no network
+	@$(BIN)/python -m sdxl_lora.recipe demo $(if $(FORCE),--force)
+	@$(RUN) dvc repro
+	@$(BIN)/python -m sdxl_lora.summary
+
+test: setup  ## run the tests, but for those that take minutes
+	@$(RUN) python -m pytest -m "not slow"
+
+check: setup  ## format, lint, types, direction of imports
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(RUN) lint-imports
+
+ui: setup  ## MLflow at http://127.0.0.1:5000 (PORT=5001 chooses another port)
+	@$(BIN)/python -m sdxl_lora.ui --port $(PORT)
+
+recipe: setup  ## select a recipe: NAME=demo; without NAME list them (FORCE=1 replaces edits)
+	@$(BIN)/python -m sdxl_lora.recipe $(NAME) $(if $(FORCE),--force)
+
+lock: setup  ## resolve the newest dependencies into requirements.lock, torch kept
+	@torch=$$(sed -nE 's/^(torch==[0-9.]+).*/\1/p' requirements.lock); \
+	$(BIN)/pip-compile --quiet --upgrade --strip-extras --extra dev --constraint <(echo "$$torch") \
+		--no-header --no-emit-index-url --no-emit-find-links --output-file requirements.lock.new pyproject.toml
+	@sed -E -e 's/\+cpu$$//' -e '/^ +# +-c /d' requirements.lock.new > requirements.lock
+	@rm requirements.lock.new
+	@git diff --stat -- requirements.lock
+
+clean:  ## remove .venv and the tools' caches; data, runs and experiments stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || { \
+		python=""; \
+		for candidate in $(PYTHON); do \
+			if $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null; then \
+				python=$$candidate; break; \
+			fi; \
+		done; \
+		if [ -z "$$python" ]; then \
+			echo "make: none of [$(PYTHON)] is Python 3.11, 3.12 or 3.13:" \
+				"install one, or name it: make setup PYTHON=/path/to/python3.12" >&2; \
+			exit 1; \
+		fi; \
+		echo "Creating .venv with $$($$python --version)"; \
+		$$python -m venv --clear .venv; \
+	}
+	@$(BIN)/python -m pip install --disable-pip-version-check --requirement requirements.lock
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
