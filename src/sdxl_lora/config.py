@@ -77,7 +77,7 @@ class ModelConfig(Section):
     vae_revision: str | None
     """Revision of the replacement VAE; null exactly if `vae` is null."""
     text_encoders: Literal["frozen", "trained"]
-    """`trained` puts adapters on both text encoders; `frozen` reads their embeddings from the encoded data set."""
+    """`trained` puts adapters on both text encoders; `frozen` reads embeddings from the encoded data set."""
 
     @model_validator(mode="after")
     def vae_comes_with_its_revision(self) -> Self:
@@ -149,13 +149,13 @@ class TrainingConfig(Section):
     caption_dropout: Fraction
     """Share of the examples trained without their caption, for classifier-free guidance."""
     gradient_checkpointing: bool
-    """Recompute activations in the backward pass: 14 GiB less at 1024 px and batch 3, about a third slower."""
+    """Recompute activations in the backward pass: 14 GiB less at 1024 px and batch 3, a third slower."""
     attention: Literal["sdpa", "xformers", "math"]
-    """Attention of the UNet: PyTorch's fused kernels, xformers' (extra `[xformers]`), or the plain formula."""
+    """Attention of the UNet: PyTorch's fused kernels, xformers' (extra `[xformers]`), or plain arithmetic."""
     ema_decay: OpenFraction | None
     """Save an exponential moving average of the adapters with this decay a step; null: the last weights."""
     vram_gib: PositiveFloat | None
-    """GPU memory that training may take, GiB, enforced; a GPU is then required. null: no limit, CPU allowed."""
+    """GPU memory that training may take, GiB, enforced: it then needs a GPU. null: no limit, CPU allowed."""
     log_every: PositiveInt
     """Steps between two points of the curves."""
     preview_every: PositiveInt | None

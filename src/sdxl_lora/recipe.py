@@ -104,8 +104,8 @@ def select(name: str, force: bool = False) -> str:
     if back is None:
         if not force:
             raise ValueError(
-                f"{PARAMS} has edits that are neither committed nor part of a recipe; the recipe `{name}` would "
-                f"replace them:\n{changes}"
+                f"{PARAMS} has edits that are neither committed nor part of a recipe; "
+                f"the recipe `{name}` would replace them:\n{changes}"
                 f"Commit them, copy {PARAMS} to {RECIPES}/<new name>.yaml, or replace them all the same with "
                 f"`make recipe NAME={name} FORCE=1`, which keeps the old file as {KEPT}"
             )

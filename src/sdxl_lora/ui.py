@@ -25,8 +25,8 @@ def require_free_port(port: int) -> None:
             listener.bind((HOST, port))
         except OSError as error:
             raise OSError(
-                f"port {port} on {HOST} cannot be used ({error.strerror}): stop the program that has it, or choose "
-                f"another with `make ui PORT={port + 1}`"
+                f"port {port} on {HOST} cannot be used ({error.strerror}): stop the program that has it, "
+                f"or choose another with `make ui PORT={port + 1}`"
             ) from error
 
 
@@ -37,9 +37,7 @@ def require_database(database: Path) -> None:
         FileNotFoundError: it does not exist.
     """
     if not database.is_file():
-        raise FileNotFoundError(
-            f"{database} not found: no run has been tracked here yet; `make demo` makes one"
-        )
+        raise FileNotFoundError(f"{database} not found: nothing has been tracked here yet; `make demo` does")
 
 
 def command(database: Path, port: int) -> list[str]:
