@@ -118,11 +118,11 @@ def save_lora(
 
 
 def load_lora(folder: Path, unet: UNet2DConditionModel, text_encoders: TextEncoders | None) -> None:
-    """Puts saved adapters onto the base model that they were trained on.
+    """Puts saved adapters onto the base model that they were trained on, and leaves it in evaluation mode.
 
     Raises:
         FileNotFoundError: nothing was saved in `folder`.
-        ValueError: the file has adapters for text encoders and none are given, or layers the model lacks.
+        ValueError: the file's adapters are not for these modules, or not for just their layers.
     """
     path = folder / WEIGHTS
     if not path.is_file():
@@ -141,9 +141,14 @@ def load_lora(folder: Path, unet: UNet2DConditionModel, text_encoders: TextEncod
         for parameter in lora_parameters(module):
             parameter.data = parameter.data.float()
         own_names = {own_name(key, module): tensor for key, tensor in weights[name].items()}
-        unexpected = set_peft_model_state_dict(module, own_names, ADAPTER).unexpected_keys
-        if unexpected:
-            raise ValueError(f"{path} has layers that the base model lacks: {sorted(unexpected)[:3]}")
+        known = set(get_peft_model_state_dict(module, adapter_name=ADAPTER))
+        if known != set(own_names):
+            raise ValueError(
+                f"{path} does not fit the base model's {name}; in one of them alone: "
+                f"{sorted(known ^ set(own_names))[:3]}: set model.base as it was in training"
+            )
+        set_peft_model_state_dict(module, own_names, ADAPTER)
+        module.eval()  # PEFT adds dropout switched on
 
 
 def named_parts(unet: UNet2DConditionModel, text_encoders: TextEncoders | None) -> dict[str, Any]:
@@ -184,4 +189,6 @@ def add_to_header(path: Path, metadata: dict[str, str]) -> None:
     """Adds entries to the header of a safetensors file."""
     with safe_open(path, "pt") as file:
         header = dict(file.metadata())
-    save_file(load_file(path), path, {**header, **metadata})
+    extended = path.with_suffix(".extended")  # the tensors may still be read from the file itself
+    save_file(load_file(path), extended, {**header, **metadata})
+    extended.replace(path)

@@ -1,0 +1,129 @@
+"""Drawing prompts: base model and adapter from the same noise, side by side.
+
+One pipeline serves every strength of the adapter: there is never a second copy of the base model.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image as Images
+from PIL import ImageDraw, ImageFont
+from PIL.Image import Image, Resampling
+from torch import Tensor
+
+from sdxl_lora.config import SamplingConfig
+from sdxl_lora.lora import WEIGHTS, strength
+from sdxl_lora.randomness import generator
+from sdxl_lora.samples import Sample
+
+MARGIN = 8  # pixels between the pictures of a grid
+SMALLEST_CELL, LARGEST_CELL = 192, 384  # pixels a side that a picture takes in the grid
+
+
+def sample_images(
+    pipeline: StableDiffusionXLPipeline, config: SamplingConfig
+) -> Iterator[tuple[Sample, Image]]:
+    """Draws every prompt with every seed at every strength of the adapter that `pipeline` carries.
+
+    A picture's noise depends on its prompt's place and its seed alone: it is the same at every strength, in
+    any batch and on any device. Strength 0 leaves the adapter out and is the base model to the bit.
+
+    Raises:
+        FloatingPointError: a picture has pixels that are not finite.
+    """
+    jobs = [(number, prompt, seed) for number, prompt in enumerate(config.prompts) for seed in config.seeds]
+    modules = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
+    for value in config.strengths:
+        with strength(modules, value):
+            for start in range(0, len(jobs), config.batch_size):
+                batch = jobs[start : start + config.batch_size]
+                noise = [initial_noise(pipeline, config, number, seed) for number, _, seed in batch]
+                images = draw(pipeline, config, [prompt for _, prompt, _ in batch], torch.stack(noise))
+                for (number, prompt, seed), image in zip(batch, images, strict=True):
+                    file = f"strength-{value:g}/{number:02d}-seed-{seed}.png"
+                    yield Sample(file, prompt, seed, value), image
+
+
+def load_adapter(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
+    """Puts the saved adapter onto `pipeline` as any user of diffusers would.
+
+    Raises:
+        FileNotFoundError: nothing was saved in `folder`.
+    """
+    if not (folder / WEIGHTS).is_file():  # diffusers would look for it on the Hub
+        raise FileNotFoundError(f"{folder / WEIGHTS} not found: run `dvc repro train_lora` first")
+    pipeline.load_lora_weights(folder, weight_name=WEIGHTS)
+    for module in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
+        module.eval()  # the adapters' dropout arrives switched on
+
+
+def initial_noise(
+    pipeline: StableDiffusionXLPipeline, config: SamplingConfig, number: int, seed: int
+) -> Tensor:
+    """Standard normal noise of the prompt at place `number`, on the CPU, (4, H/8, W/8)."""
+    side = config.resolution // pipeline.vae_scale_factor
+    shape = (pipeline.unet.config.in_channels, side, side)
+    return torch.randn(shape, generator=generator("sample", number, seed))
+
+
+@torch.no_grad()
+def draw(
+    pipeline: StableDiffusionXLPipeline, config: SamplingConfig, prompts: Sequence[str], noise: Tensor
+) -> list[Image]:
+    """One image a prompt, from `noise`, (B, 4, H/8, W/8)."""
+    pixels = pipeline(
+        list(prompts),
+        negative_prompt=None if config.negative_prompt is None else [config.negative_prompt] * len(prompts),
+        latents=noise.to(pipeline.device, pipeline.unet.dtype),
+        height=config.resolution,
+        width=config.resolution,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        output_type="pt",
+    ).images
+    for prompt, image in zip(prompts, pixels, strict=True):
+        if not torch.isfinite(image).all():  # would be saved as black
+            raise FloatingPointError(
+                f"the picture of {prompt!r} has pixels that are not finite: set sampling.precision to bf16 "
+                "or fp32, or model.vae to one that is safe in fp16"
+            )
+    processor = pipeline.image_processor
+    images: list[Image] = processor.numpy_to_pil(processor.pt_to_numpy(pixels))
+    return images
+
+
+def grid(pictures: Sequence[tuple[Sample, Image]]) -> Image:
+    """All pictures with their captions: a row for each prompt and seed, a column for each strength."""
+    strengths = list(dict.fromkeys(sample.strength for sample, _ in pictures))
+    rows = list(dict.fromkeys((sample.prompt, sample.seed) for sample, _ in pictures))
+    side = min(max(pictures[0][1].width, SMALLEST_CELL), LARGEST_CELL)
+    font = ImageFont.load_default(size=side // 12)
+    line = side // 12 + MARGIN
+    step_x, step_y = side + MARGIN, side + line + MARGIN
+    sheet = Images.new("RGB", (MARGIN + step_x * len(strengths), line + step_y * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, value in enumerate(strengths):
+        pen.text((MARGIN + column * step_x, MARGIN // 2), strength_name(value), "black", font)
+    for row, (prompt, seed) in enumerate(rows):
+        caption = shortened(f"{prompt} (seed {seed})", sheet.width - 2 * MARGIN, font)
+        pen.text((MARGIN, line + row * step_y), caption, "dimgray", font)
+    for sample, image in pictures:
+        column, row = strengths.index(sample.strength), rows.index((sample.prompt, sample.seed))
+        place = (MARGIN + column * step_x, 2 * line + row * step_y)
+        sheet.paste(image.resize((side, side), Resampling.LANCZOS), place)
+    return sheet
+
+
+def strength_name(value: float) -> str:
+    return {0.0: "base", 1.0: "adapter"}.get(value, f"strength {value:g}")
+
+
+def shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """`text`, cut so that it is at most `width` pixels wide."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}...") > width:
+        text = text[:-1]
+    return f"{text}..."

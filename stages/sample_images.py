@@ -1,0 +1,33 @@
+"""Stage sample_images: LoRA weights -> the same prompts drawn by base model and adapter."""
+
+from tqdm import tqdm
+
+from sdxl_lora import paths
+from sdxl_lora.config import load_params
+from sdxl_lora.execution import run, stage
+from sdxl_lora.hardware import require_precision, reserved_device
+from sdxl_lora.samples import save_sample, save_table
+from sdxl_lora.sampling import grid, load_adapter, sample_images
+from sdxl_lora.sdxl import load_pipeline
+
+
+def main() -> None:
+    params = load_params()
+    config = params.sampling
+    with stage("sample_images"), reserved_device(None) as device:
+        require_precision(device, config.precision, "sampling.precision")
+        pipeline = load_pipeline(params.model, config.precision, device)
+        load_adapter(pipeline, paths.LORA)
+        pictures = []
+        total = len(config.prompts) * len(config.seeds) * len(config.strengths)
+        for sample, image in tqdm(
+            sample_images(pipeline, config), total=total, desc="sample_images", unit="image"
+        ):
+            save_sample(paths.SAMPLES, sample, image, config)
+            pictures.append((sample, image))
+        save_table(paths.SAMPLE_TABLE, [sample for sample, _ in pictures])
+        grid(pictures).save(paths.SAMPLE_GRID)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,67 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from adapters import write_adapter
+from encoded import write_encoded_dataset
+from PIL import Image
+
+from sdxl_lora import paths
+from sdxl_lora.config import load_params
+from sdxl_lora.lora import WEIGHTS
+from sdxl_lora.samples import Sample, save_table
+from stages import evaluate_lora
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with an encoded data set and two samples, the data set's own picture of an alien monster."""
+    (tmp_path / "demo").symlink_to(Path("demo").resolve())
+    recipe = yaml.safe_load(Path("recipes/demo.yaml").read_text(encoding="utf-8"))
+    recipe["evaluation"].update(timesteps=[100, 900], noises=1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("SDXL_LORA_DEVICE", "cpu")
+    paths.PARAMS.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    paths.DATA.mkdir()
+    write_encoded_dataset(paths.ENCODED, load_params().model)
+    prompt = "alien monster, fluent 3d style"
+    samples = [Sample("0.png", prompt, 0, 0.0), Sample("1.png", prompt, 0, 1.0)]
+    paths.SAMPLES.mkdir()
+    for sample in samples:
+        with Image.open("demo/dataset/images/alien-monster.webp") as image:
+            image.convert("RGB").save(paths.SAMPLES / sample.file)
+    save_table(paths.SAMPLE_TABLE, samples)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("project")
+def test_metrics_and_loss_by_timestep_are_written() -> None:
+    params = load_params()
+    write_adapter(paths.LORA, params.model, params.lora)
+    evaluate_lora.main()
+    metrics = json.loads(paths.METRICS.read_text(encoding="utf-8"))
+    assert set(metrics) == {
+        "held_out_loss",
+        "clip_score",
+        "retrieval_at_1",
+        "style_probability",
+        "adapter_bytes",
+    }
+    loss = metrics["held_out_loss"]
+    assert loss["change_percent"] == pytest.approx(100 * (loss["adapter"] / loss["base"] - 1))
+    assert metrics["retrieval_at_1"] == {"base": 1.0, "adapter": 1.0}
+    assert metrics["style_probability"]["adapter"] > 0.5
+    assert metrics["adapter_bytes"] == (paths.LORA / WEIGHTS).stat().st_size
+    rows = list(csv.DictReader(paths.LOSS_BY_TIMESTEP.read_text(encoding="utf-8").splitlines()))
+    assert [row["timestep"] for row in rows] == ["100", "900"]
+    assert float(rows[0]["base"]) + float(rows[1]["base"]) == pytest.approx(2 * loss["base"])
+    assert float(rows[0]["adapter"]) + float(rows[1]["adapter"]) == pytest.approx(2 * loss["adapter"])
+
+
+@pytest.mark.usefixtures("project")
+def test_missing_adapter_names_the_stage_to_run() -> None:
+    with pytest.raises(FileNotFoundError, match="dvc repro train_lora"):
+        evaluate_lora.main()

@@ -1,0 +1,61 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from adapters import write_adapter
+from PIL import Image
+
+from sdxl_lora import paths
+from sdxl_lora.config import load_params
+from stages import sample_images
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project whose recipe draws one prompt, and its demo model."""
+    (tmp_path / "demo").symlink_to(Path("demo").resolve())
+    recipe = yaml.safe_load(Path("recipes/demo.yaml").read_text(encoding="utf-8"))
+    recipe["sampling"].update(
+        prompts=["pizza, fluent 3d style"],
+        seeds=[3],
+        strengths=[0.0, 1.0],
+        num_inference_steps=2,
+        resolution=64,
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("SDXL_LORA_DEVICE", "cpu")
+    paths.PARAMS.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return tmp_path
+
+
+def test_pictures_table_and_grid_are_written(project: Path) -> None:
+    params = load_params()
+    write_adapter(paths.LORA, params.model, params.lora)
+    sample_images.main()
+    rows = [json.loads(line) for line in paths.SAMPLE_TABLE.read_text(encoding="utf-8").splitlines()]
+    assert [(row["prompt"], row["seed"], row["strength"]) for row in rows] == [
+        ("pizza, fluent 3d style", 3, 0.0),
+        ("pizza, fluent 3d style", 3, 1.0),
+    ]
+    pictures = [Image.open(paths.SAMPLES / row["file"]) for row in rows]
+    assert [picture.size for picture in pictures] == [(64, 64), (64, 64)]
+    assert pictures[0].tobytes() != pictures[1].tobytes()
+    assert Image.open(paths.SAMPLE_GRID).width > 2 * 192
+    assert project == Path.cwd()
+
+
+@pytest.mark.usefixtures("project")
+def test_missing_adapter_names_the_stage_to_run() -> None:
+    with pytest.raises(FileNotFoundError, match="dvc repro train_lora"):
+        sample_images.main()
+
+
+def test_half_precision_on_a_cpu_is_refused_before_anything_is_loaded(project: Path) -> None:
+    recipe = yaml.safe_load((project / paths.PARAMS).read_text(encoding="utf-8"))
+    recipe["sampling"]["precision"] = "fp16"
+    recipe["model"]["base"] = "./nowhere"
+    paths.PARAMS.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"sampling\.precision is fp16"):
+        sample_images.main()

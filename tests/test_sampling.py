@@ -1,0 +1,231 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import write_adapter
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image as Images
+from PIL.Image import Image
+
+from sdxl_lora.config import Params, SamplingConfig, load_params
+from sdxl_lora.samples import Sample, load_table, save_sample, save_table
+from sdxl_lora.sampling import grid, initial_noise, load_adapter, sample_images, strength_name
+from sdxl_lora.sdxl import load_pipeline
+
+CPU = torch.device("cpu")
+PROMPTS = ["red apple, fluent 3d style", "pizza, noto style"]
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return load_params(Path("recipes/demo.yaml"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(params: Params, tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionXLPipeline:
+    """With adapters on UNet and text encoders."""
+    folder = tmp_path_factory.mktemp("lora")
+    write_adapter(folder, params.model.model_copy(update={"text_encoders": "trained"}), params.lora)
+    pipeline = load_pipeline(params.model, "fp32", CPU)
+    load_adapter(pipeline, folder)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def config(params: Params) -> SamplingConfig:
+    changes = {
+        "prompts": PROMPTS,
+        "seeds": [0, 5],
+        "strengths": [0.0, 0.5, 1.0],
+        "resolution": 64,
+        "num_inference_steps": 3,
+        "batch_size": 1,
+    }
+    return params.sampling.model_copy(update=changes)
+
+
+@pytest.fixture(scope="module")
+def pictures(pipeline: StableDiffusionXLPipeline, config: SamplingConfig) -> list[tuple[Sample, Image]]:
+    return list(sample_images(pipeline, config))
+
+
+def at(pictures: list[tuple[Sample, Image]], value: float) -> list[Image]:
+    return [image for sample, image in pictures if sample.strength == value]
+
+
+def by_diffusers(pipeline: StableDiffusionXLPipeline, config: SamplingConfig) -> list[Image]:
+    """The same pictures by nothing but diffusers."""
+    return [
+        pipeline(
+            prompt,
+            negative_prompt=config.negative_prompt,
+            latents=initial_noise(pipeline, config, number, seed)[None],
+            height=config.resolution,
+            width=config.resolution,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+        ).images[0]
+        for number, prompt in enumerate(config.prompts)
+        for seed in config.seeds
+    ]
+
+
+def difference(first: Image, second: Image) -> int:
+    """Largest difference of any pixel."""
+    pairs = zip(first.tobytes(), second.tobytes(), strict=True)
+    return max(abs(a - b) for a, b in pairs)
+
+
+def test_every_prompt_seed_and_strength_is_drawn_once(
+    pictures: list[tuple[Sample, Image]], config: SamplingConfig
+) -> None:
+    drawn = [(sample.prompt, sample.seed, sample.strength) for sample, _ in pictures]
+    assert sorted(drawn) == sorted((p, s, v) for p in PROMPTS for s in [0, 5] for v in [0.0, 0.5, 1.0])
+    assert len({sample.file for sample, _ in pictures}) == 12
+    assert {image.size for _, image in pictures} == {(config.resolution, config.resolution)}
+
+
+def test_strength_one_is_what_diffusers_draws_with_the_adapter(
+    pipeline: StableDiffusionXLPipeline, pictures: list[tuple[Sample, Image]], config: SamplingConfig
+) -> None:
+    expected = by_diffusers(pipeline, config)
+    assert [a.tobytes() for a in at(pictures, 1.0)] == [b.tobytes() for b in expected]
+
+
+def test_strength_zero_is_the_base_model_to_the_bit(
+    params: Params, pictures: list[tuple[Sample, Image]], config: SamplingConfig
+) -> None:
+    expected = by_diffusers(load_pipeline(params.model, "fp32", CPU), config)
+    assert [a.tobytes() for a in at(pictures, 0.0)] == [b.tobytes() for b in expected]
+
+
+def test_half_strength_is_what_diffusers_draws_with_half_the_weight(
+    pipeline: StableDiffusionXLPipeline, pictures: list[tuple[Sample, Image]], config: SamplingConfig
+) -> None:
+    name = pipeline.get_active_adapters()[0]
+    pipeline.set_adapters(name, 0.5)
+    expected = by_diffusers(pipeline, config)
+    pipeline.set_adapters(name, 1.0)
+    assert [a.tobytes() for a in at(pictures, 0.5)] == [b.tobytes() for b in expected]
+
+
+def test_each_strength_draws_another_picture(pictures: list[tuple[Sample, Image]]) -> None:
+    for base, half, whole in zip(*(at(pictures, value) for value in (0.0, 0.5, 1.0)), strict=True):
+        assert difference(base, half) > 8
+        assert difference(half, whole) > 8
+
+
+def test_batch_size_changes_nothing_but_rounding(
+    pipeline: StableDiffusionXLPipeline, pictures: list[tuple[Sample, Image]], config: SamplingConfig
+) -> None:
+    batched = config.model_copy(update={"batch_size": 3, "strengths": [1.0]})
+    images = [image for _, image in sample_images(pipeline, batched)]
+    assert all(difference(a, b) <= 2 for a, b in zip(images, at(pictures, 1.0), strict=True))
+
+
+def test_adapter_is_as_before_when_sampling_is_left_half_way(
+    pipeline: StableDiffusionXLPipeline, pictures: list[tuple[Sample, Image]], config: SamplingConfig
+) -> None:
+    iterator = sample_images(pipeline, config.model_copy(update={"strengths": [0.0]}))
+    next(iter(iterator))
+    iterator.close()  # type: ignore[attr-defined]
+    again = next(iter(sample_images(pipeline, config.model_copy(update={"strengths": [1.0]}))))[1]
+    assert again.tobytes() == at(pictures, 1.0)[0].tobytes()
+
+
+def test_noise_depends_on_prompt_place_and_seed_alone(
+    pipeline: StableDiffusionXLPipeline, config: SamplingConfig
+) -> None:
+    noise = initial_noise(pipeline, config, 0, 0)
+    torch.manual_seed(99)
+    assert torch.equal(noise, initial_noise(pipeline, config, 0, 0))
+    assert not torch.equal(noise, initial_noise(pipeline, config, 1, 0))
+    assert not torch.equal(noise, initial_noise(pipeline, config, 0, 1))
+
+
+def test_adapter_of_the_unet_alone_is_drawn_with_too(
+    params: Params, config: SamplingConfig, tmp_path: Path
+) -> None:
+    write_adapter(tmp_path, params.model, params.lora)
+    pipeline = load_pipeline(params.model, "fp32", CPU)
+    load_adapter(pipeline, tmp_path)
+    short = config.model_copy(update={"prompts": PROMPTS[:1], "seeds": [0], "strengths": [0.0, 1.0]})
+    (_, base), (_, adapted) = sample_images(pipeline, short)
+    assert difference(base, adapted) > 8
+    assert adapted.tobytes() == by_diffusers(pipeline, short)[0].tobytes()
+
+
+def test_dropout_is_off_when_drawing(pipeline: StableDiffusionXLPipeline) -> None:
+    modules = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
+    assert not any(layer.training for module in modules for layer in module.modules())
+
+
+def test_missing_adapter_names_the_stage_to_run(pipeline: StableDiffusionXLPipeline, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="dvc repro train_lora"):
+        load_adapter(pipeline, tmp_path)
+
+
+def test_picture_that_is_not_finite_is_refused(
+    pipeline: StableDiffusionXLPipeline, config: SamplingConfig
+) -> None:
+    bias = pipeline.vae.decoder.conv_out.bias
+    before = bias.data.clone()
+    bias.data.fill_(float("nan"))
+    try:
+        with pytest.raises(FloatingPointError, match=r"'red apple.*sampling\.precision"):
+            next(iter(sample_images(pipeline, config)))
+    finally:
+        bias.data.copy_(before)
+
+
+def test_png_says_what_it_was_drawn_from(tmp_path: Path, config: SamplingConfig) -> None:
+    sample = Sample("strength-0.5/00-seed-3.png", "naïve 寿司", 3, 0.5)
+    save_sample(tmp_path, sample, Images.new("RGB", (8, 8), "red"), config)
+    with Images.open(tmp_path / sample.file) as image:
+        settings = json.loads(image.info["parameters"])
+    assert settings["prompt"] == "naïve 寿司"
+    assert settings["strength"] == 0.5
+    assert settings["num_inference_steps"] == config.num_inference_steps
+
+
+def test_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    samples = [Sample("a.png", "naïve 寿司", 3, 0.5), Sample("b.png", 'a "quoted" prompt', 0, 1.0)]
+    save_table(tmp_path / "samples.jsonl", samples)
+    assert load_table(tmp_path / "samples.jsonl") == samples
+
+
+def test_missing_table_names_the_stage_to_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="dvc repro sample_images"):
+        load_table(tmp_path / "samples.jsonl")
+
+
+@pytest.mark.parametrize("side", [128, 1024])
+def test_grid_has_a_row_a_prompt_and_seed_and_a_column_a_strength(side: int) -> None:
+    colours = {("a", 0, 0.0): "red", ("a", 0, 1.0): "lime", ("a", 1, 0.0): "blue", ("a", 1, 1.0): "yellow"}
+    pictures = [
+        (Sample("x.png", prompt, seed, value), Images.new("RGB", (side, side), colour))
+        for (prompt, seed, value), colour in colours.items()
+    ]
+    sheet = grid(pictures)
+    cell = {128: 192, 1024: 384}[side]
+    found = {
+        colour: sheet.getpixel((x, y))
+        for colour, (x, y) in {
+            "red": (cell // 2, cell),
+            "lime": (cell // 2 + cell, cell),
+            "blue": (cell // 2, 2 * cell),
+            "yellow": (cell // 2 + cell, 2 * cell),
+        }.items()
+    }
+    assert found == {
+        "red": (255, 0, 0),
+        "lime": (0, 255, 0),
+        "blue": (0, 0, 255),
+        "yellow": (255, 255, 0),
+    }
+
+
+@pytest.mark.parametrize(("value", "name"), [(0.0, "base"), (0.5, "strength 0.5"), (1.0, "adapter")])
+def test_columns_are_named_for_people(value: float, name: str) -> None:
+    assert strength_name(value) == name
