@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from sdxl_lora.config import Precision
+
 GIB = 2**30
 DEVICE_VARIABLE = "SDXL_LORA_DEVICE"
 
@@ -63,6 +65,23 @@ def require_gpu(device: torch.device, vram_gib: float) -> None:
         raise ValueError(
             f"training.vram_gib is {vram_gib:g}, but {name} has {total:.2f} GiB in all: "
             f"lower training.vram_gib, or {remedy}"
+        )
+
+
+def require_precision(device: torch.device, precision: Precision, key: str) -> None:
+    """Refuses fp16 on a CPU, which has no arithmetic for it.
+
+    Args:
+        key: params key of `precision`, for the error message.
+
+    Raises:
+        ValueError: the device cannot compute in it at a useful speed.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError(
+            f"{key} is fp16, which takes a CUDA GPU, and PyTorch {torch.__version__} sees none here. "
+            "The 16 GB recipe is made for a GPU with that much memory; `make recipe NAME=demo` selects the one "
+            f"that runs on a CPU, {key}: fp32 makes this one do so, slowly"
         )
 
 

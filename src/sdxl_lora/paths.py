@@ -3,19 +3,26 @@
 from pathlib import Path
 
 PARAMS = Path("params.yaml")
+PIPELINE = Path("dvc.yaml")
+LOCK = Path("dvc.lock")
 RECIPES = Path("recipes")
 
 DATA = Path("data")
 REPORTS = DATA / "reports"
 
-RAW_IMAGES = DATA / "raw" / "images"
-RAW_CAPTIONS = DATA / "raw" / "captions.jsonl"
-RAW_SOURCE = DATA / "raw" / "source.json"
+RAW = DATA / "raw"
+RAW_IMAGES = RAW / "images"
+RAW_CAPTIONS = RAW / "captions.jsonl"
+RAW_SOURCE = RAW / "source.json"
 
 CAPTIONS = DATA / "captions.jsonl"
 CAPTIONS_REPORT = REPORTS / "captions.json"
+CAPTION_CHANGES = REPORTS / "caption_changes.csv"
+CAPTION_REJECTIONS = REPORTS / "caption_rejections.csv"
 
 ENCODED = DATA / "encoded"
+ENCODING_REPORT = REPORTS / "encoding.json"
+IMAGE_REJECTIONS = REPORTS / "image_rejections.csv"
 
 LORA = DATA / "lora"
 PREVIEWS = DATA / "previews"
@@ -24,8 +31,12 @@ LOSS_CURVE = REPORTS / "loss.csv"
 
 SAMPLES = DATA / "samples"
 SAMPLE_GRID = SAMPLES / "grid.png"
+SAMPLE_TABLE = SAMPLES / "samples.jsonl"
 
 METRICS = REPORTS / "metrics.json"
 LOSS_BY_TIMESTEP = REPORTS / "loss_by_timestep.csv"
 
 MLFLOW_POINTER = REPORTS / "mlflow.json"
+
+NUMBERS = (CAPTIONS_REPORT, ENCODING_REPORT, TRAINING_REPORT, METRICS)
+"""The reports that are nested mappings of numbers."""

@@ -111,6 +111,11 @@ def tokenize(tokenizers: Tokenizers, texts: list[str]) -> Tensor:
     return torch.stack([tokenizer(texts, **options).input_ids for tokenizer in tokenizers], dim=1)
 
 
+def count_tokens(tokenizers: Tokenizers, texts: list[str]) -> list[int]:
+    """CLIP tokens of each text, start and end included, uncut."""
+    return [len(ids) for ids in tokenizers[0](texts, truncation=False, verbose=False).input_ids]
+
+
 def embed_tokens(text_encoders: TextEncoders, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """What the UNet reads of a text (Podell et al. 2023, section 2.1).
 

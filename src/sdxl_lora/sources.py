@@ -1,25 +1,35 @@
 """Where models and data sets come from: a Hub repository at a revision, or a local folder at a digest.
 
 A folder is pinned by the digest of its content, so that a changed file cannot pass for the one that an earlier
-result was made from.
+result was made from. `python -m sdxl_lora.sources ./folder` says it.
 """
 
+import argparse
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
+import httpx2
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
+    DryRunError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    RevisionResolutionError,
 )
 
 DIGEST_PREFIX = "sha256:"
+REFUSED = (401, 403)
+
+RepositoryType = Literal["model", "dataset"]
 
 
 def is_folder(repository: str) -> bool:
@@ -33,9 +43,13 @@ def folder_digest(folder: Path) -> str:
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-            digest.update(f"{content}  {relative.as_posix()}\n".encode())
+            digest.update(f"{file_digest(path)}  {relative.as_posix()}\n".encode())
     return DIGEST_PREFIX + digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_folder(folder: str, revision: str, key: str) -> Path:
@@ -58,45 +72,90 @@ def open_folder(folder: str, revision: str, key: str) -> Path:
         raise ValueError(
             f"{key}: the content of {folder} is not what its revision pins.\n"
             f"  pinned: {revision}\n  found:  {digest}\n"
-            f"If the change is meant, set the revision beside {key} to the digest found."
+            f"If the change is meant, set the revision beside {key} to the digest found "
+            f"(`python -m sdxl_lora.sources {folder}` says it again)."
         )
     return path
 
 
-def open_repository(repository: str, revision: str, key: str, patterns: Sequence[str] | None = None) -> Path:
-    """The local copy of a folder or of a Hub model repository, downloaded into the Hub's cache if need be.
+def open_repository(
+    repository: str,
+    revision: str,
+    key: str,
+    patterns: Sequence[str] = ("*",),
+    kind: RepositoryType = "model",
+) -> Path:
+    """The local copy of a folder or of a Hub repository, downloaded into the Hub's cache if need be.
 
     Args:
         revision: commit, tag or branch; for a folder its digest.
         key: params key that names the repository, for error messages.
-        patterns: files to download, as globs; None: all.
+        patterns: files to download, as globs. There must be one for every pattern of safetensors: no other kind
+            of weights is ever read.
 
     Raises:
-        FileNotFoundError: no such folder, repository or revision.
+        FileNotFoundError: no such folder, repository or revision, or it has no safetensors.
         ConnectionError: the Hub cannot be reached and the files are not in its cache.
-        PermissionError: the repository is private or gated.
-        ValueError: the folder's content has another digest.
+        PermissionError: the repository is gated, or the access token is refused.
+        ValueError: the folder's content has another digest, or the name is none.
     """
     if is_folder(repository):
-        return open_folder(repository, revision, key)
-    with explained_hub_errors(repository, revision, key):
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns or ["*"])))
+        folder = open_folder(repository, revision, key)
+    else:
+        with explained_hub_errors(repository, revision, key):
+            folder = Path(
+                snapshot_download(
+                    repository, revision=revision, repo_type=kind, allow_patterns=list(patterns)
+                )
+            )
+    for pattern in patterns:
+        if pattern.endswith(".safetensors") and not any(folder.glob(pattern)):
+            raise FileNotFoundError(
+                f"{key}: {repository} has no {pattern}. Only safetensors are read: weights in pickle (*.bin, "
+                f"*.ckpt) can run any code. Choose a repository, revision or variant that has them"
+            )
+    return folder
 
 
-def resolve_commit(repository: str, revision: str, key: str) -> str:
-    """The commit that a Hub data set's revision stands for now. Raises as `open_repository`."""
+def download_size(
+    repository: str, revision: str, key: str, patterns: Sequence[str], kind: RepositoryType
+) -> int:
+    """Bytes that `open_repository` would download from the Hub now; 0 if the Hub cannot be asked.
+
+    Raises as `open_repository`, but where the Hub is out of reach: only the download itself knows whether the cache
+    has all that is needed.
+    """
+    with explained_hub_errors(repository, revision, key), suppress(DryRunError):
+        files = snapshot_download(
+            repository, revision=revision, repo_type=kind, allow_patterns=list(patterns), dry_run=True
+        )
+        return sum(file.file_size or 0 for file in files if file.will_download)
+    return 0
+
+
+def resolve_commit(repository: str, revision: str, key: str, kind: RepositoryType) -> str:
+    """The commit that a Hub revision stands for now, or did when last asked if the Hub is out of reach.
+
+    Raises as `open_repository`; a revision that is a commit is returned as it is, unchecked.
+    """
     with explained_hub_errors(repository, revision, key):
-        commit = HfApi().dataset_info(repository, revision=revision).sha
-    assert commit is not None
-    return commit
+        return HfApi().resolve_revision(repository, repo_type=kind, revision=revision).resolved
 
 
 @contextmanager
 def explained_hub_errors(repository: str, revision: str, key: str) -> Iterator[None]:
-    """Turns the Hub client's errors into ones that name the params key, its value and the remedy."""
+    """Turns the Hub client's errors into ones that name the params key, its value and the remedy.
+
+    Other OSErrors, such as a full disk, pass as they are.
+    """
     place = f"{key}: {repository} at revision {revision}"
     try:
         yield
+    except HFValidationError as error:
+        raise ValueError(
+            f"{key}: {repository!r} is no name on the Hub, which is `owner/name`. "
+            "A local folder is written with a leading ./ or /"
+        ) from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(
             f"{place}: no such revision on the Hub; set the revision beside {key} to a commit, tag or branch"
@@ -110,9 +169,47 @@ def explained_hub_errors(repository: str, revision: str, key: str) -> Iterator[N
             f"{place}: no such repository, or a private one; correct {key}, or `hf auth login`. "
             f"A local folder is written ./{repository}"
         ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        raise ConnectionError(
-            f"{place}: the Hub cannot be reached ({type(error).__name__}) and the files are not in its cache. "
-            "Check the network (HF_ENDPOINT, HF_HUB_OFFLINE), or select the recipe that needs none: "
-            "`make recipe NAME=demo`"
-        ) from error
+    except (
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RevisionResolutionError,
+        HfHubHTTPError,
+        httpx2.TransportError,
+    ) as error:
+        raise unreachable(error, place) from error
+
+
+def unreachable(error: Exception, place: str) -> OSError:
+    """What to tell a user when the Hub gave nothing and the cache has nothing."""
+    cause = error.__cause__ or error
+    if isinstance(cause, HfHubHTTPError):
+        status = cause.response.status_code
+        if status in REFUSED:
+            return PermissionError(
+                f"{place}: the Hub refuses access (status {status}); `hf auth login` with a token that may read it"
+            )
+        reason = f"answers with status {status}"
+    else:
+        reason = f"cannot be reached ({type(cause).__name__})"
+    return ConnectionError(
+        f"{place}: the Hub {reason} and the files are not in its cache. "
+        "Check the network (HF_ENDPOINT, HF_HUB_OFFLINE), or select the recipe that needs none: "
+        "`make recipe NAME=demo`"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m sdxl_lora.sources",
+        description="Prints the digest of a folder's content: the value of the `revision` key beside a "
+        "`repository`, `base`, `vae` or `clip_model` of params.yaml that names a local folder.",
+    )
+    parser.add_argument("folder", type=Path, help="a data set or a model; hidden files do not count")
+    folder = parser.parse_args().folder
+    if not folder.is_dir():
+        parser.error(f"{folder} is not a folder")
+    sys.stdout.write(f"{folder_digest(folder)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Cleaning captions: small pure rules on strings, and a report of every change and rejection.
+
+Knows no model: the stage hands in what counts CLIP tokens.
+"""
+
+import html
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import ftfy
+import pandas as pd
+
+from sdxl_lora.config import CaptionsConfig
+
+Rule = Callable[[str], str]
+
+
+def repair_unicode(caption: str) -> str:
+    """Undoes broken encodings, normalises to NFC, drops control characters, straightens quotes.
+
+    "a girl â€“ smiling" -> "a girl – smiling"; "Naruto&#39;s friend" -> "Naruto's friend".
+    """
+    return ftfy.fix_text(html.unescape(caption), normalization="NFC")
+
+
+def collapse_whitespace(caption: str) -> str:
+    """One space between words, none at the ends or before punctuation: "a  man ,\\n smiling" -> "a man, smiling"."""
+    return re.sub(r"\s+([,.;:!?])", r"\1", re.sub(r"\s+", " ", caption)).strip()
+
+
+def remove_artefacts(caption: str, artefacts: Sequence[str]) -> str:
+    """Drops words that a captioner made up: "arafed man with a hat" -> "man with a hat".
+
+    An article before such a word stays with the word that follows: "an arafed image" -> "an image",
+    "an araffe man" -> "a man".
+    """
+    if not artefacts:
+        return caption
+    words = "|".join(re.escape(artefact) for artefact in sorted(artefacts, key=len, reverse=True))
+    caption = re.sub(rf"\b(an?)\s+(?:(?:{words})\s+)+(\w)", with_article, caption, flags=re.IGNORECASE)
+    return re.sub(rf"\b(?:{words})\b\s*", "", caption, flags=re.IGNORECASE)
+
+
+def with_article(match: re.Match[str]) -> str:
+    """`a` or `an` as the first letter of the word that follows wants it, capitalised as it was."""
+    article = "an" if match[2].lower() in "aeiou" else "a"
+    return f"{article.capitalize() if match[1][0].isupper() else article} {match[2]}"
+
+
+def remove_repeated_words(caption: str) -> str:
+    """Keeps one of a run of equal words: "a a man with with a hat" -> "a man with a hat"."""
+    return re.sub(r"\b(\w+)(?:\s+\1\b)+", r"\1", caption, flags=re.IGNORECASE)
+
+
+def remove_repeated_phrases(caption: str) -> str:
+    """Keeps one of a run of equal phrases: "a man in a hat in a hat in a hat" -> "a man in a hat".
+
+    The loop of two to eight words that a captioner gets stuck in, also with commas or "and" between the turns.
+    """
+    turns = r"(?:,?\s+(?:and\s+)?\1\b)+"
+    return re.sub(rf"\b(\w+(?:[\s,]+\w+){{1,7}}?){turns}", r"\1", caption, flags=re.IGNORECASE)
+
+
+def add_trigger(caption: str, trigger: str) -> str:
+    """Puts the trigger phrase in front, unless it is there: "a man" -> "naruto style, a man"."""
+    if caption.lower().startswith(trigger.lower()):
+        return caption
+    return f"{trigger}, {caption}"
+
+
+@dataclass
+class CaptionsReport:
+    """What happened to every caption."""
+
+    changes: list[dict[str, str]] = field(default_factory=list)
+    """Image, before, after and the rules that did it, of each changed caption."""
+    rejections: list[dict[str, str]] = field(default_factory=list)
+    """Image, caption and reason of each rejected one."""
+    rules: Counter[str] = field(default_factory=Counter)
+    """How many captions each rule changed."""
+    tokens: list[int] = field(default_factory=list)
+    """CLIP tokens of each caption kept, start and end included."""
+    truncated: int = 0
+    """Captions kept that the encoders will not read to their end."""
+
+    def metrics(self) -> dict[str, object]:
+        """The report as numbers."""
+        return {
+            "kept": len(self.tokens),
+            "rejected": len(self.rejections),
+            "changed": len(self.changes),
+            "truncated": self.truncated,
+            "tokens": {"mean": sum(self.tokens) / len(self.tokens), "max": max(self.tokens)},
+            "changed_by": dict(sorted(self.rules.items())),
+        }
+
+
+def clean_captions(
+    frame: pd.DataFrame, config: CaptionsConfig, count_tokens: Callable[[list[str]], list[int]]
+) -> tuple[pd.DataFrame, CaptionsReport]:
+    """Applies every rule to every caption and rejects what is not worth training on.
+
+    Args:
+        frame: columns id, image and caption.
+        count_tokens: CLIP tokens of each text, start and end included.
+
+    Returns:
+        The rows kept, with clean captions, and what happened.
+
+    Raises:
+        ValueError: no caption is left.
+    """
+    report = CaptionsReport()
+    rules = caption_rules(config)
+    cleaned = [apply_rules(caption, rules) for caption in frame["caption"]]
+    finals = [add_trigger(text, config.trigger) if config.trigger else text for text, _ in cleaned]
+    tokens = count_tokens(finals)
+    kept: list[bool] = []
+    for row, (text, applied), final, count in zip(frame.itertuples(), cleaned, finals, tokens, strict=True):
+        reason = rejection(text, count, config)
+        kept.append(reason is None)
+        if reason is not None:
+            report.rejections.append({"image": row.image, "caption": row.caption, "reason": reason})
+            continue
+        report.tokens.append(count)
+        report.truncated += count > config.max_tokens
+        report.rules.update(applied)
+        if applied:
+            report.changes.append(
+                {"image": row.image, "before": row.caption, "after": text, "rules": ", ".join(applied)}
+            )
+    if not any(kept):
+        raise ValueError(
+            f"all {len(frame)} captions were rejected, the first for: {report.rejections[0]['reason']}; "
+            "check download.caption_column, captions.min_words and captions.too_long"
+        )
+    return frame.assign(caption=finals)[kept], report
+
+
+def caption_rules(config: CaptionsConfig) -> dict[str, Rule]:
+    """The rules in their order, by name."""
+    return {
+        "unicode": repair_unicode,
+        "artefacts": partial(remove_artefacts, artefacts=config.artefacts),
+        "repeated_phrases": remove_repeated_phrases,
+        "repeated_words": remove_repeated_words,
+        "whitespace": collapse_whitespace,
+    }
+
+
+def apply_rules(caption: str, rules: dict[str, Rule]) -> tuple[str, list[str]]:
+    """The caption after all rules, and the names of those that changed it."""
+    applied = []
+    for name, rule in rules.items():
+        changed = rule(caption)
+        if changed != caption:
+            applied.append(name)
+        caption = changed
+    return caption, applied
+
+
+def rejection(caption: str, tokens: int, config: CaptionsConfig) -> str | None:
+    """Why a clean caption, without its trigger, is not worth training on; None if it is."""
+    words = len(caption.split())
+    if words == 0:
+        return "empty"
+    if words < config.min_words:
+        return f"{words} words, captions.min_words is {config.min_words}"
+    if tokens > config.max_tokens and config.too_long == "reject":
+        return f"{tokens} tokens, captions.max_tokens is {config.max_tokens}"
+    return None

@@ -1,0 +1,150 @@
+"""One execution of the pipeline, as its stages see it: who runs it, where its notes lie, how each stage went.
+
+A DVC command runs every stage in a process of its own. What they share about the execution lies in a scratch folder
+named after that command; it is never an output, since it would make every run's outputs differ. Knows no MLflow.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import psutil
+
+Status = Literal["running", "executed", "failed", "killed"]
+DVC_COMMANDS = {"repro", "exp", "experiments", "queue"}
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
+
+logger = logging.getLogger("sdxl_lora")
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """How a stage went in this execution."""
+
+    status: Status
+    started: float
+    """Seconds since the epoch."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The DVC command behind the running stage, or the stage's own process."""
+
+    machine: str
+    """Digest that tells machines apart without naming them."""
+    pid: int
+    created: int
+    """When that process started, seconds since the epoch: process ids are used again."""
+
+    @property
+    def id(self) -> str:
+        return f"{self.machine}-{self.pid}-{self.created}"
+
+    @property
+    def scratch(self) -> Path:
+        """The execution's notes, in the repository that DVC was started from."""
+        folder = scratch_root() / self.id
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def is_alive(self) -> bool:
+        """Whether the command still runs; True on other machines, which cannot be asked."""
+        if self.machine != machine_digest():
+            return True
+        with suppress(psutil.NoSuchProcess):
+            return int(psutil.Process(self.pid).create_time()) == self.created
+        return False
+
+    def records(self) -> dict[str, StageRecord]:
+        """The stages that have run so far, by name."""
+        files = sorted((self.scratch / "stages").glob("*.json"))
+        return {file.stem: StageRecord(**json.loads(file.read_text(encoding="utf-8"))) for file in files}
+
+
+def current_execution() -> Execution:
+    """The nearest ancestor process that is `dvc repro` or an experiment; this process if there is none."""
+    own = psutil.Process()
+    for process in own.parents():
+        with suppress(psutil.Error):
+            words = process.cmdline()
+            if any(Path(word).name in ("dvc", "dvc.exe") for word in words[:4]) and DVC_COMMANDS & set(words):
+                return Execution(machine_digest(), process.pid, int(process.create_time()))
+    return Execution(machine_digest(), own.pid, int(own.create_time()))
+
+
+def parse_execution(execution_id: str) -> Execution | None:
+    """The execution of this id; None if it is none."""
+    match execution_id.split("-"):
+        case [machine, pid, created] if pid.isdigit() and created.isdigit():
+            return Execution(machine, int(pid), int(created))
+    return None
+
+
+def machine_digest() -> str:
+    return hashlib.sha256(f"{socket.gethostname()} {uuid.getnode()}".encode()).hexdigest()[:8]
+
+
+def project_root() -> Path:
+    """The repository that DVC was started from, also when the stage runs in a temporary copy of it."""
+    if root := os.environ.get("DVC_ROOT"):
+        return Path(root)
+    folders = (Path.cwd(), *Path.cwd().parents)
+    return next((folder for folder in folders if (folder / ".dvc").is_dir()), Path.cwd())
+
+
+def scratch_root() -> Path:
+    return project_root() / ".dvc" / "tmp" / "mlflow"
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Notes how the stage `name` went and how long it took; ends it cleanly on SIGTERM."""
+    file = current_execution().scratch / "stages" / f"{name}.json"
+    file.parent.mkdir(exist_ok=True)
+    started = time.time()
+
+    def note(status: Status) -> None:
+        record = StageRecord(status, started, time.time() - started)
+        file.write_text(json.dumps(asdict(record)), encoding="utf-8")
+
+    previous = signal.signal(signal.SIGTERM, exit_on_signal)
+    note("running")
+    try:
+        yield
+    except SystemExit:
+        note("killed")
+        raise
+    except BaseException:
+        note("failed")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    note("executed")
+
+
+def exit_on_signal(number: int, _frame: FrameType | None) -> None:
+    """Turns a signal into an exit that runs every `finally`."""
+    raise SystemExit(128 + number)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a stage as a script: progress and warnings on stderr, what a user can mend without a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        main()
+    except USER_ERRORS as error:
+        logger.debug("traceback", exc_info=True)
+        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")

@@ -1,0 +1,66 @@
+"""A look at the adapter while it trains: one held-out caption drawn again and again from the same noise."""
+
+from pathlib import Path
+
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from PIL.Image import Image
+
+from sdxl_lora.config import ModelConfig
+from sdxl_lora.dataset import EncodedDataset
+from sdxl_lora.denoising import Denoiser
+from sdxl_lora.randomness import generator
+from sdxl_lora.sdxl import load_vae, open_base
+
+# A preview is looked at and thrown away: what it costs matters more than its last detail.
+NUM_INFERENCE_STEPS = 20
+GUIDANCE_SCALE = 5.0
+
+
+class Previewer:
+    """Draws the first held-out caption with the weights as they are, through the UNet that is being trained."""
+
+    def __init__(self, denoiser: Denoiser, dataset: EncodedDataset, config: ModelConfig) -> None:
+        """Loads the VAE beside `denoiser` (0.16 GiB in fp16)."""
+        vae = load_vae(config, denoiser.precision, denoiser.device)
+        vae.enable_tiling()  # a whole 1024 px decode takes GiB, a tile at a time does not
+        self._denoiser = denoiser
+        self._batch = dataset[0].to(denoiser.device)
+        self._pipeline = StableDiffusionXLPipeline(
+            vae=vae,
+            unet=denoiser.unet,
+            text_encoder=None,
+            text_encoder_2=None,
+            tokenizer=None,
+            tokenizer_2=None,
+            scheduler=EulerDiscreteScheduler.from_pretrained(open_base(config) / "scheduler"),
+            add_watermarker=False,
+        )
+        self._pipeline.set_progress_bar_config(disable=True)
+
+    def save(self, path: Path) -> Image:
+        """Draws the image and keeps it as a PNG at `path`."""
+        image = self.draw()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+        return image
+
+    @torch.no_grad()
+    def draw(self) -> Image:
+        """The held-out caption's image at the size that training sees."""
+        denoiser = self._denoiser
+        noise = torch.randn(self._batch.latents_mean.shape, generator=generator("preview"))
+        with denoiser.autocast():
+            prompt_embeds, pooled_prompt_embeds = denoiser.conditions(self._batch)
+            height, width = self._batch.time_ids[0, 4:].tolist()
+            return self._pipeline(
+                prompt_embeds=prompt_embeds,
+                pooled_prompt_embeds=pooled_prompt_embeds,
+                negative_prompt_embeds=torch.zeros_like(prompt_embeds),
+                negative_pooled_prompt_embeds=torch.zeros_like(pooled_prompt_embeds),
+                latents=noise.to(denoiser.device, prompt_embeds.dtype),
+                height=height,
+                width=width,
+                num_inference_steps=NUM_INFERENCE_STEPS,
+                guidance_scale=GUIDANCE_SCALE,
+            ).images[0]

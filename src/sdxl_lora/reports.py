@@ -1,0 +1,24 @@
+"""Small files for people, DVC and MLflow: numbers as JSON, tables as CSV."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+
+def write_numbers(path: Path, numbers: Mapping[str, object]) -> None:
+    """A nested mapping of numbers as JSON, which DVC shows as metrics."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
+    """Rows as CSV with these columns, which DVC plots."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows, columns=list(columns)).to_csv(path, index=False)
+
+
+def read_numbers(path: Path) -> dict[str, object]:
+    numbers: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+    return numbers

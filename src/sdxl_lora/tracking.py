@@ -1,0 +1,309 @@
+"""MLflow as a view of what DVC records, live while training runs and complete afterwards; it can be rebuilt.
+
+The only module that knows MLflow. What goes wrong with the tracking server never stops a stage: results are files,
+and `dvc repro -sf track_run` shows them when the server is back.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import sqlite3
+import subprocess
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from PIL import Image
+
+from sdxl_lora import paths
+from sdxl_lora.config import Params
+from sdxl_lora.execution import Execution, current_execution, parse_execution, project_root
+
+TRACKING_ERRORS = (MlflowException, OSError)  # requests' errors are OSErrors
+EXPERIMENT = "sdxl-lora"
+POINTS_A_REQUEST = 20
+ENTRIES_A_REQUEST = 100  # MLflow's own limit for params
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A tracking server, or the project's own database, and our experiment there."""
+
+    client: MlflowClient
+    experiment_id: str
+
+    def new_run(self, execution: Execution, params: Params, tags: dict[str, str]) -> str:
+        """Creates the run of this execution, or finds the one that an earlier stage created; its id."""
+        note = execution.scratch / "run_id"
+        if note.is_file():
+            return note.read_text(encoding="utf-8")
+        experiment = os.environ.get("DVC_EXP_NAME")
+        name = experiment or time.strftime("repro-%m%d-%H%M%S")
+        identity = {
+            "dvc.execution": execution.id,
+            "dvc.experiment": experiment or "",
+            "dvc.baseline": os.environ.get("DVC_EXP_BASELINE_REV") or git_commit(),
+            "mlflow.source.git.commit": git_commit(),
+            "mlflow.source.name": "dvc.yaml",
+        }
+        run = self.client.create_run(self.experiment_id, run_name=name, tags={**identity, **tags})
+        run_id: str = run.info.run_id
+        note.write_text(run_id, encoding="utf-8")
+        entries = [Param(key, str(value)) for key, value in flat(params.model_dump())]
+        for chunk in chunks(entries, ENTRIES_A_REQUEST):
+            self.client.log_batch(run_id, params=chunk)
+        return run_id
+
+    def run_of_content(self, content: str) -> str | None:
+        """The run that first showed exactly these results."""
+        query = f"tags.`dvc.content` = '{content}'"
+        found = self.client.search_runs(
+            [self.experiment_id], query, order_by=["attributes.start_time ASC"], max_results=1
+        )
+        return found[0].info.run_id if found else None
+
+    def reap(self) -> None:
+        """Marks this machine's runs as killed whose DVC command is gone; nothing else ever would."""
+        for run in self.client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'"):
+            execution = parse_execution(run.data.tags.get("dvc.execution", ""))
+            if execution is not None and not execution.is_alive():
+                self.client.set_terminated(run.info.run_id, "KILLED")
+
+
+def connect() -> Connection:
+    """Opens the server that MLFLOW_TRACKING_URI names, else the project's database, created once.
+
+    Two processes that create the database at once would crash each other: a lock keeps them apart. Database and
+    artifacts lie in the repository that DVC was started from, since a temporary copy of it is deleted.
+
+    Raises:
+        MlflowException, OSError: the server cannot be reached or refuses.
+    """
+    root = project_root()
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+    scratch = root / ".dvc" / "tmp"
+    scratch.mkdir(parents=True, exist_ok=True)
+    with FileLock(scratch / "mlflow.lock"):
+        client = MlflowClient(uri or f"sqlite:///{root / 'mlflow.db'}")
+        experiment = client.get_experiment_by_name(name)
+        if experiment is not None:
+            connection = Connection(client, experiment.experiment_id)
+        else:
+            artifacts = None if uri else (root / "mlruns" / name).as_uri()
+            connection = Connection(client, client.create_experiment(name, artifact_location=artifacts))
+            if not uri:
+                with closing(sqlite3.connect(root / "mlflow.db")) as database:
+                    database.execute("pragma journal_mode=wal")  # readers and a writer at once, 3x faster
+        connection.reap()
+    return connection
+
+
+class LiveRun:
+    """Curves and pictures while training runs. Never raises: if the server goes, it says so once and is silent."""
+
+    def __init__(self, params: Params) -> None:
+        self._points: list[Metric] = []
+        self._connection: Connection | None = None
+        with self._forgiving():
+            connection = connect()
+            self._run_id = connection.new_run(current_execution(), params, {})
+            uri = connection.client.tracking_uri
+            self._monitor = SystemMetricsMonitor(self._run_id, tracking_uri=uri)
+            self._monitor.start()
+            self._connection = connection
+
+    def log(self, step: float, **values: float) -> None:
+        """Puts a point on each curve, under `train/<name>`."""
+        now = int(time.time() * 1000)
+        self._points += [Metric(f"train/{name}", value, now, int(step)) for name, value in values.items()]
+        if len(self._points) >= POINTS_A_REQUEST:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._connection is not None:
+            with self._forgiving():
+                self._connection.client.log_batch(self._run_id, metrics=self._points)
+        self._points = []
+
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        """Shows a picture under `name` at `step`."""
+        if self._connection is not None:
+            with self._forgiving():
+                self._connection.client.log_image(self._run_id, image, key=name, step=step)
+
+    def end(self, status: str | None) -> None:
+        """Sends what is left; with a status, closes the run. A run without one goes on in later stages."""
+        if self._connection is None:
+            return
+        self.flush()
+        with self._forgiving():
+            self._monitor.finish()
+            if status is not None:
+                self._connection.client.set_terminated(self._run_id, status)
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except TRACKING_ERRORS as error:
+            self._connection = None
+            logger.warning(
+                "MLflow cannot be reached (%s): training goes on without it, and track_run will log the results "
+                "from their files",
+                type(error).__name__,
+            )
+
+
+@contextmanager
+def live_run(params: Params) -> Iterator[LiveRun]:
+    """The MLflow run of this execution, for as long as a stage reports to it."""
+    run = LiveRun(params)
+    try:
+        yield run
+    except SystemExit:
+        run.end("KILLED")
+        raise
+    except BaseException:
+        run.end("FAILED")
+        raise
+    run.end(None)
+
+
+def track_run(params: Params) -> dict[str, dict[str, str | None]]:
+    """Shows the pipeline's present results in MLflow as one complete run.
+
+    Results that DVC restored, and that a run shows already, are linked to that run instead.
+
+    Returns:
+        The pointer to that run, {"mlflow": {"run": name, "id": id}}; nulls if the server cannot be reached.
+    """
+    try:
+        connection = connect()
+        run_id = show_results(connection, params)
+        name = connection.client.get_run(run_id).info.run_name
+    except TRACKING_ERRORS as error:
+        logger.warning(
+            "MLflow cannot be reached (%s): results are safe in their files. When it is back: "
+            "`dvc repro -sf track_run`",
+            type(error).__name__,
+        )
+        return {"mlflow": {"run": None, "id": None}}
+    logger.info("MLflow run %s (%s): `make ui` shows it", name, run_id)
+    return {"mlflow": {"run": name, "id": run_id}}
+
+
+def show_results(connection: Connection, params: Params) -> str:
+    """Completes this execution's run, or finds the one that shows the same results; its id."""
+    client, execution = connection.client, current_execution()
+    records = {name: record for name, record in execution.records().items() if name != "track_run"}
+    content = content_id()
+    shown = connection.run_of_content(content)
+    if shown is not None and not records:
+        also = client.get_run(shown).data.tags.get("dvc.also", "")
+        names = set(also.split(",")) | {os.environ.get("DVC_EXP_NAME") or "repro"}
+        client.set_tag(shown, "dvc.also", ",".join(sorted(names - {""})))
+        return shown
+    run_id = connection.new_run(execution, params, {} if records else {"dvc.origin": "restored"})
+    log_curves(client, run_id)
+    log_reports(client, run_id)
+    log_pictures(client, run_id)
+    for name in pipeline_stages():
+        client.set_tag(run_id, f"stage.{name}", records[name].status if name in records else "cached")
+        if name in records:
+            client.log_metric(run_id, f"seconds/{name}", records[name].seconds)
+    client.log_artifacts(run_id, str(paths.LORA), "adapter")
+    for file in (paths.PARAMS, paths.PIPELINE, paths.LOCK):
+        client.log_artifact(run_id, str(file), "dvc")
+    client.set_tag(run_id, "dvc.content", content)
+    client.set_terminated(run_id, "FINISHED")
+    return run_id
+
+
+def log_curves(client: MlflowClient, run_id: str) -> None:
+    """The training curves from their file, unless the live run drew them to their end."""
+    curve = pd.read_csv(paths.LOSS_CURVE)
+    drawn = client.get_metric_history(run_id, "train/loss")
+    if drawn and max(point.step for point in drawn) == curve["step"].iloc[-1]:
+        return
+    now = int(time.time() * 1000)
+    steps = curve.pop("step").tolist()
+    points = [
+        Metric(f"train/{name}", value, now, step)
+        for name, values in curve.items()
+        for step, value in zip(steps, values.tolist(), strict=True)
+    ]
+    for chunk in chunks(points, ENTRIES_A_REQUEST):
+        client.log_batch(run_id, metrics=chunk)
+
+
+def log_reports(client: MlflowClient, run_id: str) -> None:
+    """Every number of every report, under the report's name."""
+    now = int(time.time() * 1000)
+    for path in paths.NUMBERS:
+        prefix = "" if path == paths.METRICS else f"{path.stem}/"
+        numbers = flat(json.loads(path.read_text(encoding="utf-8")), separator="/")
+        points = [Metric(f"{prefix}{key}", float(value), now, 0) for key, value in numbers]
+        client.log_batch(run_id, metrics=points)
+    for path in sorted(paths.REPORTS.glob("*.csv")):
+        client.log_artifact(run_id, str(path), "reports")
+
+
+def log_pictures(client: MlflowClient, run_id: str) -> None:
+    """The grid, every sample under its own name, and a table of what each was drawn from."""
+    client.log_artifact(run_id, str(paths.SAMPLE_GRID))
+    samples = pd.read_json(paths.SAMPLE_TABLE, lines=True)
+    client.log_table(run_id, samples, "samples.json")
+    for row in samples.itertuples():
+        place, seed = Path(str(row.file)).stem.split("-seed-")
+        step = round(100 * float(str(row.strength)))  # the slider of MLflow's image grid: strength in percent
+        with Image.open(paths.SAMPLES / str(row.file)) as image:
+            client.log_image(run_id, image, key=f"sample {place} seed {seed}", step=step)
+
+
+def content_id() -> str:
+    """A hash of all results but the pointer to MLflow, and of the params that they came from."""
+    stages = yaml.safe_load(paths.LOCK.read_text(encoding="utf-8"))["stages"]
+    results = {
+        name: [{out["path"]: out.get("md5") for out in entry.get("outs", [])}, entry.get("params")]
+        for name, entry in stages.items()
+        if name != "track_run"
+    }
+    return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def pipeline_stages() -> list[str]:
+    """The stages whose results a run shows."""
+    stages = yaml.safe_load(paths.PIPELINE.read_text(encoding="utf-8"))["stages"]
+    return [name for name in stages if name != "track_run"]
+
+
+def git_commit() -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def flat(tree: dict[str, Any], separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a nested mapping under joined keys: {"a": {"b": 1}} -> ("a.b", 1)."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, separator, f"{prefix}{key}{separator}")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def chunks(entries: list[Any], size: int) -> Iterable[list[Any]]:
+    return (entries[start : start + size] for start in range(0, len(entries), size))

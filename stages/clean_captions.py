@@ -1,0 +1,28 @@
+"""Stage clean_captions: raw captions -> clean captions, and a report of every change and rejection."""
+
+import pandas as pd
+
+from sdxl_lora import paths
+from sdxl_lora.captions import clean_captions
+from sdxl_lora.config import load_params
+from sdxl_lora.execution import run, stage
+from sdxl_lora.reports import write_numbers, write_table
+from sdxl_lora.sdxl import count_tokens, load_tokenizers
+
+
+def main() -> None:
+    params = load_params()
+    with stage("clean_captions"):
+        tokenizers = load_tokenizers(params.model)
+        frame = pd.read_json(paths.RAW_CAPTIONS, lines=True, dtype=False)
+        cleaned, report = clean_captions(
+            frame, params.captions, lambda texts: count_tokens(tokenizers, texts)
+        )
+        cleaned.to_json(paths.CAPTIONS, orient="records", lines=True, force_ascii=False)
+        write_numbers(paths.CAPTIONS_REPORT, report.metrics())
+        write_table(paths.CAPTION_CHANGES, report.changes, ["image", "before", "after", "rules"])
+        write_table(paths.CAPTION_REJECTIONS, report.rejections, ["image", "caption", "reason"])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,17 @@
+"""Stage track_run: all results -> one MLflow run that shows them, and a pointer to it."""
+
+from sdxl_lora import paths
+from sdxl_lora.config import load_params
+from sdxl_lora.execution import run, stage
+from sdxl_lora.reports import write_numbers
+from sdxl_lora.tracking import track_run
+
+
+def main() -> None:
+    params = load_params()
+    with stage("track_run"):
+        write_numbers(paths.MLFLOW_POINTER, track_run(params))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,288 @@
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from encoded import write_encoded_dataset
+from sdxl_lora.lora import add_adapters, lora_parameters
+from torch import Tensor
+
+from sdxl_lora.config import LoraConfig, ModelConfig, Params, TrainingConfig, load_params
+from sdxl_lora.dataset import EncodedDataset
+from sdxl_lora.denoising import Denoiser, load_denoiser
+from sdxl_lora.randomness import generator
+from sdxl_lora.training import (
+    Report,
+    draw,
+    learning_rate_factor,
+    loss_curve,
+    mean_report,
+    prepare,
+    summarise,
+    train_lora,
+)
+
+CPU = torch.device("cpu")
+SEED = 7
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return load_params(Path("recipes/demo.yaml"))
+
+
+@pytest.fixture(scope="module")
+def dataset(params: Params, tmp_path_factory: pytest.TempPathFactory) -> EncodedDataset:
+    return write_encoded_dataset(tmp_path_factory.mktemp("training") / "encoded", params.model)
+
+
+@pytest.fixture(params=["frozen", "trained"])
+def model(params: Params, request: pytest.FixtureRequest) -> ModelConfig:
+    return params.model.model_copy(update={"text_encoders": request.param})
+
+
+@pytest.fixture
+def lora(params: Params) -> LoraConfig:
+    return params.lora.model_copy(update={"rank": 4, "alpha": 8.0, "dropout": 0.0})
+
+
+@pytest.fixture
+def config(params: Params) -> TrainingConfig:
+    return params.training.model_copy(
+        update={
+            "steps": 4,
+            "batch_size": 2,
+            "accumulation": 1,
+            "optimizer": "adamw",
+            "learning_rate": 1e-2,
+            "text_encoder_learning_rate": 1e-3,
+            "warmup_steps": 1,
+            "schedule": "cosine",
+            "ema_decay": None,
+            "max_grad_norm": 0.1,
+            "caption_dropout": 0.5,
+        }
+    )
+
+
+def with_(config: TrainingConfig, **changes: Any) -> TrainingConfig:
+    return config.model_copy(update=changes)
+
+
+def adapted(model: ModelConfig, lora: LoraConfig) -> Denoiser:
+    denoiser = load_denoiser(model, "fp32", CPU)
+    add_adapters(denoiser.unet, denoiser.text_encoders, lora, SEED)
+    return denoiser
+
+
+def trained(
+    model: ModelConfig, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig
+) -> tuple[Denoiser, list[Report]]:
+    denoiser = adapted(model, lora)
+    return denoiser, list(train_lora(denoiser, dataset, config, SEED))
+
+
+def weights(denoiser: Denoiser) -> list[Tensor]:
+    return [p.detach().clone() for module in denoiser.modules for p in lora_parameters(module)]
+
+
+def relative_difference(ours: list[Tensor], theirs: list[Tensor], start: list[Tensor]) -> float:
+    """Distance between two results over the way from the start; Adam magnifies the rounding of tiny gradients."""
+    distance = sum((a - b).square().sum() for a, b in zip(ours, theirs, strict=True))
+    way = sum((b - s).square().sum() for b, s in zip(theirs, start, strict=True))
+    return float((distance / way) ** 0.5)
+
+
+def frozen_weights(denoiser: Denoiser) -> Iterator[Tensor]:
+    for module in denoiser.modules:
+        yield from (p.detach() for p in module.parameters() if not p.requires_grad)
+
+
+def test_step_is_that_of_torch_alone(
+    model: ModelConfig, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig
+) -> None:
+    """Against the textbook: PEFT's modules, torch's AdamW, the loss written out."""
+    denoiser = adapted(model, lora)
+    unet, text_encoders = denoiser.unet, denoiser.text_encoders or ()
+    optimizer = torch.optim.AdamW(
+        [{"params": lora_parameters(unet), "lr": 0.0}]
+        + [{"params": lora_parameters(text_encoder), "lr": 0.0} for text_encoder in text_encoders],
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+    )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    order = torch.randperm(8, generator=generator(SEED, "order", 0))
+    alphas = denoiser.noise_schedule.alphas_cumprod
+    for step in range(config.steps):
+        factor = learning_rate_factor(step, config)
+        for group, rate in zip(optimizer.param_groups, [1e-2, 1e-3, 1e-3], strict=False):
+            group["lr"] = factor * rate
+        batch = dataset.batch(order[2 * step : 2 * step + 2].tolist())
+        random = draw(batch, 2 * step, 1000, config.caption_dropout, SEED)
+        prompt_embeds, pooled = denoiser.conditions(batch, random.captioned)
+        alpha = alphas[random.timesteps].view(-1, 1, 1, 1)
+        prediction = unet(
+            alpha.sqrt() * random.latents + (1 - alpha).sqrt() * random.noise,
+            random.timesteps,
+            prompt_embeds,
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": batch.time_ids.float()},
+        ).sample
+        weight = (5.0 * (1 - alpha) / alpha).clamp(max=1.0)
+        assert config.min_snr_gamma == 5.0
+        loss = (weight * (prediction - random.noise) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        optimizer.step()
+    ours, _ = trained(model, lora, dataset, config)
+    assert relative_difference(weights(ours), weights(denoiser), weights(adapted(model, lora))) < 1e-3
+
+
+def test_training_changes_lora_weights_alone(
+    model: ModelConfig, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig
+) -> None:
+    untrained = adapted(model, lora)
+    denoiser, _ = trained(model, lora, dataset, config)
+    before, after = frozen_weights(untrained), frozen_weights(denoiser)
+    assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True))
+    pairs = zip(weights(untrained), weights(denoiser), strict=True)
+    assert not any(torch.equal(b, a) for b, a in pairs)
+
+
+def test_same_seed_same_adapter_to_the_bit(
+    model: ModelConfig, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig
+) -> None:
+    config, lora = with_(config, optimizer="adamw_8bit"), lora.model_copy(update={"dropout": 0.3})
+    first, second = (trained(model, lora, dataset, config)[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(weights(first), weights(second), strict=True))
+
+
+def test_accumulation_equals_a_larger_batch(
+    model: ModelConfig, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig
+) -> None:
+    once, reports = trained(model, lora, dataset, with_(config, batch_size=4))
+    parts, part_reports = trained(model, lora, dataset, with_(config, batch_size=2, accumulation=2))
+    assert [r.learning_rate for r in reports] == [r.learning_rate for r in part_reports]
+    assert [r.loss for r in part_reports] == pytest.approx([r.loss for r in reports], rel=1e-4)
+    assert relative_difference(weights(parts), weights(once), weights(adapted(model, lora))) < 5e-3
+
+
+def test_gradient_checkpointing_changes_nothing(
+    model: ModelConfig, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig
+) -> None:
+    config = with_(config, steps=2, gradient_checkpointing=True)
+    denoiser = adapted(model, lora)
+    prepare(denoiser, config)
+    list(train_lora(denoiser, dataset, config, SEED))
+    plain, _ = trained(model, lora, dataset, config)
+    assert all(torch.equal(a, b) for a, b in zip(weights(denoiser), weights(plain), strict=True))
+
+
+def test_loss_falls_on_examples_seen_again_and_again(
+    model: ModelConfig, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig
+) -> None:
+    config = with_(config, steps=24, batch_size=8, optimizer="adamw_8bit", max_grad_norm=1.0)
+    _, reports = trained(model, lora, dataset, config)
+    first, last = mean_report(reports[:6]), mean_report(reports[-6:])
+    assert last["loss"] < 0.9 * first["loss"]
+
+
+def test_bf16_trains_fp32_adapters(
+    model: ModelConfig, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig
+) -> None:
+    denoiser = load_denoiser(model, "bf16", CPU)
+    add_adapters(denoiser.unet, denoiser.text_encoders, lora, SEED)
+    config = with_(config, steps=2)
+    reports = list(train_lora(denoiser, dataset, with_(config, precision="bf16"), SEED))
+    _, exact = trained(model, lora, dataset, config)
+    assert {weight.dtype for weight in weights(denoiser)} == {torch.float32}
+    assert {weight.dtype for weight in frozen_weights(denoiser)} == {torch.bfloat16}
+    assert [r.loss for r in reports] == pytest.approx([r.loss for r in exact], rel=0.1)
+
+
+def test_moving_average_is_saved_in_place_of_the_last_weights(
+    model: ModelConfig, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig
+) -> None:
+    denoiser = adapted(model, lora)
+    average, trajectory = weights(denoiser), []
+    steps = train_lora(denoiser, dataset, with_(config, ema_decay=0.3), SEED)
+    for step, _ in enumerate(steps):
+        trajectory.append(weights(denoiser))
+        decay = min(0.3, (step + 1) / (step + 10))
+        average = [decay * a + (1 - decay) * w for a, w in zip(average, trajectory[-1], strict=True)]
+    torch.testing.assert_close(weights(denoiser), average)
+    assert not torch.equal(weights(denoiser)[0], trajectory[-1][0])
+
+
+def test_loss_that_is_not_finite_stops_and_names_the_images(
+    params: Params, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig
+) -> None:
+    denoiser = adapted(params.model.model_copy(update={"text_encoders": "frozen"}), lora)
+    steps = train_lora(denoiser, dataset, config, SEED)
+    next(steps)
+    with torch.no_grad():
+        lora_parameters(denoiser.unet)[0].fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 2, on the images \d\.png, \d\.png"):
+        next(steps)
+
+
+def test_missing_embeddings_name_the_stage_to_run(
+    params: Params, lora: LoraConfig, dataset: EncodedDataset
+) -> None:
+    denoiser = adapted(params.model.model_copy(update={"text_encoders": "frozen"}), lora)
+    batch = dataset[0]
+    bare = type(batch)(batch.latents_mean, batch.latents_std, batch.token_ids, batch.time_ids, None, None)
+    with pytest.raises(ValueError, match="dvc repro encode_dataset"):
+        denoiser.conditions(bare)
+
+
+def test_draws_belong_to_positions_not_to_batches(dataset: EncodedDataset) -> None:
+    whole = draw(dataset.batch(range(4)), 10, 1000, 0.5, SEED)
+    parts = [draw(dataset.batch(pair), 10 + pair[0], 1000, 0.5, SEED) for pair in ((0, 1), (2, 3))]
+    assert torch.equal(whole.latents, torch.cat([part.latents for part in parts]))
+    assert torch.equal(whole.noise, torch.cat([part.noise for part in parts]))
+    assert torch.equal(whole.timesteps, torch.cat([part.timesteps for part in parts]))
+
+
+def test_draws_have_the_distributions_they_claim(dataset: EncodedDataset) -> None:
+    batch = dataset.batch([0] * 400)
+    random = draw(batch, 0, 1000, 0.25, SEED)
+    residual = (random.latents - batch.latents_mean) / batch.latents_std
+    assert residual.std().item() == pytest.approx(1, abs=0.01)
+    assert random.noise.std().item() == pytest.approx(1, abs=0.01)
+    assert (residual * random.noise).mean().item() == pytest.approx(0, abs=0.01)
+    assert random.timesteps.float().mean().item() == pytest.approx(499.5, abs=45)
+    assert random.captioned.mean().item() == pytest.approx(0.75, abs=0.07)
+
+
+def test_learning_rate_rises_linearly_then_falls_along_a_cosine(config: TrainingConfig) -> None:
+    config = with_(config, steps=104, warmup_steps=4)
+    factors = [learning_rate_factor(step, config) for step in range(104)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[54] == pytest.approx(0.5)
+    assert factors[4:] == sorted(factors[4:], reverse=True)
+    assert 0 < factors[-1] < 1e-3
+
+
+def test_constant_schedule_stays_at_the_peak(config: TrainingConfig) -> None:
+    config = with_(config, schedule="constant", warmup_steps=0)
+    assert {learning_rate_factor(step, config) for step in range(4)} == {1.0}
+
+
+def test_loss_curve_averages_over_windows() -> None:
+    reports = [Report(step, float(step), 1.0, 0.1, 1.0, 0.5) for step in range(1, 6)]
+    curve = loss_curve(reports, 2)
+    assert curve["step"].tolist() == [2, 4, 5]
+    assert curve["loss"].tolist() == [1.5, 3.5, 5.0]
+
+
+def test_summary_counts_what_was_trained(params: Params, lora: LoraConfig, config: TrainingConfig) -> None:
+    denoiser = adapted(params.model.model_copy(update={"text_encoders": "trained"}), lora)
+    reports = [Report(step, float(step), 1.0, 0.1, 1.0, 0.5) for step in range(1, 5)]
+    summary = summarise(reports, denoiser, config)
+    assert summary["trainable_parameters"] == sum(weight.numel() for weight in weights(denoiser)) > 0
+    assert summary["final_loss"] == 4.0
+    assert summary["seconds"] == 2.0
+    assert summary["examples_per_second"] == 4.0
+    assert summary["peak_memory_gib"] > 0.1
