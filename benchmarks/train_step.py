@@ -9,11 +9,11 @@ import statistics
 from pathlib import Path
 
 import torch
-from sdxl_lora.lora import add_adapters
 
 from benchmarks.random_sdxl import RandomDataset, random_denoiser
 from sdxl_lora.config import load_params
 from sdxl_lora.hardware import GIB, peak_memory_gib, reserved_device
+from sdxl_lora.lora import add_adapters
 from sdxl_lora.training import prepare, train_lora
 
 WARMUP_STEPS = 4

@@ -1,19 +1,17 @@
 """Stage train_lora: encoded data set -> LoRA weights, loss curve, previews."""
 
-import json
-
-from sdxl_lora.execution import run, stage
-from sdxl_lora.lora import add_adapters, save_lora
-from sdxl_lora.tracking import live_run
 from tqdm import tqdm
 
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.denoising import load_denoiser
+from sdxl_lora.execution import run, stage
 from sdxl_lora.hardware import require_precision, reserved_device
+from sdxl_lora.lora import add_adapters, save_lora
 from sdxl_lora.previews import Previewer
 from sdxl_lora.reports import write_numbers
+from sdxl_lora.tracking import live_run
 from sdxl_lora.training import Report, loss_curve, mean_report, prepare, summarise, train_lora
 
 

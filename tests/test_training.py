@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 from encoded import write_encoded_dataset
-from sdxl_lora.lora import add_adapters, lora_parameters
 from torch import Tensor
 
 from sdxl_lora.config import LoraConfig, ModelConfig, Params, TrainingConfig, load_params
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.denoising import Denoiser, load_denoiser
+from sdxl_lora.lora import add_adapters, lora_parameters
 from sdxl_lora.randomness import generator
 from sdxl_lora.training import (
     Report,

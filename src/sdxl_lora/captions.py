@@ -21,7 +21,7 @@ Rule = Callable[[str], str]
 def repair_unicode(caption: str) -> str:
     """Undoes broken encodings, normalises to NFC, drops control characters, straightens quotes.
 
-    "a girl â€“ smiling" -> "a girl – smiling"; "Naruto&#39;s friend" -> "Naruto's friend".
+    "a cafÃ©" -> "a café"; "Naruto&#39;s friend" -> "Naruto's friend".
     """
     return ftfy.fix_text(html.unescape(caption), normalization="NFC")
 
@@ -119,18 +119,18 @@ def clean_captions(
     finals = [add_trigger(text, config.trigger) if config.trigger else text for text, _ in cleaned]
     tokens = count_tokens(finals)
     kept: list[bool] = []
-    for row, (text, applied), final, count in zip(frame.itertuples(), cleaned, finals, tokens, strict=True):
+    for row, (text, applied), count in zip(frame.to_dict("records"), cleaned, tokens, strict=True):
         reason = rejection(text, count, config)
         kept.append(reason is None)
         if reason is not None:
-            report.rejections.append({"image": row.image, "caption": row.caption, "reason": reason})
+            report.rejections.append({"image": row["image"], "caption": row["caption"], "reason": reason})
             continue
         report.tokens.append(count)
         report.truncated += count > config.max_tokens
         report.rules.update(applied)
         if applied:
             report.changes.append(
-                {"image": row.image, "before": row.caption, "after": text, "rules": ", ".join(applied)}
+                {"image": row["image"], "before": row["caption"], "after": text, "rules": ", ".join(applied)}
             )
     if not any(kept):
         raise ValueError(

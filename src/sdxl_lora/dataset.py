@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from safetensors import safe_open
@@ -89,7 +89,8 @@ class EncodedDataset:
         self.examples = [example for example in rows if example.split == split]
         if not self.examples:
             raise ValueError(f"{folder}/ has no {split} example: add images, or change encoding.held_out")
-        self._shards = {name: safe_open(folder / name, "pt") for name in {e.shard for e in self.examples}}
+        shards = {example.shard for example in self.examples}
+        self._shards: dict[str, Any] = {name: safe_open(folder / name, "pt") for name in shards}
 
     def __len__(self) -> int:
         return len(self.examples)

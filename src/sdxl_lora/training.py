@@ -213,16 +213,16 @@ class MovingAverage:
     """Exponential moving average of parameters, warmed up so that the start is soon forgotten."""
 
     def __init__(self, parameters: list[Parameter], decay: float) -> None:
-        self._parameters = parameters
+        self._weights: list[Tensor] = [parameter.detach() for parameter in parameters]
         self._decay = decay
-        self._averages = [parameter.detach().clone() for parameter in parameters]
+        self._averages = [weight.clone() for weight in self._weights]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Moves the average towards the weights after `step`, counted from 0."""
         weight = 1 - min(self._decay, (step + 1) / (step + 10))
-        torch._foreach_lerp_(self._averages, self._parameters, weight)
+        torch._foreach_lerp_(self._averages, self._weights, weight)
 
     @torch.no_grad()
     def copy_to_parameters(self) -> None:
-        torch._foreach_copy_(self._parameters, self._averages)
+        torch._foreach_copy_(self._weights, self._averages)
