@@ -1,6 +1,6 @@
 """SDXL in its real shapes with random weights: time and memory do not depend on their values.
 
-The shapes are those of stabilityai/stable-diffusion-xl-base-1.0 (Podell et al. 2023, arXiv:2307.01952, sec. 2).
+The shapes are those of SDXL base 1.0 (Podell et al. 2023, arXiv:2307.01952, section 2).
 """
 
 import torch

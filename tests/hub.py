@@ -1,7 +1,7 @@
 """A Hub of the tests' own: serves folders over HTTP on the loopback, as far as the Hub's clients ask.
 
-Each repository has one commit, on branch `main`. It answers info, tree and file requests, and can be told to fail.
-Files are served plainly, with their git blob hash as ETag; Xet is not offered, so clients do without.
+Each repository has one commit, on branch `main`. It answers info, tree and file requests, and can be told to
+fail. Files are served plainly, with their git blob hash as ETag; Xet is not offered, so clients do without.
 """
 
 import hashlib

@@ -77,11 +77,9 @@ def test_sizes_that_half_precision_cannot_hold_reach_the_unet_whole(model: Model
     seen = []
     unet.add_time_proj.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
     time_ids = torch.tensor([[4001, 70000, 0, 0, 128, 128]], dtype=torch.int32)
-    predict(
-        unet,
-        *(t.to(torch.bfloat16) if t.is_floating_point() else t for t in random_inputs(unet, 1)),
-        time_ids,
-    )
+    latents, timesteps, embeds, pooled = random_inputs(unet, 1)
+    half = torch.bfloat16
+    predict(unet, latents.to(half), timesteps, embeds.to(half), pooled.to(half), time_ids)
     assert seen[0].tolist() == [4001, 70000, 0, 0, 128, 128]
 
 

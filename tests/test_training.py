@@ -61,6 +61,7 @@ def config(params: Params) -> TrainingConfig:
             "schedule": "cosine",
             "ema_decay": None,
             "max_grad_norm": 0.1,
+            "min_snr_gamma": 5.0,
             "caption_dropout": 0.5,
         }
     )
@@ -88,7 +89,7 @@ def weights(denoiser: Denoiser) -> list[Tensor]:
 
 
 def relative_difference(ours: list[Tensor], theirs: list[Tensor], start: list[Tensor]) -> float:
-    """Distance between two results over the way from the start; Adam magnifies the rounding of tiny gradients."""
+    """Distance between two results over the way from the start; Adam magnifies rounding of tiny gradients."""
     distance = sum((a - b).square().sum() for a, b in zip(ours, theirs, strict=True))
     way = sum((b - s).square().sum() for b, s in zip(theirs, start, strict=True))
     return float((distance / way) ** 0.5)

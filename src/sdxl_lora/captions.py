@@ -27,7 +27,7 @@ def repair_unicode(caption: str) -> str:
 
 
 def collapse_whitespace(caption: str) -> str:
-    """One space between words, none at the ends or before punctuation: "a  man ,\\n smiling" -> "a man, smiling"."""
+    """One space between words, none at the ends or before commas: "a  man , smiling" -> "a man, smiling"."""
     return re.sub(r"\s+([,.;:!?])", r"\1", re.sub(r"\s+", " ", caption)).strip()
 
 
@@ -58,7 +58,7 @@ def remove_repeated_words(caption: str) -> str:
 def remove_repeated_phrases(caption: str) -> str:
     """Keeps one of a run of equal phrases: "a man in a hat in a hat in a hat" -> "a man in a hat".
 
-    The loop of two to eight words that a captioner gets stuck in, also with commas or "and" between the turns.
+    The loop of two to eight words that a captioner gets stuck in, also with commas or "and" in between.
     """
     turns = r"(?:,?\s+(?:and\s+)?\1\b)+"
     return re.sub(rf"\b(\w+(?:[\s,]+\w+){{1,7}}?){turns}", r"\1", caption, flags=re.IGNORECASE)

@@ -1,13 +1,14 @@
 """The encoded data set: what training reads instead of images and captions.
 
-A folder of safetensors shards and an index. All tensors of one example lie in the same row of the same shard, so
-latents cannot meet another image's caption. Batches are a function of (seed, step): nothing to save, nothing to
-restart wrongly on a resume.
+A folder of safetensors shards and an index. All tensors of one example lie in the same row of the same
+shard, so
+latents cannot meet another image's caption. Batches are a function of (seed, step): nothing to save, nothing
+to restart wrongly on a resume.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -58,9 +59,10 @@ class Batch:
         return len(self.latents_mean)
 
     def to(self, device: torch.device) -> Self:
-        return type(self)(
-            *(None if t is None else t.to(device, non_blocking=True) for t in self.tensors().values())
-        )
+        moved: dict[str, Any] = {
+            name: None if tensor is None else tensor.to(device) for name, tensor in self.tensors().items()
+        }
+        return replace(self, **moved)
 
     def tensors(self) -> dict[str, Tensor | None]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -100,9 +102,11 @@ class EncodedDataset:
         example = self.examples[index]
         shard, names = self._shards[example.shard], self._shards[example.shard].keys()
         rows = slice(example.row, example.row + 1)
-        return Batch(
-            **{f.name: shard.get_slice(f.name)[rows] if f.name in names else None for f in fields(Batch)}
-        )
+        columns: dict[str, Any] = {
+            field.name: shard.get_slice(field.name)[rows] if field.name in names else None
+            for field in fields(Batch)
+        }
+        return Batch(**columns)
 
     def batch(self, indices: Iterable[int]) -> Batch:
         return Batch.cat([self[index] for index in indices])

@@ -1,7 +1,7 @@
 """Images and captions from the Hub or a folder, as they are: original bytes, original captions, known origin.
 
-Nothing is decoded, re-encoded or executed. From the Hub only parquet is read, with the images inside: no script, no
-pickle, no path that a stranger chose.
+Nothing is decoded, re-encoded or executed. From the Hub only parquet is read, with the images inside: no
+script, no pickle, no path that a stranger chose.
 """
 
 import csv
@@ -122,7 +122,8 @@ def open_hub_source(config: DownloadConfig) -> Source:
     commit = resolve_commit(repository, config.revision, KEY, "dataset")
     if commit != config.revision:
         logger.warning(
-            "download.revision is %r, which may mean another commit tomorrow. Today it is %s: to make this data set "
+            "download.revision is %r, which may mean another commit tomorrow. Today it is %s: to make "
+            "this set "
             "again, set download.revision to that in params.yaml",
             config.revision,
             commit,
@@ -132,7 +133,8 @@ def open_hub_source(config: DownloadConfig) -> Source:
     files = list(snapshot.rglob("*.parquet"))
     if not files:
         raise ValueError(
-            f"{KEY}: {repository} at revision {config.revision} has no parquet file, and nothing else is read. The "
+            f"{KEY}: {repository} at revision {config.revision} has no parquet file, and nothing else is read. "
+            "The "
             f"Hub converts public data sets itself: set download.revision to {PARQUET_BRANCH}"
         )
     try:
@@ -162,7 +164,7 @@ def hub_examples(rows: Iterable[dict[str, Any]], config: DownloadConfig) -> Iter
         if not isinstance(content, bytes):
             raise ValueError(
                 f"download.image_column: row {number} of {config.repository} has no image bytes in "
-                f"{config.image_column!r} (it has {type(content).__name__}); images must lie in the parquet file"
+                f"{config.image_column!r} (it has {type(content).__name__}); images must lie in the file"
             )
         yield RawExample(content, caption_of(row, number, config))
 
@@ -225,8 +227,8 @@ def image_file(folder: Path, row: dict[str, Any], number: int, config: DownloadC
     """The image that a row of the metadata names.
 
     Raises:
-        ValueError: the name leads out of the folder, or to a hidden file, which the folder's digest leaves out.
-        FileNotFoundError: there is no such file.
+        ValueError: the name leads out of the folder, or to a hidden file, which the folder's digest leaves
+        out. FileNotFoundError: there is no such file.
     """
     name = row[config.image_column]
     if not isinstance(name, str):

@@ -1,4 +1,4 @@
-"""Images and captions to what training reads: VAE latents, token ids, embeddings, size conditions, in shards."""
+"""Images and captions to what training reads: latents, token ids, embeddings, size conditions, in shards."""
 
 import json
 import shutil
@@ -140,8 +140,9 @@ def encode_batch(
     for row, latents in zip(kept, mean, strict=True):
         if not torch.isfinite(latents).all():
             raise ValueError(
-                f"{row.image}: its latents are not finite in {config.vae_precision}: set encoding.vae_precision to "
-                "fp32, or model.vae to madebyollin/sdxl-vae-fp16-fix"
+                f"{row.image}: its latents are not finite in {config.vae_precision}: "
+                "set encoding.vae_precision "
+                "to fp32, or model.vae to madebyollin/sdxl-vae-fp16-fix"
             )
     token_ids = tokenize(encoders.tokenizers, [row.caption for row in kept])
     embeds = embed_captions(encoders.text_encoders, token_ids)
@@ -168,7 +169,7 @@ def encode_images(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
 def embed_captions(
     text_encoders: TextEncoders | None, token_ids: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Prompt embeddings and pooled ones on the CPU, in the encoders' precision; None and None without encoders."""
+    """Prompt embeddings and pooled ones on the CPU, in the encoders' precision; None, None without encoders."""
     if text_encoders is None:
         return None, None
     prompt_embeds, pooled_prompt_embeds = embed_tokens(text_encoders, token_ids.to(text_encoders[0].device))
@@ -209,8 +210,8 @@ def refuse_empty_split(report: EncodingReport, num_rows: int) -> None:
     for split, count in report.examples.items():
         if count == 0:
             raise ValueError(
-                f"no readable image is left for the {split} split ({len(report.rejected)} of {num_rows} images "
-                f"were rejected, {report.rejected[:3]}): add images, or correct those that are named"
+                f"no readable image is left for the {split} split ({len(report.rejected)} of {num_rows} "
+                f"images were rejected, {report.rejected[:3]}): add images, or correct those that are named"
             )
 
 

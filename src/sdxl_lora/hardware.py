@@ -80,8 +80,8 @@ def require_precision(device: torch.device, precision: Precision, key: str) -> N
     if precision == "fp16" and device.type == "cpu":
         raise ValueError(
             f"{key} is fp16, which takes a CUDA GPU, and PyTorch {torch.__version__} sees none here. "
-            "The 16 GB recipe is made for a GPU with that much memory; `make recipe NAME=demo` selects the one "
-            f"that runs on a CPU, {key}: fp32 makes this one do so, slowly"
+            "The 16 GB recipe is made for a GPU with that much memory; `make recipe NAME=demo` selects the "
+            f"one that runs on a CPU, {key}: fp32 makes this one do so, slowly"
         )
 
 

@@ -1,4 +1,4 @@
-"""Pictures as the VAE wants them: RGB on white, a square cut out, SDXL's size conditions kept. Knows no model."""
+"""Pictures as the VAE wants them: RGB on white, a square cut out, size conditions kept. Knows no model."""
 
 import warnings
 from pathlib import Path
@@ -56,7 +56,7 @@ def resize_and_crop(
         generator: what a random crop is drawn from.
 
     Returns:
-        The square, and original (height, width), crop (top, left) in the resized image, target (height, width).
+        The square, and original (height, width), crop (top, left) after resizing, target (height, width).
     """
     width, height = image.size
     scale = resolution / min(width, height)

@@ -18,7 +18,7 @@ GUIDANCE_SCALE = 5.0
 
 
 class Previewer:
-    """Draws the first held-out caption with the weights as they are, through the UNet that is being trained."""
+    """Draws the first held-out caption with the weights as they are, through the UNet in training."""
 
     def __init__(self, denoiser: Denoiser, dataset: EncodedDataset, config: ModelConfig) -> None:
         """Loads the VAE beside `denoiser` (0.16 GiB in fp16)."""

@@ -1,7 +1,7 @@
 """Where models and data sets come from: a Hub repository at a revision, or a local folder at a digest.
 
-A folder is pinned by the digest of its content, so that a changed file cannot pass for the one that an earlier
-result was made from. `python -m sdxl_lora.sources ./folder` says it.
+A folder is pinned by the digest of its content, so that a changed file cannot pass for the one that an
+earlier result was made from. `python -m sdxl_lora.sources ./folder` says it.
 """
 
 import argparse
@@ -90,8 +90,8 @@ def open_repository(
     Args:
         revision: commit, tag or branch; for a folder its digest.
         key: params key that names the repository, for error messages.
-        patterns: files to download, as globs. There must be one for every pattern of safetensors: no other kind
-            of weights is ever read.
+        patterns: files to download, as globs. There must be one for every pattern of safetensors: no other
+            kind of weights is ever read.
 
     Raises:
         FileNotFoundError: no such folder, repository or revision, or it has no safetensors.
@@ -122,8 +122,8 @@ def download_size(
 ) -> int:
     """Bytes that `open_repository` would download from the Hub now; 0 if the Hub cannot be asked.
 
-    Raises as `open_repository`, but where the Hub is out of reach: only the download itself knows whether the cache
-    has all that is needed.
+    Raises as `open_repository`, but where the Hub is out of reach: only the download itself knows whether
+    the cache has all that is needed.
     """
     with explained_hub_errors(repository, revision, key), suppress(DryRunError):
         files = snapshot_download(
@@ -186,7 +186,8 @@ def unreachable(error: Exception, place: str) -> OSError:
         status = cause.response.status_code
         if status in REFUSED:
             return PermissionError(
-                f"{place}: the Hub refuses access (status {status}); `hf auth login` with a token that may read it"
+                f"{place}: the Hub refuses access (status {status}); "
+                "`hf auth login` with a token that may read it"
             )
         reason = f"answers with status {status}"
     else:

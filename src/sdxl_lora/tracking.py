@@ -1,7 +1,7 @@
 """MLflow as a view of what DVC records, live while training runs and complete afterwards; it can be rebuilt.
 
-The only module that knows MLflow. What goes wrong with the tracking server never stops a stage: results are files,
-and `dvc repro -sf track_run` shows them when the server is back.
+The only module that knows MLflow. What goes wrong with the tracking server never stops a stage: results are
+files, and `dvc repro -sf track_run` shows them when the server is back.
 """
 
 import hashlib
@@ -86,8 +86,8 @@ class Connection:
 def connect() -> Connection:
     """Opens the server that MLFLOW_TRACKING_URI names, else the project's database, created once.
 
-    Two processes that create the database at once would crash each other: a lock keeps them apart. Database and
-    artifacts lie in the repository that DVC was started from, since a temporary copy of it is deleted.
+    Two processes that create the database at once would crash each other: a lock keeps them apart. Database
+    and artifacts lie in the repository that DVC was started from, since a temporary copy of it is deleted.
 
     Raises:
         MlflowException, OSError: the server cannot be reached or refuses.
@@ -113,7 +113,7 @@ def connect() -> Connection:
 
 
 class LiveRun:
-    """Curves and pictures while training runs. Never raises: if the server goes, it says so once and is silent."""
+    """Curves and pictures while training runs. Never raises: if the server goes, it says so once."""
 
     def __init__(self, params: Params) -> None:
         self._points: list[Metric] = []
@@ -162,8 +162,8 @@ class LiveRun:
         except TRACKING_ERRORS as error:
             self._connection = None
             logger.warning(
-                "MLflow cannot be reached (%s): training goes on without it, and track_run will log the results "
-                "from their files",
+                "MLflow cannot be reached (%s): training goes on without it, and track_run will log the "
+                "results from their files",
                 type(error).__name__,
             )
 

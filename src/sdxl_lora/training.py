@@ -1,7 +1,7 @@
 """Fine-tuning the adapters: the loop, and what one step is made of. Knows no file, no log and no tracker.
 
-Every random draw is keyed by (seed, position), where position counts examples from the start of training, so a
-step does not depend on the steps before it but through the weights.
+Every random draw is keyed by (seed, position), where position counts examples from the start of training, so
+a step does not depend on the steps before it but through the weights.
 """
 
 import math
@@ -161,7 +161,7 @@ def draw(batch: Batch, start: int, num_timesteps: int, caption_dropout: float, s
 def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     """Share of the peak learning rate at `step`, counted from 0: a linear rise, then a cosine or nothing.
 
-    The cosine reaches 0 just after the last step (Loshchilov & Hutter 2017, arXiv:1608.03983, without restarts).
+    The cosine reaches 0 just after the last step (Loshchilov & Hutter 2017, arXiv:1608.03983).
     """
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
