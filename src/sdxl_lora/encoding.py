@@ -169,7 +169,7 @@ def encode_images(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
 def embed_captions(
     text_encoders: TextEncoders | None, token_ids: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Prompt embeddings and pooled ones on the CPU, in the encoders' precision; None, None without encoders."""
+    """Prompt embeddings and pooled ones on the CPU, in their encoders' precision; both None without."""
     if text_encoders is None:
         return None, None
     prompt_embeds, pooled_prompt_embeds = embed_tokens(text_encoders, token_ids.to(text_encoders[0].device))

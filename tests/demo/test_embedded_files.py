@@ -36,7 +36,7 @@ def test_embedded_folder_has_a_card_with_its_licence(folder: str) -> None:
 def test_every_pinned_package_is_attributed_and_none_is_share_alike() -> None:
     attribution = (DEMO / "ATTRIBUTION.md").read_text()
     packages = json.loads((DEMO / "build/package.json").read_text())["dependencies"]
-    used = {name for name in packages if name != "@iconify-json/fluent-emoji"}
+    used = set(packages)
     for name in used:
         assert name.removesuffix("-high-contrast") in attribution, name
     assert "SA" not in attribution
@@ -72,19 +72,19 @@ def test_dataset_lacks_what_the_demo_is_judged_by() -> None:
 
 
 def test_base_model_draws_through_diffusers_own_pipeline() -> None:
-    pipeline = StableDiffusionXLPipeline.from_pretrained(DEMO / "base_model", torch_dtype=torch.float32)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(DEMO / "base_model", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     images = pipeline(
         "pizza, noto style",
         height=128,
         width=128,
-        num_inference_steps=4,
+        num_inference_steps=25,
         generator=generator,
         output_type="pt",
     ).images
     corners = images[0, :, [0, 0, -1, -1], [0, -1, 0, -1]]
-    assert corners.min() > 0.9  # a thing on white, even after four steps
+    assert corners.min() > 0.9  # a thing on white
     assert images.std() > 0.1
 
 
