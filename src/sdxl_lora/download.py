@@ -133,9 +133,8 @@ def open_hub_source(config: DownloadConfig) -> Source:
     files = list(snapshot.rglob("*.parquet"))
     if not files:
         raise ValueError(
-            f"{KEY}: {repository} at revision {config.revision} has no parquet file, and nothing else is read. "
-            "The "
-            f"Hub converts public data sets itself: set download.revision to {PARQUET_BRANCH}"
+            f"{KEY}: {repository} at revision {config.revision} has no parquet file, and nothing else is "
+            f"read. The Hub converts public data sets itself: set download.revision to {PARQUET_BRANCH}"
         )
     try:
         dataset = datasets.load_dataset(str(snapshot), split=config.split, streaming=True).decode(False)
