@@ -23,7 +23,10 @@ DEVICE_VARIABLE = "SDXL_LORA_DEVICE"
 def choose_device() -> torch.device:
     """The device that SDXL_LORA_DEVICE names, else the current GPU, else the CPU."""
     name = os.environ.get(DEVICE_VARIABLE) or ("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())  # a memory cap needs to know which GPU
+    return device
 
 
 @contextmanager

@@ -1,0 +1,128 @@
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from mlflow import MlflowClient
+from PIL import Image
+
+from sdxl_lora import paths
+from sdxl_lora.config import Params, load_params
+from sdxl_lora.execution import Execution, current_execution, machine_digest, stage
+from sdxl_lora.reports import write_numbers
+from sdxl_lora.samples import Sample, save_table
+from sdxl_lora.tracking import EXPERIMENT, connect, live_run, track_run
+
+REPOSITORY = Path(__file__).parents[1]
+CLOSED = "http://127.0.0.1:9"
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A project in which every stage but track_run has run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(REPOSITORY / "recipes/demo.yaml", paths.PARAMS)
+    shutil.copy(REPOSITORY / "dvc.yaml", paths.PIPELINE)
+    outs = [{"path": "data/lora", "md5": "1"}]
+    paths.LOCK.write_text(yaml.safe_dump({"stages": {"train_lora": {"outs": outs}}}))
+    for number, path in enumerate(paths.NUMBERS):
+        write_numbers(path, {"group": {"value": float(number)}})
+    curve = pd.DataFrame({"step": [10, 20], "loss": [0.5, 0.25]})
+    curve.to_csv(paths.LOSS_CURVE, index=False)
+    paths.LORA.mkdir()
+    (paths.LORA / "adapter.safetensors").write_bytes(b"weights")
+    sample = Sample("strength-1/00-seed-0.png", "red apple", 0, 1.0)
+    (paths.SAMPLES / sample.file).parent.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(paths.SAMPLES / sample.file)
+    Image.new("RGB", (8, 8)).save(paths.SAMPLE_GRID)
+    save_table(paths.SAMPLE_TABLE, [sample])
+
+
+@pytest.fixture
+def params() -> Params:
+    return load_params(REPOSITORY / "recipes/demo.yaml")
+
+
+def client() -> MlflowClient:
+    return connect().client
+
+
+def test_run_shows_params_curves_numbers_pictures_and_the_adapter(params: Params) -> None:
+    with stage("train_lora"):
+        pass
+    pointer = track_run(params)["mlflow"]
+    run = client().get_run(str(pointer["id"]))
+    assert run.info.status == "FINISHED"
+    assert run.data.params["lora.rank"] == str(params.lora.rank)
+    history = client().get_metric_history(run.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(10, 0.5), (20, 0.25)]
+    assert run.data.metrics["training/group/value"] == 2.0
+    assert run.data.tags["stage.train_lora"] == "executed"
+    assert run.data.tags["stage.encode_dataset"] == "cached"
+    artifacts = {item.path for item in client().list_artifacts(run.info.run_id)}
+    assert {"adapter", "dvc", "grid.png", "images", "reports", "samples.json"} <= artifacts
+
+
+def test_live_curve_is_not_drawn_twice(params: Params) -> None:
+    with stage("train_lora"), live_run(params) as run:
+        run.log(10, loss=0.5)
+        run.log(20, loss=0.25)
+    pointer = track_run(params)["mlflow"]
+    assert len(client().get_metric_history(str(pointer["id"]), "train/loss")) == 2
+    assert len(client().search_runs([connect().experiment_id])) == 1
+
+
+def test_restored_results_are_linked_to_the_run_that_made_them(params: Params) -> None:
+    with stage("train_lora"):
+        pass
+    first = track_run(params)
+    shutil.rmtree(current_execution().scratch)
+    assert track_run(params) == first
+    assert len(client().search_runs([connect().experiment_id])) == 1
+
+
+def test_failed_training_is_marked_so(params: Params) -> None:
+    with pytest.raises(KeyError), live_run(params):
+        raise KeyError("x")
+    assert client().search_runs([connect().experiment_id])[0].info.status == "FAILED"
+
+
+def test_runs_whose_process_is_gone_are_marked_killed(params: Params) -> None:
+    gone = Execution(machine_digest(), 999_999_999, 1)
+    run_id = connect().new_run(gone, params, {})
+    assert client().get_run(run_id).info.status == "KILLED"
+
+
+def test_server_that_is_down_stops_nothing(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", CLOSED)
+    with live_run(params) as run:
+        run.log(1, loss=0.5)
+        run.image("preview", Image.new("RGB", (8, 8)), 1)
+    assert track_run(params) == {"mlflow": {"run": None, "id": None}}
+
+
+def test_nothing_logged_tells_the_host_or_the_home_folder(params: Params) -> None:
+    run_id = str(track_run(params)["mlflow"]["id"])
+    run = client().get_run(run_id)
+    said = json.dumps({**run.data.tags, **run.data.params})
+    assert str(Path.home()) not in said
+    assert "mlflow.user" not in run.data.tags
+
+
+def test_two_processes_can_create_the_database_at_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from sdxl_lora.tracking import connect; connect()"]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=120)[1].count("Traceback") for process in processes] == [0, 0]
+    assert [process.returncode for process in processes] == [0, 0]
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        assert database.execute("pragma journal_mode").fetchone() == ("wal",)
+        query = "select count(*) from experiments where name = ?"
+        assert database.execute(query, (EXPERIMENT,)).fetchone() == (1,)
