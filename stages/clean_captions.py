@@ -1,9 +1,7 @@
 """Stage clean_captions: raw captions -> clean captions, and a report of every change and rejection."""
 
-import pandas as pd
-
 from sdxl_lora import paths
-from sdxl_lora.captions import clean_captions
+from sdxl_lora.captions import clean_captions, read_captions
 from sdxl_lora.config import load_params
 from sdxl_lora.execution import run, stage
 from sdxl_lora.reports import write_numbers, write_table
@@ -13,8 +11,8 @@ from sdxl_lora.sdxl import count_tokens, load_tokenizers
 def main() -> None:
     params = load_params()
     with stage("clean_captions"):
+        frame = read_captions(paths.RAW_CAPTIONS)
         tokenizers = load_tokenizers(params.model)
-        frame = pd.read_json(paths.RAW_CAPTIONS, lines=True, dtype=False)
         cleaned, report = clean_captions(
             frame, params.captions, lambda texts: count_tokens(tokenizers, texts)
         )

@@ -66,6 +66,9 @@ def test_whitespace_is_collapsed(caption: str, expected: str) -> None:
         ("An arafed dog", "A dog"),
         ("a giraffe in a field", "a giraffe in a field"),
         ("ARAFED cat", "cat"),
+        ("arafed, a man", "a man"),
+        ("a man, arafed, in a hat", "a man, in a hat"),
+        ("an arafed", ""),
     ],
 )
 def test_words_that_captioners_make_up_are_removed(caption: str, expected: str) -> None:
@@ -95,6 +98,7 @@ def test_repeated_phrases_are_kept_once(caption: str, expected: str) -> None:
 def test_trigger_is_put_in_front_once() -> None:
     assert add_trigger("a man", "naruto style") == "naruto style, a man"
     assert add_trigger("Naruto style, a man", "naruto style") == "Naruto style, a man"
+    assert add_trigger("style guides", "style guide") == "style guide, style guides"
 
 
 def test_report_names_every_change_and_rejection() -> None:

@@ -13,13 +13,15 @@ from sdxl_lora.encoding import (
     CaptionedImage,
     Encoders,
     EncodingReport,
+    embed_captions,
     encode_dataset,
     encode_images,
     load_encoders,
     read_captions,
     split_by_content,
 )
-from sdxl_lora.images import to_tensor
+from sdxl_lora.images import load_image, to_tensor
+from sdxl_lora.sdxl import load_pipeline, tokenize
 
 CPU = torch.device("cpu")
 PARAMS = load_params(Path("recipes/demo.yaml"))
@@ -61,7 +63,7 @@ def encode(
     config: EncodingConfig = CONFIG,
 ) -> EncodingReport:
     report = EncodingReport()
-    assert sum(encode_dataset(rows, images, encoders, config, folder, report)) <= len(rows)
+    assert sum(encode_dataset(rows, images, encoders, config, folder, report)) == len(rows)
     return report
 
 
@@ -72,6 +74,8 @@ def test_every_row_pairs_an_image_with_its_own_caption(
     assert sum(report.examples.values()) == 12
     for split in ("train", "held_out"):
         dataset = EncodedDataset(tmp_path / "encoded", split)
+        indices = [int(Path(example.image).stem) for example in dataset.examples]
+        assert indices == sorted(indices)
         for position, example in enumerate(dataset.examples):
             index = int(Path(example.image).stem)
             pixels = to_tensor(Image.open(images / f"{index}.png"))
@@ -80,6 +84,62 @@ def test_every_row_pairs_an_image_with_its_own_caption(
             ids = encoders.tokenizers[0](example.caption).input_ids
             assert dataset[position].token_ids[0, 0, : len(ids)].tolist() == ids
             assert example.caption == f"picture {index}"
+
+
+def test_latents_decode_to_the_picture(encoders: Encoders) -> None:
+    """The demo's small VAE gives this picture back at 34.5 dB."""
+    pixels = to_tensor(load_image(Path("demo/dataset/images/alien-monster.webp")))[None]
+    latents, std = encode_images(encoders.vae, pixels)
+    with torch.no_grad():
+        decoded = encoders.vae.decode(latents / encoders.vae.config.scaling_factor).sample
+    assert 10 * torch.log10(4 / (decoded - pixels).square().mean()) > 33
+    assert (std > 0).all()
+
+
+def test_latents_are_what_diffusers_encodes_and_scales(encoders: Encoders) -> None:
+    pixels = to_tensor(load_image(Path("demo/dataset/images/alien-monster.webp")))[None]
+    mean, std = encode_images(encoders.vae, pixels)
+    drawn = [
+        encoders.vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(s)) for s in range(64)
+    ]
+    samples = torch.cat(drawn) * encoders.vae.config.scaling_factor
+    torch.testing.assert_close(samples.mean(0), mean[0], rtol=0, atol=float(std.max()) * 5 / 8)
+    assert float((samples.std(0) / std[0]).mean()) == pytest.approx(1, abs=0.02)
+
+
+def test_latents_are_shifted_and_scaled_as_the_vae_says() -> None:
+    """The demo's VAE has a factor of 1, which would hide a factor left out."""
+    vae = load_encoders(PARAMS.model, CONFIG, CPU).vae
+    pixels = torch.zeros(1, 3, 64, 64)
+    mean, std = encode_images(vae, pixels)
+    factor = vae.config.scaling_factor
+    vae.register_to_config(scaling_factor=0.5, shift_factor=0.25)
+    torch.testing.assert_close(encode_images(vae, pixels), ((mean / factor - 0.25) / 2, std / factor / 2))
+
+
+def test_captions_are_read_as_the_pipeline_reads_them(encoders: Encoders) -> None:
+    captions = ["red apple, noto style", "a very long caption " * 40]
+    embeds = embed_captions(encoders.text_encoders, tokenize(encoders.tokenizers, captions))
+    pipeline = load_pipeline(PARAMS.model, "fp32", CPU)
+    expected, _, pooled, _ = pipeline.encode_prompt(captions, device=CPU, do_classifier_free_guidance=False)
+    torch.testing.assert_close(embeds, (expected, pooled), rtol=0, atol=1e-5)
+
+
+def test_missing_image_stops_the_stage(images: Path, encoders: Encoders, tmp_path: Path) -> None:
+    rows = rows_of(images)
+    (images / "3.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"3\.png"):
+        encode(images, rows, encoders, tmp_path / "encoded")
+
+
+def test_no_readable_image_is_an_error_that_names_some(
+    images: Path, encoders: Encoders, tmp_path: Path
+) -> None:
+    rows = rows_of(images)
+    for file in images.iterdir():
+        file.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"no readable image is left.*12 of 12.*\d+\.png"):
+        encode(images, rows, encoders, tmp_path / "encoded")
 
 
 def test_same_images_same_bytes(images: Path, encoders: Encoders, tmp_path: Path) -> None:

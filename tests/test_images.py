@@ -41,6 +41,22 @@ def test_sixteen_bits_keep_their_greys(tmp_path: Path) -> None:
     assert [image.getpixel((x, 0)) for x in range(3)] == [(0, 0, 0), (127, 127, 127), (255, 255, 255)]
 
 
+def test_dark_sixteen_bit_pictures_stay_dark(tmp_path: Path) -> None:
+    dark = Image.fromarray(np.full((4, 4), 2570, dtype=np.uint16))
+    assert load_image(save(dark, tmp_path / "a.png")).getpixel((0, 0)) == (10, 10, 10)
+
+
+def test_greys_without_a_known_white_are_refused(tmp_path: Path) -> None:
+    path = save(Image.fromarray(np.ones((4, 4), dtype=np.float32)), tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match=r"a\.tiff: .* which value is white"):
+        load_image(path)
+
+
+def test_missing_file_is_not_taken_for_a_bad_image(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"a\.png"):
+        load_image(tmp_path / "a.png")
+
+
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -87,6 +103,14 @@ def test_crop_condition_says_where_the_square_was_cut_out() -> None:
     ramp = np.tile(np.arange(256, dtype=np.uint8), (64, 1))
     square, sizes = resize_and_crop(Image.fromarray(ramp).convert("RGB"), 64, "random", generator(3))
     assert square.getpixel((0, 0)) == (sizes[3],) * 3
+
+
+def test_random_squares_differ_and_the_centre_is_the_centre() -> None:
+    image = Image.new("RGB", (164, 64))
+    lefts = {resize_and_crop(image, 64, "random", generator(seed))[1][3] for seed in range(200)}
+    assert min(lefts) < 10
+    assert max(lefts) > 90
+    assert resize_and_crop(image, 64, "center", generator(0))[1][2:4] == (0, 50)
 
 
 def test_pixels_reach_from_minus_one_to_one() -> None:

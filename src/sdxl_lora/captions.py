@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import ftfy
 import pandas as pd
@@ -35,13 +36,14 @@ def remove_artefacts(caption: str, artefacts: Sequence[str]) -> str:
     """Drops words that a captioner made up: "arafed man with a hat" -> "man with a hat".
 
     An article before such a word stays with the word that follows: "an arafed image" -> "an image",
-    "an araffe man" -> "a man".
+    "an araffe man" -> "a man". Its comma goes with it: "a man, arafed, in a hat" -> "a man, in a hat".
     """
     if not artefacts:
         return caption
     words = "|".join(re.escape(artefact) for artefact in sorted(artefacts, key=len, reverse=True))
     caption = re.sub(rf"\b(an?)\s+(?:(?:{words})\s+)+(\w)", with_article, caption, flags=re.IGNORECASE)
-    return re.sub(rf"\b(?:{words})\b\s*", "", caption, flags=re.IGNORECASE)
+    caption = re.sub(rf"(?:\b(?:an?|the)\s+)?\b(?:{words})\W*$", "", caption, flags=re.IGNORECASE)
+    return re.sub(rf"\b(?:{words})\b[\s,]*", "", caption, flags=re.IGNORECASE)
 
 
 def with_article(match: re.Match[str]) -> str:
@@ -66,7 +68,7 @@ def remove_repeated_phrases(caption: str) -> str:
 
 def add_trigger(caption: str, trigger: str) -> str:
     """Puts the trigger phrase in front, unless it is there: "a man" -> "naruto style, a man"."""
-    if caption.lower().startswith(trigger.lower()):
+    if re.match(rf"{re.escape(trigger)}(?!\w)", caption, flags=re.IGNORECASE):
         return caption
     return f"{trigger}, {caption}"
 
@@ -96,6 +98,17 @@ class CaptionsReport:
             "tokens": {"mean": sum(self.tokens) / len(self.tokens), "max": max(self.tokens)},
             "changed_by": dict(sorted(self.rules.items())),
         }
+
+
+def read_captions(path: Path) -> pd.DataFrame:
+    """Columns id, image and caption of what download_dataset wrote.
+
+    Raises:
+        FileNotFoundError: it did not run.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found: run `dvc repro download_dataset` first")
+    return pd.read_json(path, lines=True, dtype=False)
 
 
 def clean_captions(

@@ -94,8 +94,10 @@ def encode_dataset(
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    unique = without_duplicates(rows, report)
+    yield len(rows) - len(unique)
     examples: list[Example] = []
-    for split, members in split_by_content(without_duplicates(rows, report), config.held_out).items():
+    for split, members in split_by_content(unique, config.held_out).items():
         for number, start in enumerate(range(0, len(members), config.shard_size)):
             shard, kept, batches = f"{split}-{number:05d}.safetensors", [], []
             for rows_of_batch in in_batches(members[start : start + config.shard_size], config.batch_size):
@@ -137,16 +139,19 @@ def encode_batch(
     if not kept:
         return [], None
     mean, std = encode_images(encoders.vae, torch.stack(pixels))
-    for row, latents in zip(kept, mean, strict=True):
-        if not torch.isfinite(latents).all():
-            raise ValueError(
-                f"{row.image}: its latents are not finite in {config.vae_precision}: "
-                "set encoding.vae_precision "
-                "to fp32, or model.vae to madebyollin/sdxl-vae-fp16-fix"
-            )
+    refuse_infinite_latents(kept, mean + std, config)
     token_ids = tokenize(encoders.tokenizers, [row.caption for row in kept])
     embeds = embed_captions(encoders.text_encoders, token_ids)
     return kept, Batch(mean, std, token_ids, torch.tensor(time_ids, dtype=torch.int32), *embeds)
+
+
+def refuse_infinite_latents(rows: Sequence[CaptionedImage], latents: Tensor, config: EncodingConfig) -> None:
+    for row, finite in zip(rows, latents.isfinite().flatten(1).all(1).tolist(), strict=True):
+        if not finite:
+            raise ValueError(
+                f"{row.image}: its latents are not finite in {config.vae_precision}: "
+                "set encoding.vae_precision to fp32, or model.vae to madebyollin/sdxl-vae-fp16-fix"
+            )
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ def load_image(path: Path) -> Image.Image:
 
     Raises:
         ValueError: the file is no image, is truncated or would unpack to an absurd size; names the file.
+        OSError: the file cannot be read at all: missing, forbidden, a failing disk.
     """
     try:
         with warnings.catch_warnings():
@@ -26,16 +27,23 @@ def load_image(path: Path) -> Image.Image:
                 image.load()
                 return on_white(ImageOps.exif_transpose(image))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system's fault, not the image's: leaving the image out would hide it
         raise ValueError(f"{path.name}: not a readable image ({error})") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{path.name}: too many pixels ({error})") from error
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """`image` as 8-bit RGB, its transparent parts white."""
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((values / max(values.max(), 1) * 255).round().astype(np.uint8))
+    """`image` as 8-bit RGB, its transparent parts white.
+
+    Raises:
+        ValueError: 32-bit greys, whose white is not agreed upon.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits a pixel, and nothing says which value is white: save it with 8 or 16")
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
