@@ -14,6 +14,12 @@ def _bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
         shutil.copy(REPOSITORY / name, tmp_path)
     monkeypatch.chdir(tmp_path)
+    for name in (
+        "MAKEFLAGS",
+        "MAKELEVEL",
+        "MFLAGS",
+    ):  # `make test` runs this too, and a make in a make says so
+        monkeypatch.delenv(name, raising=False)
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
