@@ -9,8 +9,8 @@ from PIL import Image as Images
 from PIL.Image import Image
 
 from sdxl_lora.config import Params, SamplingConfig, load_params
-from sdxl_lora.samples import Sample, load_table, save_sample, save_table
-from sdxl_lora.sampling import grid, initial_noise, load_adapter, sample_images, strength_name
+from sdxl_lora.samples import Sample, load_table, save_sample, save_table, strength_name
+from sdxl_lora.sampling import grid, initial_noise, load_adapter, sample_images
 from sdxl_lora.sdxl import load_pipeline
 
 CPU = torch.device("cpu")

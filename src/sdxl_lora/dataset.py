@@ -1,9 +1,8 @@
 """The encoded data set: what training reads instead of images and captions.
 
 A folder of safetensors shards and an index. All tensors of one example lie in the same row of the same
-shard, so
-latents cannot meet another image's caption. Batches are a function of (seed, step): nothing to save, nothing
-to restart wrongly on a resume.
+shard, so latents cannot meet another image's caption. Batches are a function of (seed, step): nothing to
+save, nothing to restart wrongly on a resume.
 """
 
 import json

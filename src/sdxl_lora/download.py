@@ -122,9 +122,8 @@ def open_hub_source(config: DownloadConfig) -> Source:
     commit = resolve_commit(repository, config.revision, KEY, "dataset")
     if commit != config.revision:
         logger.warning(
-            "download.revision is %r, which may mean another commit tomorrow. Today it is %s: to make "
-            "this set "
-            "again, set download.revision to that in params.yaml",
+            "download.revision is %r, which may mean another commit tomorrow. Today it is %s: to "
+            "make this set again, set download.revision to that in params.yaml",
             config.revision,
             commit,
         )
@@ -226,8 +225,8 @@ def image_file(folder: Path, row: dict[str, Any], number: int, config: DownloadC
     """The image that a row of the metadata names.
 
     Raises:
-        ValueError: the name leads out of the folder, or to a hidden file, which the folder's digest leaves
-        out. FileNotFoundError: there is no such file.
+        ValueError: the name leads out of the folder, or to a hidden file, which has no part in its digest.
+        FileNotFoundError: there is no such file.
     """
     name = row[config.image_column]
     if not isinstance(name, str):

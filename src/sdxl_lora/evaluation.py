@@ -22,7 +22,7 @@ from sdxl_lora.denoising import Denoiser
 from sdxl_lora.lora import strength
 from sdxl_lora.metrics import clip_score, retrieval_at_1, zero_shot_probability
 from sdxl_lora.randomness import generator
-from sdxl_lora.samples import Sample
+from sdxl_lora.samples import Sample, strength_name
 from sdxl_lora.sources import open_repository
 
 
@@ -144,7 +144,7 @@ def score_samples(
         prompts = [sample.prompt for sample in chosen]
         images = scorer.image_features([Image.open(folder / sample.file).convert("RGB") for sample in chosen])
         texts = scorer.text_features(prompts)
-        name = {0.0: "base", 1.0: "adapter"}.get(value, f"strength_{value:g}")
+        name = strength_name(value).replace(" ", "_")
         scores["clip_score"][name] = clip_score(images, texts).mean().item()
         scores["retrieval_at_1"][name] = retrieval_at_1(images, texts, prompts)
         for metric, probability in style_probabilities(prompts, images, scorer, style).items():

@@ -1,9 +1,8 @@
 """One execution of the pipeline, as its stages see it: who runs it, where its notes lie, how each stage went.
 
 A DVC command runs every stage in a process of its own. What they share about the execution lies in a scratch
-folder
-named after that command; it is never an output, since it would make every run's outputs differ. Knows no
-MLflow.
+folder named after that command; it is never an output, since it would make every run's outputs differ.
+Knows no MLflow.
 """
 
 import hashlib

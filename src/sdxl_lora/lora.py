@@ -117,6 +117,18 @@ def save_lora(
     partial.rmdir()
 
 
+def saved_lora(folder: Path) -> Path:
+    """The file that `save_lora` wrote into `folder`.
+
+    Raises:
+        FileNotFoundError: it did not.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found: run `dvc repro train_lora` first")
+    return path
+
+
 def load_lora(folder: Path, unet: UNet2DConditionModel, text_encoders: TextEncoders | None) -> None:
     """Puts saved adapters onto the base model that they were trained on, and leaves it in evaluation mode.
 
@@ -124,9 +136,7 @@ def load_lora(folder: Path, unet: UNet2DConditionModel, text_encoders: TextEncod
         FileNotFoundError: nothing was saved in `folder`.
         ValueError: the file's adapters are not for these modules, or not for just their layers.
     """
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: run `dvc repro train_lora` first")
+    path = saved_lora(folder)
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["lora_adapter_metadata"])
     weights, configs = by_part(load_file(path)), by_part(header)

@@ -19,6 +19,13 @@ def write_table(path: Path, rows: Sequence[Mapping[str, object]], columns: Seque
     pd.DataFrame(rows, columns=list(columns)).to_csv(path, index=False)
 
 
-def read_numbers(path: Path) -> dict[str, object]:
+def read_numbers(path: Path, stage: str) -> dict[str, object]:
+    """What `write_numbers` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such report; names the stage that writes it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found: run `dvc repro {stage}` first")
     numbers: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
     return numbers

@@ -23,6 +23,11 @@ class Sample:
     """Factor of the adapter's update: 0 is the base model."""
 
 
+def strength_name(value: float) -> str:
+    """What people call a strength: 0 is the base model, 1 the adapter as it was trained."""
+    return {0.0: "base", 1.0: "adapter"}.get(value, f"strength {value:g}")
+
+
 def save_sample(folder: Path, sample: Sample, image: Image, config: SamplingConfig) -> None:
     """Writes the picture as a PNG whose text chunk `parameters` says in JSON what it was drawn from."""
     settings = config.model_dump(include={"negative_prompt", "num_inference_steps", "guidance_scale"})

@@ -11,12 +11,12 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image as Images
 from PIL import ImageDraw, ImageFont
 from PIL.Image import Image, Resampling
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdxl_lora.config import SamplingConfig
-from sdxl_lora.lora import WEIGHTS, strength
+from sdxl_lora.lora import saved_lora, strength
 from sdxl_lora.randomness import generator
-from sdxl_lora.samples import Sample
+from sdxl_lora.samples import Sample, strength_name
 
 MARGIN = 8  # pixels between the pictures of a grid
 SMALLEST_CELL, LARGEST_CELL = 192, 384  # pixels a side that a picture takes in the grid
@@ -34,9 +34,8 @@ def sample_images(
         FloatingPointError: a picture has pixels that are not finite.
     """
     jobs = [(number, prompt, seed) for number, prompt in enumerate(config.prompts) for seed in config.seeds]
-    modules = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
     for value in config.strengths:
-        with strength(modules, value):
+        with strength(adapted_modules(pipeline), value):
             for start in range(0, len(jobs), config.batch_size):
                 batch = jobs[start : start + config.batch_size]
                 noise = [initial_noise(pipeline, config, number, seed) for number, _, seed in batch]
@@ -52,11 +51,14 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
     Raises:
         FileNotFoundError: nothing was saved in `folder`.
     """
-    if not (folder / WEIGHTS).is_file():  # diffusers would look for it on the Hub
-        raise FileNotFoundError(f"{folder / WEIGHTS} not found: run `dvc repro train_lora` first")
-    pipeline.load_lora_weights(folder, weight_name=WEIGHTS)
-    for module in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
+    path = saved_lora(folder)  # diffusers would look for a missing file on the Hub
+    pipeline.load_lora_weights(path.parent, weight_name=path.name)
+    for module in adapted_modules(pipeline):
         module.eval()  # the adapters' dropout arrives switched on
+
+
+def adapted_modules(pipeline: StableDiffusionXLPipeline) -> tuple[nn.Module, ...]:
+    return pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2
 
 
 def initial_noise(
@@ -114,10 +116,6 @@ def grid(pictures: Sequence[tuple[Sample, Image]]) -> Image:
         place = (MARGIN + column * step_x, 2 * line + row * step_y)
         sheet.paste(image.resize((side, side), Resampling.LANCZOS), place)
     return sheet
-
-
-def strength_name(value: float) -> str:
-    return {0.0: "base", 1.0: "adapter"}.get(value, f"strength {value:g}")
 
 
 def shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

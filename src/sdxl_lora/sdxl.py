@@ -3,7 +3,6 @@
 The only module that knows how the base model's folders are laid out. Everything is loaded from safetensors.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -97,12 +96,6 @@ def load_noise_schedule(config: ModelConfig) -> NoiseSchedule:
     """The noise schedule in the base model's scheduler folder."""
     scheduler = DDPMScheduler.from_pretrained(open_base(config) / "scheduler")
     return NoiseSchedule(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
-
-
-def empty_prompt_is_zero(config: ModelConfig) -> bool:
-    """Whether the base model reads "no caption" as all-zero embeddings rather than as the empty string's."""
-    index = json.loads((open_base(config) / "model_index.json").read_text(encoding="utf-8"))
-    return bool(index.get("force_zeros_for_empty_prompt", True))
 
 
 def tokenize(tokenizers: Tokenizers, texts: list[str]) -> Tensor:

@@ -1,23 +1,10 @@
 """What the last run made and where it lies, read from its reports: `python -m sdxl_lora.summary`."""
 
-import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 from sdxl_lora import paths
-
-
-def read_report(path: Path, stage: str) -> dict[str, object]:
-    """A report of the last run.
-
-    Raises:
-        FileNotFoundError: there is none; names the stage that writes it.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: run `dvc repro {stage}` first")
-    report: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
-    return report
+from sdxl_lora.reports import read_numbers
 
 
 def comparison(metrics: Mapping[str, object]) -> str:
@@ -45,8 +32,8 @@ def summary() -> str:
     Raises:
         FileNotFoundError: a stage has not run yet; names it.
     """
-    metrics = read_report(paths.METRICS, "evaluate_lora")
-    pointer = read_report(paths.MLFLOW_POINTER, "track_run")
+    metrics = read_numbers(paths.METRICS, "evaluate_lora")
+    pointer = read_numbers(paths.MLFLOW_POINTER, "track_run")
     places = {
         "pictures": f"{paths.SAMPLE_GRID} (a row a prompt, a column a strength of the adapter)",
         "adapter": str(paths.LORA),

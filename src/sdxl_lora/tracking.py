@@ -51,12 +51,13 @@ class Connection:
         if note.is_file():
             return note.read_text(encoding="utf-8")
         experiment = os.environ.get("DVC_EXP_NAME")
+        commit = git_commit()
         name = experiment or time.strftime("repro-%m%d-%H%M%S")
         identity = {
             "dvc.execution": execution.id,
             "dvc.experiment": experiment or "",
-            "dvc.baseline": os.environ.get("DVC_EXP_BASELINE_REV") or git_commit(),
-            "mlflow.source.git.commit": git_commit(),
+            "dvc.baseline": os.environ.get("DVC_EXP_BASELINE_REV") or commit,
+            "mlflow.source.git.commit": commit,
             "mlflow.source.name": "dvc.yaml",
         }
         run = self.client.create_run(self.experiment_id, run_name=name, tags={**identity, **tags})
