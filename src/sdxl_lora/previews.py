@@ -41,7 +41,6 @@ class Previewer:
     def save(self, path: Path) -> Image:
         """Draws the image and keeps it as a PNG at `path`."""
         image = self.draw()
-        path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
         return image
 
