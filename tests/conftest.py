@@ -1,7 +1,12 @@
-"""Tests that need a GPU are skipped where there is none."""
+"""Tests that need a GPU are skipped where there is none; those that need a Hub get one of their own."""
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from hub import Hub, serving_hub
+from huggingface_hub import constants
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -9,3 +14,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """An empty Hub that the Hub's client asks in this process, with an empty cache."""
+    with serving_hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        template = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        yield server

@@ -1,0 +1,194 @@
+"""Raw images and captions, from parquet on a Hub on the loopback and from folders."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hub import Hub
+from naruto import png, write_naruto
+
+from sdxl_lora.config import DownloadConfig, load_params
+from sdxl_lora.download import download_dataset, open_source
+from sdxl_lora.sources import folder_digest
+
+NARUTO = "lambdalabs/naruto-blip-captions"
+CAPTIONS = ["a man with black hair", "", None, "arafed  woman"]
+
+
+def hub_config(**changes: Any) -> DownloadConfig:
+    return load_params(Path("recipes/sdxl-naruto-16gb.yaml")).download.model_copy(update=changes)
+
+
+def download(config: DownloadConfig, folder: Path) -> list[dict[str, str]]:
+    """Downloads all; the lines of captions.jsonl."""
+    for _ in download_dataset(open_source(config), folder):
+        pass
+    return [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def naruto(hub: Hub, tmp_path: Path) -> tuple[str, list[bytes]]:
+    """The data set on the Hub: its commit and its images."""
+    images = write_naruto(tmp_path / "naruto", CAPTIONS)
+    return hub.add(NARUTO, tmp_path / "naruto", "datasets").commit, images
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An imagefolder of three images."""
+    images = tmp_path / "pictures" / "images"
+    images.mkdir(parents=True)
+    rows = []
+    for number in range(3):
+        (images / f"{number}.png").write_bytes(png(number))
+        rows.append({"file_name": f"images/{number}.png", "text": f"picture {number}"})
+    (tmp_path / "pictures/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "pictures"
+
+
+def folder_config(folder: Path, **changes: Any) -> DownloadConfig:
+    """Pinned to what the folder holds now."""
+    pin = {"repository": str(folder), "revision": folder_digest(folder)}
+    return load_params(Path("recipes/demo.yaml")).download.model_copy(update=pin | changes)
+
+
+def test_hub_images_keep_their_bytes_and_captions_their_text(
+    naruto: tuple[str, list[bytes]], tmp_path: Path
+) -> None:
+    rows = download(hub_config(), tmp_path / "raw")
+    assert [row["caption"] for row in rows] == ["a man with black hair", "", "", "arafed  woman"]
+    assert [(tmp_path / "raw/images" / row["image"]).read_bytes() for row in rows] == naruto[1]
+
+
+def test_commit_behind_a_branch_is_recorded_and_said(
+    naruto: tuple[str, list[bytes]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit, _ = naruto
+    download(hub_config(), tmp_path / "raw")
+    source = json.loads((tmp_path / "raw/source.json").read_text())
+    assert source == {
+        "repository": NARUTO,
+        "requested_revision": "main",
+        "revision": commit,
+        "licence": "other",
+        "examples": 4,
+    }
+    assert "set download.revision to that in params.yaml" in caplog.text
+    assert commit in caplog.text
+
+
+def test_pinned_commit_gives_no_warning(
+    naruto: tuple[str, list[bytes]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert len(download(hub_config(revision=naruto[0]), tmp_path / "raw")) == 4
+    assert not caplog.records
+
+
+def test_source_knows_its_size_before_it_is_read(naruto: tuple[str, list[bytes]]) -> None:
+    source = open_source(hub_config(max_examples=3))
+    assert source.num_examples == 3
+    assert source.num_bytes > sum(map(len, naruto[1]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_column": "picture"}, "download.image_column is 'picture'.*it has image, text"),
+        ({"caption_column": "caption"}, "download.caption_column is 'caption'.*it has image, text"),
+        ({"caption_column": "image"}, "download.caption_column: row 0 .* has no text in 'image' but dict"),
+        ({"image_column": "text"}, "download.image_column: row 0 .* has no image bytes in 'text'"),
+        ({"split": "test"}, "no data that download.split = 'test' selects"),
+    ],
+)
+def test_wrong_column_or_split_is_named(
+    naruto: tuple[str, list[bytes]], tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    assert naruto
+    with pytest.raises(ValueError, match=message):
+        download(hub_config(**changes), tmp_path / "raw")
+    assert not (tmp_path / "raw").exists()
+
+
+def test_data_set_that_is_not_parquet_points_to_the_hubs_conversion(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script/script.py").write_text("raise SystemExit")
+    hub.add(NARUTO, tmp_path / "script", "datasets")
+    with pytest.raises(ValueError, match="no parquet file.*refs/convert/parquet"):
+        open_source(hub_config())
+    assert f"{NARUTO}/script.py" not in hub.downloads()
+
+
+def test_images_outside_the_parquet_file_are_refused(hub: Hub, tmp_path: Path) -> None:
+    write_naruto(tmp_path / "naruto", ["a man"])
+    file = next((tmp_path / "naruto/data").iterdir())
+    elsewhere = {"bytes": pa.array([None], pa.binary()), "path": pa.array(["/etc/hostname"])}
+    image = pa.StructArray.from_arrays(list(elsewhere.values()), list(elsewhere))
+    pq.write_table(pa.table({"image": image, "text": ["a man"]}), file)
+    hub.add(NARUTO, tmp_path / "naruto", "datasets")
+    with pytest.raises(ValueError, match="images must lie in the file"):
+        download(hub_config(), tmp_path / "raw")
+
+
+def test_folder_gives_what_its_table_names(folder: Path, tmp_path: Path) -> None:
+    rows = download(folder_config(folder, max_examples=2), tmp_path / "raw")
+    assert [row["caption"] for row in rows] == ["picture 0", "picture 1"]
+    assert (tmp_path / "raw/images" / rows[1]["image"]).read_bytes() == png(1)
+
+
+def test_table_may_be_csv(folder: Path, tmp_path: Path) -> None:
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text('file_name,text\nimages/2.png,"two, by name"\n')
+    assert [row["caption"] for row in download(folder_config(folder), tmp_path / "raw")] == ["two, by name"]
+
+
+def test_path_of_a_private_folder_is_not_recorded(folder: Path, tmp_path: Path) -> None:
+    download(folder_config(folder), tmp_path / "raw")
+    assert json.loads((tmp_path / "raw/source.json").read_text())["repository"] == "pictures"
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", ".hidden/0.png"])
+def test_table_cannot_lead_out_of_its_folder(folder: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret.png").write_bytes(png(0))
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
+    with pytest.raises(ValueError, match="is hidden or leads out of the folder"):
+        download(folder_config(folder), tmp_path / "raw")
+
+
+def test_missing_image_table_or_row_is_named(folder: Path, tmp_path: Path) -> None:
+    (folder / "images/1.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no 'images/1\.png'"):
+        download(folder_config(folder), tmp_path / "raw")
+    (folder / "metadata.jsonl").write_text("{oops")
+    with pytest.raises(ValueError, match=r"metadata\.jsonl:1 is not JSON"):
+        download(folder_config(folder), tmp_path / "raw")
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither metadata\.jsonl nor metadata\.csv"):
+        download(folder_config(folder), tmp_path / "raw")
+
+
+def test_new_download_replaces_the_old_one_whole(folder: Path, tmp_path: Path) -> None:
+    download(folder_config(folder), tmp_path / "raw")
+    download(folder_config(folder, max_examples=1), tmp_path / "raw")
+    assert len(list((tmp_path / "raw/images").iterdir())) == 1
+
+
+def test_interrupted_download_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    examples = download_dataset(open_source(folder_config(folder)), tmp_path / "raw")
+    next(examples)
+    examples.close()
+    assert not (tmp_path / "raw").exists()
+    assert not list(tmp_path.glob(".download-*"))
+
+
+def test_full_disk_is_told_before_anything_is_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match="GiB free"):
+        download(folder_config(folder), tmp_path / "raw")
+    assert not (tmp_path / "raw").exists()
