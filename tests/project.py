@@ -1,4 +1,4 @@
-"""A copy of the project in a git and DVC repository of its own, and commands run in it as a user runs them."""
+"""A copy of the project in a git and DVC repository of its own, and commands as a user runs them there."""
 
 import os
 import shutil
@@ -66,12 +66,12 @@ def create_project(
     root: Path,
     params: dict[str, Any],
     environment: dict[str, str] | None = None,
-    change_pipeline: Callable[[dict[str, Any]], None] = lambda pipeline: None,
+    change_stages: Callable[[dict[str, Any]], None] | None = None,
 ) -> Project:
     """Copies the project to `root`, with these params, and commits it.
 
     Args:
-        change_pipeline: edits the stages of dvc.yaml in place.
+        change_stages: edits the stages of dvc.yaml in place.
     """
     for name in COPIED:
         source, target = REPOSITORY / name, root / name
@@ -82,7 +82,8 @@ def create_project(
             shutil.copy(source, target)
     project = Project(root, environment or {})
     pipeline = project.read("dvc.yaml")
-    change_pipeline(pipeline["stages"])
+    if change_stages is not None:
+        change_stages(pipeline["stages"])
     for name, content in {"dvc.yaml": pipeline, "params.yaml": params}.items():
         (root / name).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     project.git("init", "--quiet", "--initial-branch=main")

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from hub import Hub
 from naruto import png, write_naruto
 
 from sdxl_lora.config import DownloadConfig, load_params
-from sdxl_lora.download import download_dataset, open_source
+from sdxl_lora.download import RawExample, download_dataset, open_source
 from sdxl_lora.sources import folder_digest
 
 NARUTO = "lambdalabs/naruto-blip-captions"
@@ -117,7 +119,7 @@ def test_data_set_that_is_not_parquet_points_to_the_hubs_conversion(hub: Hub, tm
     (tmp_path / "script").mkdir()
     (tmp_path / "script/script.py").write_text("raise SystemExit")
     hub.add(NARUTO, tmp_path / "script", "datasets")
-    with pytest.raises(ValueError, match="no parquet file.*refs/convert/parquet"):
+    with pytest.raises(ValueError, match=r"no parquet file.*refs/convert/parquet"):
         open_source(hub_config())
     assert f"{NARUTO}/script.py" not in hub.downloads()
 
@@ -177,9 +179,13 @@ def test_new_download_replaces_the_old_one_whole(folder: Path, tmp_path: Path) -
 
 
 def test_interrupted_download_leaves_nothing(folder: Path, tmp_path: Path) -> None:
-    examples = download_dataset(open_source(folder_config(folder)), tmp_path / "raw")
-    next(examples)
-    examples.close()
+    def interrupted() -> Iterator[RawExample]:
+        yield RawExample(png(0), "one")
+        raise KeyboardInterrupt
+
+    source = replace(open_source(folder_config(folder)), examples=interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        list(download_dataset(source, tmp_path / "raw"))
     assert not (tmp_path / "raw").exists()
     assert not list(tmp_path.glob(".download-*"))
 

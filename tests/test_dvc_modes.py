@@ -1,4 +1,4 @@
-"""DVC's ways to run the pipeline, each with the MLflow runs that it must leave. Only the stages' work is toy."""
+"""DVC's ways to run the pipeline, and the MLflow runs that each must leave. Only the stages' work is toy."""
 
 import shutil
 import socket
@@ -31,7 +31,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     (root / "demo/dataset").mkdir(parents=True)
     params = yaml.safe_load((REPOSITORY / "recipes/demo.yaml").read_text(encoding="utf-8"))
     params["training"]["warmup_steps"] = 1  # seconds that the toy trains
-    project = create_project(root, params, change_pipeline=use_toys)
+    project = create_project(root, params, change_stages=use_toys)
     project.dvc("repro")
     project.git("add", "--all")
     project.git("commit", "--quiet", "--message=results")
@@ -141,7 +141,7 @@ def test_temporary_copy_logs_into_the_project(project: Project) -> None:
 
 def test_queue_of_two_at_a_time_leaves_a_live_run_for_each(project: Project) -> None:
     project.dvc(
-        "exp", "run", "--queue", "--set-param=lora.rank=2,4,64", "--set-param=training.warmup_steps=6"
+        "exp", "run", "--queue", "--set-param=lora.rank=2,4,64", "--set-param=training.warmup_steps=3"
     )
     before = {run.info.run_id for run in runs(project)}
     project.dvc("queue", "start", "--jobs=2")

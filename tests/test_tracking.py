@@ -5,17 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
-import yaml
 from mlflow import MlflowClient
 from PIL import Image
+from tracked import write_results
 
-from sdxl_lora import paths
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.execution import Execution, current_execution, machine_digest, stage
-from sdxl_lora.reports import write_numbers
-from sdxl_lora.samples import Sample, save_table
 from sdxl_lora.tracking import EXPERIMENT, connect, live_run, track_run
 
 REPOSITORY = Path(__file__).parents[1]
@@ -29,21 +25,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    shutil.copy(REPOSITORY / "recipes/demo.yaml", paths.PARAMS)
-    shutil.copy(REPOSITORY / "dvc.yaml", paths.PIPELINE)
-    outs = [{"path": "data/lora", "md5": "1"}]
-    paths.LOCK.write_text(yaml.safe_dump({"stages": {"train_lora": {"outs": outs}}}))
-    for number, path in enumerate(paths.NUMBERS):
-        write_numbers(path, {"group": {"value": float(number)}})
-    curve = pd.DataFrame({"step": [10, 20], "loss": [0.5, 0.25]})
-    curve.to_csv(paths.LOSS_CURVE, index=False)
-    paths.LORA.mkdir()
-    (paths.LORA / "adapter.safetensors").write_bytes(b"weights")
-    sample = Sample("strength-1/00-seed-0.png", "red apple", 0, 1.0)
-    (paths.SAMPLES / sample.file).parent.mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(paths.SAMPLES / sample.file)
-    Image.new("RGB", (8, 8)).save(paths.SAMPLE_GRID)
-    save_table(paths.SAMPLE_TABLE, [sample])
+    write_results()
 
 
 @pytest.fixture

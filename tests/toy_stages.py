@@ -1,6 +1,6 @@
 """The pipeline's stages without their work: `python toy_stages.py <name>` writes small outputs in a moment.
 
-Outputs depend on the params that dvc.yaml gives the stage and on nothing else, as those of the real stages do.
+As those of the real stages, they depend on the params that dvc.yaml gives the stage and on nothing else.
 """
 
 import json

@@ -229,6 +229,7 @@ def show_results(connection: Connection, params: Params) -> str:
     client.log_artifacts(run_id, str(paths.LORA), "adapter")
     for file in (paths.PARAMS, paths.PIPELINE, paths.LOCK):
         client.log_artifact(run_id, str(file), "dvc")
+    client.set_tag(run_id, "mlflow.note.content", description(run_id))
     client.set_tag(run_id, "dvc.content", content)
     client.set_terminated(run_id, "FINISHED")
     return run_id
@@ -273,6 +274,12 @@ def log_pictures(client: MlflowClient, run_id: str) -> None:
         step = round(100 * float(str(row.strength)))  # the slider of MLflow's image grid: strength in percent
         with Image.open(paths.SAMPLES / str(row.file)) as image:
             client.log_image(run_id, image, key=f"sample {place} seed {seed}", step=step)
+
+
+def description(run_id: str) -> str:
+    """What a run's page opens with, in Markdown: the grid of samples, as MLflow's server hands it out."""
+    address = f"get-artifact?path={paths.SAMPLE_GRID.name}&run_uuid={run_id}"
+    return f"![Samples: a row a prompt, a column a strength of the adapter]({address})"
 
 
 def content_id() -> str:

@@ -40,6 +40,11 @@ def require_database(database: Path) -> None:
         raise FileNotFoundError(f"{database} not found: nothing has been tracked here yet; `make demo` does")
 
 
+def address(port: int) -> str:
+    """The page of the project's runs; MLflow's first page is about language models."""
+    return f"http://{HOST}:{port}/#/experiments/1/runs?workflowType=machine_learning"
+
+
 def command(database: Path, port: int) -> list[str]:
     """What starts the server."""
     store = f"sqlite:///{database}"
@@ -57,7 +62,7 @@ def main() -> None:
         require_free_port(port)
     except OSError as error:
         sys.exit(f"ui: {error}")
-    print(f"http://{HOST}:{port} (stop it with Ctrl-C)", flush=True)
+    print(f"{address(port)} (stop it with Ctrl-C)", flush=True)
     os.execve(sys.executable, command(database, port), {**os.environ, **ENVIRONMENT})
 
 

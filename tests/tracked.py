@@ -1,0 +1,33 @@
+"""A project in which every stage but track_run has run, with small results."""
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import yaml
+from PIL import Image
+
+from sdxl_lora import paths
+from sdxl_lora.reports import write_numbers
+from sdxl_lora.samples import Sample, save_table
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def write_results() -> None:
+    """Writes params, pipeline and results into the current folder."""
+    shutil.copy(REPOSITORY / "recipes/demo.yaml", paths.PARAMS)
+    shutil.copy(REPOSITORY / "dvc.yaml", paths.PIPELINE)
+    outs = [{"path": "data/lora", "md5": "1"}]
+    paths.LOCK.write_text(yaml.safe_dump({"stages": {"train_lora": {"outs": outs}}}))
+    for number, path in enumerate(paths.NUMBERS):
+        write_numbers(path, {"group": {"value": float(number)}, "peak_memory_gib": 9.98})
+    curve = pd.DataFrame({"step": [10, 20], "loss": [0.5, 0.25]})
+    curve.to_csv(paths.LOSS_CURVE, index=False)
+    paths.LORA.mkdir()
+    (paths.LORA / "adapter.safetensors").write_bytes(b"weights")
+    sample = Sample("strength-1/00-seed-0.png", "red apple", 0, 1.0)
+    (paths.SAMPLES / sample.file).parent.mkdir(parents=True)
+    Image.new("RGB", (64, 64), "red").save(paths.SAMPLES / sample.file)
+    Image.new("RGB", (64, 64), "red").save(paths.SAMPLE_GRID)
+    save_table(paths.SAMPLE_TABLE, [sample])
