@@ -46,6 +46,7 @@ TEXT_ENCODER_2 = {
 
 def random_denoiser(precision: Precision, device: torch.device, trained_text_encoders: bool) -> Denoiser:
     """A frozen SDXL with random weights, made on `device` in `precision`: 3.4 billion parameters."""
+    torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[precision])
     try:

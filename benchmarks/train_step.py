@@ -41,7 +41,7 @@ def main() -> None:
     with reserved_device(None if arguments.uncapped else config.vram_gib) as device:
         denoiser = random_denoiser(config.precision, device, trained)
         add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
-        prepare(denoiser, config)
+        prepare(denoiser, config, torch.Size((1, 4, 128, 128)))
         reports = list(train_lora(denoiser, RandomDataset(), config, params.seed))
         result = {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

@@ -23,7 +23,7 @@ def main() -> None:
         dataset = EncodedDataset(paths.ENCODED, "train")
         denoiser = load_denoiser(params.model, config.precision, device)
         add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
-        prepare(denoiser, config)
+        attention = prepare(denoiser, config, dataset[0].latents_mean.shape)
         paths.PREVIEWS.mkdir(parents=True, exist_ok=True)  # an output, also without previews
         held_out = EncodedDataset(paths.ENCODED, "held_out")
         previewer = Previewer(denoiser, held_out, params.model) if config.preview_every else None
@@ -38,7 +38,7 @@ def main() -> None:
                 live.image("preview", image, report.step)
         save_lora(paths.LORA, denoiser.unet, denoiser.text_encoders)
         loss_curve(reports, config.log_every).to_csv(paths.LOSS_CURVE, index=False)
-        write_numbers(paths.TRAINING_REPORT, summarise(reports, denoiser, config))
+        write_numbers(paths.TRAINING_REPORT, {**summarise(reports, denoiser, config), "attention": attention})
 
 
 if __name__ == "__main__":

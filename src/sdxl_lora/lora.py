@@ -77,8 +77,12 @@ def add_adapter(module: Any, config: PeftConfig, seed: int, name: str) -> None:
 
 
 def lora_parameters(module: nn.Module) -> list[Parameter]:
-    """The adapters' weights in the order of the module's layers, A before B."""
-    return [parameter for name, parameter in module.named_parameters() if ".lora_" in name]
+    """The adapters' weights: every A in the order of the module's layers, then every B.
+
+    So laid out, the weights of neighbouring layers are neighbours, and one product serves several layers.
+    """
+    parameters = dict(module.named_parameters())
+    return [parameters[name] for matrix in (".lora_A.", ".lora_B.") for name in parameters if matrix in name]
 
 
 @contextmanager

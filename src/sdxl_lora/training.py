@@ -15,18 +15,23 @@ from typing import Any, Self
 
 import pandas as pd
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from sdxl_lora.config import TrainingConfig
+from sdxl_lora.attention import choose_attention
+from sdxl_lora.config import AttentionBackend, TrainingConfig
 from sdxl_lora.dataset import Batch, EncodedDataset, example_order
 from sdxl_lora.denoising import Denoiser
 from sdxl_lora.diffusion import min_snr_weight
 from sdxl_lora.engine import Engine, Group, Update
+from sdxl_lora.fused import attention_shapes, fuse, fuse_unet
 from sdxl_lora.hardware import peak_memory_gib
 from sdxl_lora.lora import lora_parameters
 from sdxl_lora.randomness import generator
-from sdxl_lora.sdxl import DTYPES, set_attention
+from sdxl_lora.sdxl import DTYPES
 
 
 @dataclass(frozen=True)
@@ -130,18 +135,27 @@ def make_engine(denoiser: Denoiser, config: TrainingConfig) -> Engine[Examples]:
     )
 
 
-def prepare(denoiser: Denoiser, config: TrainingConfig) -> None:
-    """Sets the attention kernels and gradient checkpointing that `config` asks for.
+def prepare(denoiser: Denoiser, config: TrainingConfig, latents: torch.Size) -> AttentionBackend:
+    """Sets up the base model's modules to train as `config` says; returns the attention that was chosen.
+
+    Args:
+        latents: shape of an example's latents, (1, 4, H/8, W/8).
 
     Raises:
         ValueError: the attention cannot run here.
     """
-    set_attention(denoiser.unet, config.attention)
+    shapes = attention_shapes(denoiser.unet, config.batch_size, *latents[2:])
+    backend = choose_attention(config.attention, shapes, DTYPES[config.precision], denoiser.device)
+    fuse_unet(denoiser.unet, backend)
+    for text_encoder in denoiser.text_encoders or ():
+        fuse(text_encoder)
     if config.gradient_checkpointing:
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": has_dropout(denoiser)}
-        denoiser.unet.enable_gradient_checkpointing(partial(checkpoint, **options))
-        for text_encoder in denoiser.text_encoders or ():
-            text_encoder.gradient_checkpointing_enable(options)
+        for module in denoiser.modules:
+            for block in module.modules():
+                if isinstance(block, BasicTransformerBlock | ResnetBlock2D | CLIPEncoderLayer):
+                    block.forward = partial(checkpoint, block.forward, **options)
+    return backend
 
 
 def has_dropout(denoiser: Denoiser) -> bool:
