@@ -25,7 +25,7 @@ from sdxl_lora.paths import PARAMS
 
 Precision = Literal["fp16", "bf16", "fp32"]
 AttentionBackend = Literal["sdpa", "flash", "cudnn", "efficient", "math", "xformers"]
-Attention = AttentionBackend | Literal["auto"]
+Attention = Literal["auto", AttentionBackend]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 Timestep = Annotated[int, Field(ge=0, le=999)]
