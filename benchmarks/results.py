@@ -77,8 +77,10 @@ class Result(BaseModel):
     @property
     def samples_per_second(self) -> float | None:
         """Training examples a second, at the median; None if nothing was timed."""
-        seconds = self.seconds_per_step
-        return None if seconds is None else float(self.configuration["batch_size"] or 0) / seconds
+        if (seconds := self.seconds_per_step) is None:
+            return None
+        samples: int = self.configuration["batch_size"] * self.configuration.get("accumulation", 1)
+        return samples / seconds
 
 
 def this_machine() -> Machine:

@@ -8,7 +8,7 @@ from benchmarks.results import OK, Benchmark, Result, select
 
 SUBJECTS: dict[Benchmark, str] = {"official_script": "official script", "train_step": "this project"}
 NONE = "-"
-WORKLOAD = ("text_encoders", "batch_size", "accumulation", "rank", "resolution")
+WORKLOAD = ("text_encoders", "batch_size", "rank", "resolution")
 """What two configurations must share for their samples to be worth the same."""
 USUAL_16_GB: dict[str, str | None] = {
     "precision": "fp16", "checkpointing": "all", "optimizer": "adamw_8bit", "vram_gib": None
@@ -44,7 +44,7 @@ def steps_table(
         counted: without it, no share of the peak.
     """
     keys = list(dict.fromkeys(key for result in steps for key in result.configuration))
-    values = {key: {str(result.configuration.get(key, NONE)) for result in steps} for key in keys}
+    values = {key: {configured(key, result) for result in steps} for key in keys}
     varying = [key for key in keys if len(values[key]) > 1]
     shared = [f"{key} {next(iter(values[key]))}" for key in keys if key not in varying]
     columns: dict[str, Callable[[Result], str]] = {"": lambda result: SUBJECTS[result.benchmark]}
@@ -88,7 +88,7 @@ def encode_table(encodes: Sequence[Result]) -> str:
 
 def speedup(result: Result, sitting: Sequence[Result]) -> float | None:
     """Samples a second over the official script's; None without such a run of the same work."""
-    same = {key: result.configuration.get(key) for key in WORKLOAD if key != "accumulation"}
+    same = {key: result.configuration.get(key) for key in WORKLOAD}
     baselines = select(sitting, "official_script", {**USUAL_16_GB, "attention": "sdpa", **same})
     baseline = next((run.samples_per_second for run in baselines if run.outcome == OK), None)
     own = result.samples_per_second if result.outcome == OK else None

@@ -49,7 +49,9 @@ def main() -> None:
     for configuration in grid:
         command = [sys.executable, "-m", "benchmarks.train_step", f"--recipe={options.recipe}"]
         command += [f"--steps={options.steps}", *flags(configuration)]
-        process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if process.returncode:  # its traceback is on the terminal; the rest of the grid is worth having
+            continue
         results.append(Result.model_validate_json(process.stdout.splitlines()[-1]))
         publish(results[-1], options.output)
     print(steps_table(results), file=sys.stderr)
@@ -129,7 +131,6 @@ def measure(configuration: Configuration, recipe: Params, steps: int) -> Result:
         cuda = device.type == "cuda"
         reserved = round(peak_memory_gib(device), 3) if cuda else None
         allocated = round(torch.cuda.max_memory_allocated(device) / GIB, 3) if cuda else None
-    last = reports[-1:]
     return Result(
         benchmark="train_step",
         date=now(),
@@ -141,7 +142,7 @@ def measure(configuration: Configuration, recipe: Params, steps: int) -> Result:
         peak_reserved_gib=reserved,
         peak_allocated_gib=allocated,
         peak_device_gib=memory.peak_gib,
-        figures={name: getattr(report, name) for report in last for name in ("loss", "loss_scale")},
+        figures={"final_loss": reports[-1].loss, "loss_scale": reports[-1].loss_scale} if reports else {},
     )
 
 
