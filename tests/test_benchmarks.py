@@ -57,8 +57,11 @@ def test_combinations_span_a_grid() -> None:
     assert {c["rank"] for c in grid} == {16}
 
 
-def test_a_results_command_repeats_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    configuration = SMALL | {"vram_gib": 14.75, "text_encoders": "trained"}
+@pytest.mark.parametrize("vram_gib", [14.75, None])
+def test_a_results_command_repeats_its_configuration(
+    monkeypatch: pytest.MonkeyPatch, vram_gib: float | None
+) -> None:
+    configuration = SMALL | {"vram_gib": vram_gib, "text_encoders": "trained"}
     words = repeat("train_step", configuration, steps=7).split()
     assert words[:3] == ["python", "-m", "benchmarks.train_step"]
     monkeypatch.setattr("sys.argv", words[2:])
