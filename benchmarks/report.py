@@ -73,12 +73,21 @@ def sitting_section(name: str, results: Sequence[Result], counted: Counted) -> s
         for r in select(results, "matmul", {})
     ]
     ceiling = f"Matrix product: {', '.join(peaks)} TFLOP/s." if peaks else "Matrix product: not measured."
-    lines = [f"## {name}", "", f"{machine(results[0].machine)}. {ceiling}", ""]
+    date = f"{results[0].date:%Y-%m-%d}"
+    lines = [f"## {name}", "", f"{date}, {machine(results[0].machine)}. {ceiling}", ""]
     steps = [result for result in results if result.benchmark in SUBJECTS]
     if steps:
         lines += ["### Training step", "", steps_table(steps, results, counted), ""]
     if encodes := list(select(results, "vae_encode", {})):
         lines += ["### Encoding images", "", encode_table(encodes), ""]
+    lines += [
+        "<details><summary>Commands</summary>",
+        "",
+        *(f"    {r.command}" for r in results),
+        "",
+        "</details>",
+        "",
+    ]
     return "\n".join(lines)
 
 

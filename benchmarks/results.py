@@ -124,7 +124,7 @@ def read_results(path: Path) -> list[Result]:
     """The lines of one file.
 
     Raises:
-        ValueError: a line is no result; names the file and the line.
+        ValueError: a line is no result, or of another machine than the first; names file and line.
     """
     results = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -132,6 +132,10 @@ def read_results(path: Path) -> list[Result]:
             results.append(Result.model_validate_json(line))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}, is no result of a benchmark: {error}") from error
+        if results[-1].machine != results[0].machine:
+            raise ValueError(
+                f"{path}, line {number}, is of another machine or version: give it a file of its own"
+            )
     return results
 
 

@@ -44,7 +44,9 @@ def steps_table(
         counted: without it, no share of the peak.
     """
     keys = list(dict.fromkeys(key for result in steps for key in result.configuration))
-    values = {key: {configured(key, result) for result in steps} for key in keys}
+    values = {
+        key: {configured(key, result) for result in steps if key in result.configuration} for key in keys
+    }
     varying = [key for key in keys if len(values[key]) > 1]
     shared = [f"{key} {next(iter(values[key]))}" for key in keys if key not in varying]
     columns: dict[str, Callable[[Result], str]] = {"": lambda result: SUBJECTS[result.benchmark]}

@@ -145,6 +145,15 @@ def test_a_line_that_is_no_result_is_named(tmp_path: Path) -> None:
         read_results(tmp_path / "bad.jsonl")
 
 
+def test_a_file_is_of_one_machine(tmp_path: Path) -> None:
+    result = measure_matmul("fp32", 8)
+    elsewhere = result.model_copy(update={"machine": result.machine.model_copy(update={"gpu": "another"})})
+    for line in (result, elsewhere):
+        publish(line, tmp_path / "mixed.jsonl")
+    with pytest.raises(ValueError, match=r"line 2, is of another machine"):
+        read_results(tmp_path / "mixed.jsonl")
+
+
 def test_parameters_are_counted_as_published() -> None:
     assert counts.parameters() == counts.load().parameters
     assert counts.load().parameters["unet"] / 1e9 == pytest.approx(

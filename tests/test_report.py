@@ -23,7 +23,7 @@ def measured(
     return Result(
         benchmark=benchmark,
         date=datetime(2026, 1, 2, tzinfo=UTC),
-        command="python",
+        command="python bench",
         machine=MACHINE,
         configuration=REFERENCE | changes,
         outcome=outcome,
@@ -90,6 +90,7 @@ def test_a_table_shows_what_varies_and_says_once_what_does_not() -> None:
     assert "precision fp16" in text.splitlines()[0]
     assert "checkpointing" in head
     assert "precision" not in head
+    assert "workers" not in head  # the official script's alone
     assert "outcome" not in head  # all went well
     assert rows[1].startswith("| this project | all |")
     assert "| 0.2500 | 12.00 | 8.0 | 9.60 |" in rows[1]
@@ -160,7 +161,8 @@ def test_a_measured_claim_has_figures_and_a_verdict() -> None:
     (row,) = [line for line in text.splitlines() if line.startswith("| gradient checkpointing")]
     assert "| this project | 25 -> 9.6 GiB (-62%) | 0.2 -> 0.25 s (+25%) | yes (" in row
     assert "## 2026-01-02-test" in text
-    assert "Test GPU (80.0 GiB), driver 1.2; 8 CPUs; Python 3.12.3, torch 2.11.0" in text
+    assert "2026-01-02, Test GPU (80.0 GiB), driver 1.2; 8 CPUs; Python 3.12.3, torch 2.11.0." in text
+    assert text.count("    python bench") == 3
 
 
 def test_a_claim_whose_run_failed_says_why() -> None:
