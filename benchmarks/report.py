@@ -39,14 +39,15 @@ On a machine with a CUDA GPU and nothing else on it; DIFFUSERS is a checkout of 
     python -m benchmarks.vae_encode --output $FILE
     python -m benchmarks.official_script --output $FILE --checkout $DIFFUSERS --checkpointing all none
     python -m benchmarks.train_step --output $FILE --checkpointing all none --vram-gib none 14.75
-    python -m benchmarks.train_step --output $FILE --vram-gib none --precision fp32
-    python -m benchmarks.train_step --output $FILE --vram-gib none --optimizer adamw
-    python -m benchmarks.train_step --output $FILE --vram-gib none --attention math xformers
-    python -m benchmarks.train_step --output $FILE --vram-gib none --text-encoders frozen
+    python -m benchmarks.train_step --output $FILE $BASE --precision fp32
+    python -m benchmarks.train_step --output $FILE $BASE --optimizer adamw
+    python -m benchmarks.train_step --output $FILE $BASE --attention math xformers
+    python -m benchmarks.train_step --output $FILE $BASE --text-encoders frozen
     python -m benchmarks.report
 
-with FILE=benchmarks/results/DATE-GPU.jsonl. An option that takes several values runs every combination;
-`--help` names the others. Each line of a file holds the command that repeats it.
+with FILE=benchmarks/results/DATE-GPU.jsonl and BASE="--checkpointing all --vram-gib none". An option that
+takes several values runs every combination; `--help` names the others. Each line of a file holds the
+command that repeats it.
 """
 
 
