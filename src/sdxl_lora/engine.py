@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from sdxl_lora.config import TrainingConfig
 from sdxl_lora.cuda_graph import Inputs, Recorder
+from sdxl_lora.processes import processes, sum_over_processes
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Update:
     """What a step found out."""
 
     loss: float
-    """Mean over the step's micro-batches."""
+    """Mean over the step's micro-batches, of all processes."""
     grad_norm: float
     """Euclidean norm of all gradients before clipping; infinite or NaN if the weights were left alone."""
     loss_scale: float
@@ -67,7 +68,6 @@ class Engine(Generic[Inputs]):
         device = self._adapters.gradient.device
         self._device = device
         self._scale = LossScale(device, enabled=dtype == torch.float16)
-        self._loss_sum = torch.zeros((), device=device)
         self._micro_batches = 0
         self._recorder = Recorder(self._forward_and_backward, device) if recorded else None
         decay = config.ema_decay
@@ -81,28 +81,29 @@ class Engine(Generic[Inputs]):
             self._forward_and_backward(inputs.to(self._device))
             return
         if not self._recorder.knows(inputs):
-            kept = [tensor.clone() for tensor in (self._adapters.gradient, self._loss_sum)]
+            kept = self._adapters.sums.clone()
             self._recorder.record(inputs)
-            for tensor, value in zip((self._adapters.gradient, self._loss_sum), kept, strict=True):
-                tensor.copy_(value)
+            self._adapters.sums.copy_(kept)
         self._recorder.replay(inputs)
 
     def _forward_and_backward(self, inputs: Inputs) -> None:
         loss = self._loss(inputs)
         gradients = torch.autograd.grad(loss * self._scale.tensor, self._adapters.parameters)
         self._adapters.gradient += torch.cat([gradient.flatten() for gradient in gradients])
-        self._loss_sum += loss.detach()
+        self._adapters.loss += loss.detach()
 
     @torch.no_grad()
     def update(self, learning_rate_factor: float) -> Update:
-        """Moves the weights along the mean gradient of what was accumulated, clipped.
+        """Moves the weights along the mean gradient of what all processes have accumulated, clipped.
 
         A loss or gradient that is not finite leaves the weights alone; fp16's scale is halved for the next.
         """
-        gradient, factor = self._adapters.gradient, 1 / (self._scale.value * self._micro_batches)
-        loss, scaled_norm = torch.stack([self._loss_sum, gradient.norm()]).tolist()  # the step's only wait
+        gradient, micro_batches = self._adapters.gradient, self._micro_batches * processes().num_processes
+        sum_over_processes(self._adapters.sums)
+        loss, scaled_norm = torch.stack([self._adapters.loss, gradient.norm()]).tolist()  # the only wait
+        factor = 1 / (self._scale.value * micro_batches)
         norm = scaled_norm * factor
-        report = Update(loss / self._micro_batches, norm, self._scale.value)
+        report = Update(loss / micro_batches, norm, self._scale.value)
         if math.isfinite(norm):
             gradient.mul_(factor * min(1.0, self._config.max_grad_norm / (norm + 1e-6)))
             for group in self._optimizer.param_groups:
@@ -113,8 +114,7 @@ class Engine(Generic[Inputs]):
                 self._average.update(self._steps)
             self._steps += 1
         self._scale.update(math.isfinite(norm))
-        gradient.zero_()
-        self._loss_sum.zero_()
+        self._adapters.sums.zero_()
         self._micro_batches = 0
         return report
 
@@ -129,7 +129,9 @@ class FlatAdapters:
     def __init__(self, groups: Sequence[Sequence[Parameter]], dtype: torch.dtype) -> None:
         self.parameters = [parameter for group in groups for parameter in group]
         self.master = torch.cat([parameter.detach().flatten().float() for parameter in self.parameters])
-        self.gradient = torch.zeros_like(self.master)
+        self.sums = self.master.new_zeros(len(self.master) + 1)
+        """The gradient and, last, the loss: what processes add up, in one go."""
+        self.gradient, self.loss = self.sums[:-1], self.sums[-1]
         self._weights = self.master.to(dtype)  # the master itself, if that is fp32
         sizes = [sum(parameter.numel() for parameter in group) for group in groups]
         self.masters = [Parameter(part) for part in self.master.split(sizes)]

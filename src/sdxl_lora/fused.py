@@ -196,7 +196,7 @@ def fuse_unet(unet: UNet2DConditionModel, backend: AttentionBackend) -> None:
     """`fuse` for the UNet, with this backend in all its attentions, and channels_last on a GPU."""
     fuse(unet)
     unet.set_attn_processor(FusedAttentionProcessor(backend))
-    if unet.device.type == "cuda":
+    if unet.device.type != "cpu":
         unet.to(memory_format=torch.channels_last)
 
 

@@ -30,6 +30,7 @@ from sdxl_lora.engine import Engine, Group, Update
 from sdxl_lora.fused import attention_shapes, fuse, fuse_unet
 from sdxl_lora.hardware import peak_memory_gib
 from sdxl_lora.lora import lora_parameters
+from sdxl_lora.processes import processes
 from sdxl_lora.randomness import generator
 from sdxl_lora.sdxl import DTYPES
 
@@ -167,9 +168,12 @@ def has_dropout(denoiser: Denoiser) -> bool:
 def draw_examples(
     denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig, seed: int
 ) -> Iterator[Examples]:
-    """The micro-batches of a training without end, on the CPU."""
+    """This process's micro-batches of a training without end, on the CPU.
+
+    Processes take turns in the sequence of examples: two with a batch each train on what one would with both.
+    """
     num_timesteps = len(denoiser.noise_schedule.alphas_cumprod)
-    for micro_step in count():
+    for micro_step in count(processes().process_index, processes().num_processes):
         start = micro_step * config.batch_size
         indices = list(islice(example_order(len(dataset), seed, start), config.batch_size))
         batch = dataset.batch(indices)
@@ -258,7 +262,7 @@ def loss_curve(reports: Sequence[Report], every: int) -> pd.DataFrame:
 def summarise(reports: Sequence[Report], denoiser: Denoiser, config: TrainingConfig) -> dict[str, float]:
     """The whole run in a few numbers."""
     seconds = sum(report.seconds for report in reports)
-    examples = len(reports) * config.batch_size * config.accumulation
+    examples = len(reports) * config.batch_size * config.accumulation * processes().num_processes
     last_tenth = reports[-max(1, len(reports) // 10) :]
     return {
         "steps": len(reports),
