@@ -6,6 +6,7 @@ JSON line as it ends; a table of them all follows.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,12 +16,12 @@ from typing import Any, get_args
 import torch
 
 from benchmarks.device_memory import DeviceMemory
-from benchmarks.grid import combinations, flags, gib_or_none, repeat
+from benchmarks.grid import combinations, flags, gib_or_none, repeat, true_or_false
 from benchmarks.random_sdxl import RandomDataset, random_denoiser
 from benchmarks.results import GIB, OK, Configuration, Result, now, publish, this_machine
 from benchmarks.tables import steps_table
 from sdxl_lora.config import Attention, Params, load_params
-from sdxl_lora.hardware import peak_memory_gib, reserved_device
+from sdxl_lora.hardware import deterministic, peak_memory_gib, reserved_device
 from sdxl_lora.lora import add_adapters
 from sdxl_lora.training import Report, prepare, train_lora
 
@@ -29,6 +30,7 @@ VARIED = (
     "precision",
     "checkpointing",
     "attention",
+    "deterministic",
     "optimizer",
     "text_encoders",
     "vram_gib",
@@ -68,6 +70,7 @@ def parse() -> argparse.Namespace:
     several.add_argument("--precision", nargs="+", choices=["fp16", "bf16", "fp32"])
     several.add_argument("--checkpointing", nargs="+", choices=["all", "none"])
     several.add_argument("--attention", nargs="+", choices=get_args(Attention))
+    several.add_argument("--deterministic", nargs="+", type=true_or_false, help="true or false")
     several.add_argument("--optimizer", nargs="+", choices=["adamw_8bit", "adamw"])
     several.add_argument("--text-encoders", nargs="+", choices=["frozen", "trained"])
     several.add_argument("--vram-gib", nargs="+", type=gib_or_none, help="cap of the allocator, or none")
@@ -89,6 +92,7 @@ def of_recipe(params: Params) -> Configuration:
         "precision": training.precision,
         "checkpointing": "all" if training.gradient_checkpointing else "none",
         "attention": training.attention,
+        "deterministic": training.deterministic,
         "optimizer": training.optimizer,
         "text_encoders": params.model.text_encoders,
         "vram_gib": training.vram_gib,
@@ -120,7 +124,12 @@ def measure(configuration: Configuration, recipe: Params, steps: int) -> Result:
     params = configured(recipe, configuration, steps)
     reports: list[Report] = []
     outcome = OK
-    with reserved_device(params.training.vram_gib) as device, DeviceMemory() as memory:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as stages do
+    with (
+        reserved_device(params.training.vram_gib) as device,
+        deterministic(params.training.deterministic),
+        DeviceMemory() as memory,
+    ):
         try:
             for report in training(params, device, configuration["resolution"]):
                 reports.append(report)

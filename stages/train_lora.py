@@ -10,7 +10,7 @@ from sdxl_lora.config import TrainingConfig, load_params
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.denoising import load_denoiser
 from sdxl_lora.execution import run, stage
-from sdxl_lora.hardware import require_precision, reserved_device
+from sdxl_lora.hardware import deterministic, require_precision, reserved_device
 from sdxl_lora.lora import add_adapters, save_lora
 from sdxl_lora.previews import Previewer
 from sdxl_lora.processes import processes
@@ -22,7 +22,11 @@ from sdxl_lora.training import Report, loss_curve, mean_report, prepare, summari
 def main() -> None:
     params = load_params()
     config = params.training
-    with stage("train_lora"), reserved_device(config.vram_gib) as device:
+    with (
+        stage("train_lora"),
+        reserved_device(config.vram_gib) as device,
+        deterministic(config.deterministic),
+    ):
         require_precision(device, config.precision, "training.precision")
         dataset = EncodedDataset(paths.ENCODED, "train")
         denoiser = load_denoiser(params.model, config.precision, device)

@@ -18,6 +18,7 @@ SMALL: Configuration = {
     "precision": "fp32",
     "checkpointing": "none",
     "attention": "sdpa",
+    "deterministic": True,
     "optimizer": "adamw",
     "text_encoders": "frozen",
     "vram_gib": None,
