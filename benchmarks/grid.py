@@ -18,6 +18,11 @@ def true_or_false(text: str) -> bool:
     return {"true": True, "false": False}[text.lower()]
 
 
+def number_or_word(text: str) -> int | str:
+    """A number, or a word such as `auto`."""
+    return int(text) if text.isdigit() else text
+
+
 def combinations(
     options: argparse.Namespace, varied: Sequence[str], fixed: Sequence[str]
 ) -> Iterator[Configuration]:
