@@ -9,12 +9,13 @@ import torch
 from encoded import write_encoded_dataset
 from torch import Tensor
 
+from sdxl_lora.checkpointing import find_units
 from sdxl_lora.config import LoraConfig, ModelConfig, Params, TrainingConfig, load_params
 from sdxl_lora.cuda_graph import Recorder
 from sdxl_lora.dataset import EncodedDataset, example_order
 from sdxl_lora.denoising import Denoiser, load_denoiser
 from sdxl_lora.hardware import deterministic
-from sdxl_lora.lora import add_adapters, lora_parameters
+from sdxl_lora.lora import add_adapters, lora_parameters, named_parts
 from sdxl_lora.randomness import generator
 from sdxl_lora.training import (
     Report,
@@ -179,11 +180,13 @@ def trained_on_gpu(
     dataset: EncodedDataset,
     config: TrainingConfig,
     device: torch.device,
+    checkpointing: bool = False,
     recorded: bool = True,
 ) -> tuple[Denoiser, list[Report]]:
     denoiser = load_denoiser(model, config.precision, device)
     add_adapters(denoiser.unet, denoiser.text_encoders, lora, SEED)
-    prepare(denoiser, config, LATENTS)
+    units = find_units(named_parts(denoiser.unet, denoiser.text_encoders)) if checkpointing else ()
+    prepare(denoiser, config, LATENTS, units)
     with monkeypatched_recorder(recorded):
         return denoiser, list(train_lora(denoiser, dataset, config, SEED))
 
@@ -210,10 +213,10 @@ def test_replayed_steps_are_the_eager_ones_to_the_bit(
     precision: str,
     checkpointing: bool,
 ) -> None:
-    config = with_(config, precision=precision, optimizer="adamw_8bit", gradient_checkpointing=checkpointing)
-    eager, reports = trained_on_gpu(model, lora, dataset, config, cuda, recorded=False)
-    replayed, again = trained_on_gpu(model, lora, dataset, config, cuda)
-    twice, _ = trained_on_gpu(model, lora, dataset, config, cuda)
+    config = with_(config, precision=precision, optimizer="adamw_8bit")
+    eager, reports = trained_on_gpu(model, lora, dataset, config, cuda, checkpointing, recorded=False)
+    replayed, again = trained_on_gpu(model, lora, dataset, config, cuda, checkpointing)
+    twice, _ = trained_on_gpu(model, lora, dataset, config, cuda, checkpointing)
     assert [(r.loss, r.grad_norm) for r in reports] == [(r.loss, r.grad_norm) for r in again]
     for other in (replayed, twice):
         assert all(torch.equal(a, b) for a, b in zip(weights(eager), weights(other), strict=True))
