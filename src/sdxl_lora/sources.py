@@ -168,10 +168,9 @@ def download_bar(title: str, hidden: bool) -> Iterator[type[tqdm]]:
     bars: list[tqdm] = []
 
     class DownloadBar(tqdm):
-        def __init__(self, *values: Any, **options: Any) -> None:
-            drawn = options.get("name") == BYTES_ON_DISK and not hidden
-            ours = {"desc": title, "bar_format": BAR_FORMAT, "disable": not drawn}
-            super().__init__(*values, **{**options, **ours})  # type: ignore[no-untyped-call]
+        def __init__(self, *values: Any, name: str = "", **options: Any) -> None:
+            ours = {"desc": title, "bar_format": BAR_FORMAT, "disable": hidden or name != BYTES_ON_DISK}
+            super(tqdm, self).__init__(*values, **{**options, **ours})  # past the client's own switch
             bars.append(self)
 
         def set_description(self, _: str | None = None, refresh: bool | None = True) -> None:
