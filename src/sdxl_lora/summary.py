@@ -29,7 +29,8 @@ def comparison(metrics: Metrics) -> str:
 def findings(metrics: Metrics, training: Metrics) -> dict[str, str]:
     """What the figures say: what was learned, what was forgotten, what it took."""
     minutes, seconds = divmod(round(training["seconds"]), 60)
-    found = {"learned": f"held-out loss {metrics['held_out_loss']['change_percent']:+.1f} %"}
+    loss = metrics["held_out_loss"]
+    found = {"learned": f"held-out loss {100 * (loss['adapter'] / loss['base'] - 1):+.1f} %"}
     if style := metrics.get("style_probability"):
         found["learned"] += f", style probability {style['base']:.2f} -> {style['adapter']:.2f}"
     if others := metrics.get("other_style_probability"):

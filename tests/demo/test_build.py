@@ -20,7 +20,10 @@ REPOSITORY = Path(__file__).parents[2]
 BUILD = REPOSITORY / "demo/build"
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((BUILD / "dvc.yaml").read_text())["stages"]
 # They open and check files, and cannot change what a network learns.
-INERT = {REPOSITORY / f"src/sdxl_lora/{name}.py" for name in ("config", "hardware", "paths", "sources")}
+INERT = {
+    REPOSITORY / f"src/sdxl_lora/{name}.py"
+    for name in ("config", "hardware", "paths", "processes", "sources")
+}
 TIMEOUT = 1500  # seconds for the whole pipeline on a busy machine
 
 NUM_PICTURES = 6
