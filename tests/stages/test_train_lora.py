@@ -87,7 +87,7 @@ def test_second_process_trains_the_same_adapter_to_the_bit(recipe: dict[str, Any
 
 
 def adapter_of_a_process() -> dict[str, Tensor]:
-    """What `python -m stages.train_lora` saves: the demo's 8-bit Adam and averaged weights, on two threads."""
+    """What `python -m stages.train_lora` saves: the demo's 8-bit Adam and averaged weights, two threads."""
     waiting = {
         "OMP_NUM_THREADS": "2",
         "OMP_WAIT_POLICY": "passive",
