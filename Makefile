@@ -14,7 +14,7 @@ INSTALLED := .venv/installed
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check plan ui recipe lock clean
+.PHONY: help setup demo test check plan ui recipe lock rebuild clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ lock: setup  ## resolve the newest dependencies into requirements.lock, torch ke
 	@sed -E -e 's/\+cpu$$//' -e '/^ +# +-c /d' requirements.lock.new > requirements.lock
 	@rm requirements.lock.new
 	@git diff --stat -- requirements.lock
+
+rebuild: setup  ## make the demo's pictures, base model and evaluator anew (npm; ten minutes of a GPU)
+	@$(BIN)/python -m pip install --disable-pip-version-check --requirement demo/build/requirements.txt
+	@cd demo/build && $(RUN) dvc repro
 
 clean:  ## remove .venv and the tools' caches; data, runs and experiments stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -7,6 +7,10 @@ import pytest
 import torch
 from hub import Hub, serving_hub
 from huggingface_hub import constants
+from hypothesis import settings
+
+settings.register_profile("busy machine", deadline=None)  # else an example fails that takes 200 ms
+settings.load_profile("busy machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hub import Hub
+from huggingface_hub import constants
 from naruto import png, write_naruto
 
 from sdxl_lora.config import DownloadConfig, load_params
@@ -112,6 +113,28 @@ def test_wrong_column_or_split_is_named(
     assert naruto
     with pytest.raises(ValueError, match=message):
         download(hub_config(**changes), tmp_path / "raw")
+    assert not (tmp_path / "raw").exists()
+
+
+@pytest.mark.parametrize("revision", ["v9", "0" * 40])
+def test_unknown_revision_is_said_to_be_so(
+    naruto: tuple[str, list[bytes]], tmp_path: Path, revision: str
+) -> None:
+    assert naruto
+    with pytest.raises(
+        FileNotFoundError, match=f"download.repository: {NARUTO} at revision {revision}: no such"
+    ):
+        download(hub_config(revision=revision), tmp_path / "raw")
+    assert not (tmp_path / "raw").exists()
+
+
+def test_hub_out_of_reach_names_the_recipe_that_needs_none(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hub.requests == []
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ConnectionError, match=f"{NARUTO} .*cannot be reached.*make recipe NAME=demo"):
+        download(hub_config(), tmp_path / "raw")
     assert not (tmp_path / "raw").exists()
 
 

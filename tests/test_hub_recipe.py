@@ -1,6 +1,7 @@
 """The 16 GB recipe as `dvc repro` runs it, all of its repositories on a Hub on the loopback, in miniature."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,6 +125,22 @@ def test_only_safetensors_were_downloaded(hub: Hub, project: Project, output: st
     endings = {Path(name).suffix for name in hub.downloads()}
     assert ".safetensors" in endings
     assert endings <= {".safetensors", ".json", ".parquet", ".md", ".txt"}
+
+
+def test_downloads_and_stages_show_their_progress_and_libraries_keep_quiet(hub: Hub, output: str) -> None:
+    for _, name in hub.repositories:
+        assert re.search(rf"{name}: 100%.*\[\d\d:\d\d<00:00, ", output), name
+    for stage in ("download_dataset", "encode_dataset", "train_lora", "sample_images"):
+        assert re.search(rf"{stage}: 100%.*\[\d\d:\d\d<00:00, ", output), stage
+    assert "`make ui` shows it" in output
+    libraries = {
+        "MLflow": "INFO",
+        "alembic": "Context impl",
+        "huggingface_hub": "Fetching",
+        "transformers": "Loading weights",
+        "bitsandbytes": "kernels",
+    }
+    assert not [library for library, news in libraries.items() if news in output]
 
 
 def test_nothing_that_lasts_holds_a_path_of_the_machine(project: Project, output: str) -> None:

@@ -76,7 +76,7 @@ def test_edits_are_not_replaced() -> None:
 
 
 def test_edits_on_top_of_a_selected_recipe_are_not_replaced() -> None:
-    PARAMS.write_text(DEMO.replace("steps: 600", "steps: 601"))
+    PARAMS.write_text(DEMO.replace("  rank: 16", "  rank: 17"))
     with pytest.raises(ValueError, match="neither committed"):
         select("demo")
 
@@ -87,6 +87,59 @@ def test_forced_replacement_keeps_the_edits_beside() -> None:
     assert PARAMS.read_text() == DEMO
     assert KEPT.read_text() == edited
     assert f"To go back: cp {KEPT} params.yaml" in message
+
+
+@pytest.fixture
+def _dvc() -> None:
+    """DVC in the project, with a stage that reads params.yaml."""
+    dvc("init", "--quiet")
+    Path("dvc.yaml").write_text("stages: {train: {cmd: 'true', params: [lora]}}")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "dvc")
+
+
+def dvc(*arguments: str) -> None:
+    subprocess.run([Path(sys.executable).parent / "dvc", *arguments], check=True, capture_output=True)
+
+
+@pytest.mark.usefixtures("_dvc")
+def test_params_that_dvc_only_wrote_in_another_form_are_no_edits() -> None:
+    select("demo")
+    dvc("exp", "run", "--quiet", "--set-param", "lora.rank=16")
+    assert PARAMS.read_text() != DEMO
+    assert "already" in select("demo")
+
+
+@pytest.mark.usefixtures("_dvc")
+def test_params_of_an_experiment_are_replaced_since_dvc_has_them() -> None:
+    select("demo")
+    dvc("exp", "run", "--quiet", "--name", "rank-8", "--set-param", "lora.rank=8")
+    changed = PARAMS.read_text()
+    assert "To go back: dvc exp apply rank-8" in select("demo")
+    assert PARAMS.read_text() == DEMO
+    dvc("exp", "apply", "--quiet", "rank-8")
+    assert PARAMS.read_text() == changed
+
+
+@pytest.mark.usefixtures("_dvc")
+def test_edits_on_top_of_an_experiment_are_not_replaced() -> None:
+    select("demo")
+    dvc("exp", "run", "--quiet", "--set-param", "lora.rank=8")
+    PARAMS.write_text(PARAMS.read_text().replace("  rank: 8", "  rank: 9"))
+    with pytest.raises(ValueError, match="neither committed"):
+        select("demo")
+
+
+def test_comments_are_edits_too() -> None:
+    PARAMS.write_text(DEFAULT + "# rank 17 was worse\n")
+    with pytest.raises(ValueError, match="neither committed"):
+        select("demo")
+
+
+def test_file_that_is_no_yaml_is_not_lost() -> None:
+    PARAMS.write_text("lora: [")
+    with pytest.raises(ValueError, match="neither committed"):
+        select("demo")
 
 
 def test_committed_edits_are_replaced_as_git_has_them() -> None:

@@ -1,5 +1,7 @@
 """Repositories from a Hub on the loopback, and from folders."""
 
+import re
+import shutil
 import socket
 from pathlib import Path
 
@@ -45,6 +47,39 @@ def test_second_opening_downloads_nothing(hub: Hub, folder: Path) -> None:
     first = open_model()
     hub.requests.clear()
     assert open_model() == first
+    assert hub.downloads() == []
+
+
+def test_download_shows_its_bytes_and_the_time_left(
+    hub: Hub, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hub.add("owner/model", folder)
+    open_model()
+    printed = capfd.readouterr().err
+    bars = [line.strip() for line in printed.replace("\r", "\n").splitlines() if line.strip()]
+    assert re.search(r"owner/model: 100%.* 10\.0/10\.0 \[\d\d:\d\d<\d\d:\d\d, .*B/s\]", bars[-1])
+    assert all(bar.startswith("owner/model: ") for bar in bars)
+    assert printed.endswith("\n")
+
+
+def test_opening_from_the_cache_shows_nothing(
+    hub: Hub, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hub.add("owner/model", folder)
+    open_model()
+    capfd.readouterr()
+    open_model()
+    assert capfd.readouterr().err == ""
+
+
+def test_full_disk_is_told_before_anything_is_downloaded(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("owner/model", folder)
+    usage = shutil.disk_usage(folder)._replace(free=9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match="GiB free"):
+        open_model()
     assert hub.downloads() == []
 
 

@@ -3,6 +3,7 @@
 import json
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import yaml
@@ -34,7 +35,7 @@ def main() -> None:
     params = yaml.safe_load((HERE / "params.yaml").read_text())["emoji"]
     vocabulary_size = params.pop("vocabulary_size")
     size = params.pop("image_size")
-    labels = load_labels(PACKAGES)
+    labels = dict(islice(load_labels(PACKAGES).items(), params.pop("max_labels")))
     target = dict(target_pictures(PACKAGES, labels))
     svgs = {
         (label, icons.style): svg

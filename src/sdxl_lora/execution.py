@@ -143,7 +143,8 @@ def exit_on_signal(number: int, _frame: FrameType | None) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Runs a stage as a script: progress and warnings on stderr, what a user can mend without a traceback."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)  # our own news; of libraries, warnings alone
     try:
         main()
     except USER_ERRORS as error:

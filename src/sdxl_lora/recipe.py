@@ -1,13 +1,17 @@
 """Selects a recipe: copies recipes/<name>.yaml over params.yaml, and never loses an edit of it.
 
-A recipe is a complete params file. Run `python -m sdxl_lora.recipe --help` from the project's root.
+A recipe is a complete params file. Files with the same values and comments count as equal, since DVC writes
+params.yaml in a form of its own. Run `python -m sdxl_lora.recipe --help` from the project's root.
 """
 
 import argparse
+import re
 import subprocess
 import sys
 from difflib import get_close_matches, unified_diff
 from pathlib import Path
+
+import yaml
 
 from sdxl_lora.config import load_params
 from sdxl_lora.paths import PARAMS, RECIPES
@@ -53,23 +57,54 @@ def first_comment(path: Path) -> str:
 
 
 def is_copy_of(recipe: Path) -> bool:
-    """Whether params.yaml is `recipe`, to the byte."""
-    return PARAMS.is_file() and PARAMS.read_bytes() == recipe.read_bytes()
+    """Whether params.yaml says what `recipe` says."""
+    return PARAMS.is_file() and content(PARAMS.read_text(encoding="utf-8")) == content(
+        recipe.read_text(encoding="utf-8")
+    )
 
 
-def committed_params() -> bytes | None:
-    """params.yaml as git has it at HEAD; None outside a repository or if it is not in it."""
-    command = ["git", "show", f"HEAD:./{PARAMS}"]
-    result = subprocess.run(command, capture_output=True, check=False)
+def content(text: str) -> tuple[object, list[str]]:
+    """What a params file says, whatever its form: its values, and its comments in their order.
+
+    The text of a file that is no YAML counts as its only value.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values = text
+    return values, re.findall(r"(?:^|\s)#\s*(.*?)\s*$", text, re.MULTILINE)
+
+
+def committed_params(revision: str) -> str | None:
+    """params.yaml as git has it at `revision`; None outside a repository or if it is not in it."""
+    command = ["git", "show", f"{revision}:./{PARAMS}"]
+    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
     return result.stdout if result.returncode == 0 else None
+
+
+def experiments() -> list[str]:
+    """The git references of DVC's experiments, newest first."""
+    command = ["git", "for-each-ref", "--sort=-committerdate", "--format=%(refname)", "refs/exps/*/*/*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
 
 
 def way_back() -> str | None:
     """The command that brings the present params.yaml back; None if it has edits that nothing else holds."""
-    if not PARAMS.is_file() or PARAMS.read_bytes() == committed_params():
+    if not PARAMS.is_file():
+        return f"git checkout {PARAMS}"
+    present = content(PARAMS.read_text(encoding="utf-8"))
+
+    def is_held_by(revision: str) -> bool:
+        committed = committed_params(revision)
+        return committed is not None and content(committed) == present
+
+    if is_held_by("HEAD"):
         return f"git checkout {PARAMS}"
     name = next((name for name, path in recipes().items() if is_copy_of(path)), None)
-    return f"make recipe NAME={name}" if name else None
+    if name is not None:
+        return f"make recipe NAME={name}"
+    experiment = next(filter(is_held_by, experiments()), None)
+    return experiment and f"dvc exp apply {experiment.rpartition('/')[2]}"
 
 
 def difference(before: str, after: str, recipe: Path) -> str:
@@ -104,7 +139,7 @@ def select(name: str, force: bool = False) -> str:
     if back is None:
         if not force:
             raise ValueError(
-                f"{PARAMS} has edits that are neither committed nor part of a recipe; "
+                f"{PARAMS} has edits that are neither committed nor part of a recipe or an experiment; "
                 f"the recipe `{name}` would replace them:\n{changes}"
                 f"Commit them, copy {PARAMS} to {RECIPES}/<new name>.yaml, or replace them all the same with "
                 f"`make recipe NAME={name} FORCE=1`, which keeps the old file as {KEPT}"

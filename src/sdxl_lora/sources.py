@@ -10,10 +10,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import httpx2
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     DryRunError,
     GatedRepoError,
@@ -25,8 +25,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     RevisionResolutionError,
 )
+from huggingface_hub.utils.tqdm import tqdm
+
+from sdxl_lora.hardware import require_disk_space
 
 DIGEST_PREFIX = "sha256:"
+BYTES_ON_DISK = "huggingface_hub.snapshot_download"  # the client's name for the bar that is drawn
+BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
 REFUSED = (401, 403)
 
 RepositoryType = Literal["model", "dataset"]
@@ -87,6 +92,8 @@ def open_repository(
 ) -> Path:
     """The local copy of a folder or of a Hub repository, downloaded into the Hub's cache if need be.
 
+    A download shows a progress bar, on stderr.
+
     Args:
         revision: commit, tag or branch; for a folder its digest.
         key: params key that names the repository, for error messages.
@@ -97,17 +104,26 @@ def open_repository(
         FileNotFoundError: no such folder, repository or revision, or it has no safetensors.
         ConnectionError: the Hub cannot be reached and the files are not in its cache.
         PermissionError: the repository is gated, or the access token is refused.
+        OSError: the disk has too little space.
         ValueError: the folder's content has another digest, or the name is none.
     """
     if is_folder(repository):
         folder = open_folder(repository, revision, key)
     else:
-        with explained_hub_errors(repository, revision, key):
-            folder = Path(
-                snapshot_download(
-                    repository, revision=revision, repo_type=kind, allow_patterns=list(patterns)
-                )
+        needed_bytes = download_size(repository, revision, key, patterns, kind)
+        require_disk_space(Path(constants.HF_HUB_CACHE), needed_bytes)
+        with (
+            explained_hub_errors(repository, revision, key),
+            download_bar(repository, hidden=needed_bytes == 0) as bar,
+        ):
+            snapshot = snapshot_download(
+                repository,
+                revision=revision,
+                repo_type=kind,
+                allow_patterns=list(patterns),
+                tqdm_class=bar,
             )
+        folder = Path(snapshot)
     for pattern in patterns:
         if pattern.endswith(".safetensors") and not any(folder.glob(pattern)):
             raise FileNotFoundError(
@@ -125,12 +141,47 @@ def download_size(
     Raises as `open_repository`, but where the Hub is out of reach: only the download itself knows whether
     the cache has all that is needed.
     """
-    with explained_hub_errors(repository, revision, key), suppress(DryRunError):
+    with (
+        explained_hub_errors(repository, revision, key),
+        suppress(DryRunError),
+        download_bar(repository, hidden=True) as bar,
+    ):
         files = snapshot_download(
-            repository, revision=revision, repo_type=kind, allow_patterns=list(patterns), dry_run=True
+            repository,
+            revision=revision,
+            repo_type=kind,
+            allow_patterns=list(patterns),
+            dry_run=True,
+            tqdm_class=bar,
         )
         return sum(file.file_size or 0 for file in files if file.will_download)
     return 0
+
+
+@contextmanager
+def download_bar(title: str, hidden: bool) -> Iterator[type[tqdm]]:
+    """The class of progress bars that the Hub's client is to make while it downloads `title` in the block.
+
+    It makes one for the files, one for bytes on the network and one for bytes on the disk, whose total grows
+    as files begin. Only the last is drawn, as `title`, with the time that is left. The client closes none.
+    """
+    bars: list[tqdm] = []
+
+    class DownloadBar(tqdm):
+        def __init__(self, *values: Any, name: str = "", **options: Any) -> None:
+            ours = {"desc": title, "bar_format": BAR_FORMAT, "disable": hidden or name != BYTES_ON_DISK}
+            super(tqdm, self).__init__(*values, **{**options, **ours})  # past the client's own switch
+            bars.append(self)
+
+        def set_description(self, _: str | None = None, refresh: bool | None = True) -> None:
+            """Keeps the title: the client's own words change as it goes."""
+            super().set_description(title, refresh)
+
+    try:
+        yield DownloadBar
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def resolve_commit(repository: str, revision: str, key: str, kind: RepositoryType) -> str:

@@ -11,6 +11,7 @@ import torch
 import yaml
 from encoded import write_encoded_dataset
 from safetensors.torch import load_file
+from torch import Tensor
 
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
@@ -74,3 +75,22 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def test_second_process_trains_the_same_adapter_to_the_bit(recipe: dict[str, Any]) -> None:
+    write_params(recipe)
+    first, second = adapter_of_a_process(), adapter_of_a_process()
+    assert all(tensor.any() for tensor in first.values())  # B starts at zero
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def adapter_of_a_process() -> dict[str, Tensor]:
+    """What `python -m stages.train_lora` saves: the demo's 8-bit Adam and averaged weights, two threads."""
+    waiting = {
+        "OMP_NUM_THREADS": "2",
+        "OMP_WAIT_POLICY": "passive",
+    }  # threads that spin starve a busy machine
+    environment = {**os.environ, **waiting, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'src'}"}
+    command = [sys.executable, "-m", "stages.train_lora"]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=240)
+    return load_file(saved_lora(paths.LORA))
