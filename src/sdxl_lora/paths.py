@@ -21,8 +21,9 @@ CAPTION_CHANGES = REPORTS / "caption_changes.csv"
 CAPTION_REJECTIONS = REPORTS / "caption_rejections.csv"
 
 ENCODED = DATA / "encoded"
+ENCODED_STORE = Path(".dvc/tmp/encoded")
 ENCODING_REPORT = REPORTS / "encoding.json"
-IMAGE_REJECTIONS = REPORTS / "image_rejections.csv"
+IMAGE_FINDINGS = REPORTS / "image_findings.csv"
 
 LORA = DATA / "lora"
 PREVIEWS = DATA / "previews"

@@ -37,7 +37,7 @@ def test_downloaded_images_are_encoded_and_counted() -> None:
     assert report["examples"] == {"train": len(train), "held_out": len(held_out)}
     assert len(train) + len(held_out) == 12
     assert train[0].latents_mean.shape == (1, 4, 16, 16)
-    assert paths.IMAGE_REJECTIONS.read_text(encoding="utf-8") == "image,reason\n"
+    assert paths.IMAGE_FINDINGS.read_text(encoding="utf-8") == "image,kind,left_out,detail\n"
 
 
 @pytest.mark.parametrize("key", ["vae_precision", "text_precision"])
