@@ -17,6 +17,7 @@ RAW_SOURCE = RAW / "source.json"
 
 CAPTIONS = DATA / "captions.jsonl"
 CAPTIONS_REPORT = REPORTS / "captions.json"
+CAPTION_PAGE = REPORTS / "captions.html"
 CAPTION_CHANGES = REPORTS / "caption_changes.csv"
 CAPTION_REJECTIONS = REPORTS / "caption_rejections.csv"
 

@@ -260,8 +260,9 @@ def log_reports(client: MlflowClient, run_id: str) -> None:
         numbers = flat(json.loads(path.read_text(encoding="utf-8")), separator="/")
         points = [Metric(f"{prefix}{key}", float(value), now, 0) for key, value in numbers]
         client.log_batch(run_id, metrics=points)
-    for path in sorted(paths.REPORTS.glob("*.csv")):
-        client.log_artifact(run_id, str(path), "reports")
+    for path in sorted(paths.REPORTS.iterdir()):
+        if path.suffix in (".csv", ".html", ".md"):
+            client.log_artifact(run_id, str(path), "reports")
 
 
 def log_pictures(client: MlflowClient, run_id: str) -> None:
