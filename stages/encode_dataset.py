@@ -6,12 +6,13 @@ from tqdm import tqdm
 
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
+from sdxl_lora.dataset_card import dataset_card
 from sdxl_lora.encoders import load_encoders
 from sdxl_lora.encoding import EncodingReport, encode_dataset, own_share, read_captions
 from sdxl_lora.entries import Entries
 from sdxl_lora.execution import project_root, run, stage
 from sdxl_lora.hardware import require_precision, reserved_device
-from sdxl_lora.reports import write_numbers, write_table
+from sdxl_lora.reports import read_numbers, write_numbers, write_table
 from sdxl_lora.store import Store
 
 
@@ -35,6 +36,10 @@ def main() -> None:
             write_numbers(paths.ENCODING_REPORT, report.metrics())
             findings = [asdict(finding) for finding in report.findings]
             write_table(paths.IMAGE_FINDINGS, findings, ["image", "kind", "left_out", "detail"])
+            source = read_numbers(paths.RAW_SOURCE, "download_dataset")
+            paths.DATASET_CARD.write_text(
+                dataset_card(source, report, config, paths.ENCODED), encoding="utf-8"
+            )
 
 
 if __name__ == "__main__":

@@ -65,6 +65,8 @@ class EncodingReport:
 
     findings: list[Finding] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    """Width and height of each example's image, pixels."""
 
     def metrics(self) -> dict[str, object]:
         """The report as numbers."""
@@ -136,7 +138,7 @@ def write_dataset(
                 report.examples.append(
                     Example(row.id, row.image, row.caption, split, shard, position, batch.digest())
                 )
-                note_upscaling(row, batch, report)
+                note_size(row, batch, report)
     write_index(partial, report.examples)
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
@@ -164,8 +166,10 @@ def without_bad_images(
     return [row for row in rows if row.id not in faults]
 
 
-def note_upscaling(row: CaptionedImage, batch: Batch, report: EncodingReport) -> None:
+def note_size(row: CaptionedImage, batch: Batch, report: EncodingReport) -> None:
+    """Puts the size of an image down in `report`, and that it is too small, if it is."""
     height, width, _, _, target_height, target_width = batch.time_ids[0].tolist()
+    report.sizes.append((width, height))
     factor = max(target_height / height, target_width / width)
     if factor > 1:
         detail = f"{width} x {height}, enlarged {factor:.2f} times"

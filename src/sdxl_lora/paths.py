@@ -22,6 +22,7 @@ CAPTION_CHANGES = REPORTS / "caption_changes.csv"
 CAPTION_REJECTIONS = REPORTS / "caption_rejections.csv"
 
 ENCODED = DATA / "encoded"
+DATASET_CARD = REPORTS / "dataset.md"
 ENCODED_STORE = Path(".dvc/tmp/encoded")
 ENCODING_REPORT = REPORTS / "encoding.json"
 IMAGE_FINDINGS = REPORTS / "image_findings.csv"
