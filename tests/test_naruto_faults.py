@@ -1,4 +1,4 @@
-"""A data set as large as the default recipe's, with faults as collections have them: reports find them all."""
+"""A data set as large as the default recipe's, with faults as collections have them: reports find all."""
 
 import csv
 import io
