@@ -307,10 +307,10 @@ def odd_images() -> list[ImageCase]:
             2,
         ),
         ImageCase(
-            "PNG with alpha and a profile of other colours",
-            saved(with_alpha(swapped(p[16])), "PNG", icc_profile=profile),
+            "PNG, half transparent, with a profile of other colours",
+            saved(half_transparent(swapped(p[16]))[0], "PNG", icc_profile=profile),
             None,
-            p[16],
+            half_transparent(p[16])[1],
             2,
         ),
         ImageCase(
@@ -327,12 +327,6 @@ def odd_images() -> list[ImageCase]:
             p[18].convert("1").convert("RGB"),
         ),
     ]
-
-
-def with_alpha(image: Image.Image) -> Image.Image:
-    opaque = image.convert("RGBA")
-    opaque.putalpha(255)
-    return opaque
 
 
 def on_white_of(image: Image.Image) -> Image.Image:

@@ -222,6 +222,24 @@ def test_near_duplicates_are_reported_and_never_on_both_sides(
     assert {finding.kind for finding in report.findings} == {"upscaled"}
 
 
+def test_every_training_picture_is_looked_for_among_the_held_out(
+    images: Path, rows: list[CaptionedImage], encoders: Encoders, tmp_path: Path
+) -> None:
+    train = split_by_content(rows, CONFIG.held_out)["train"]
+    copies = []
+    for row in train:
+        for quality in range(100, 60, -1):  # until the file's hash puts it among the held out
+            copy = images / f"copy-of-{Path(row.image).stem}.jpg"
+            pattern(int(Path(row.image).stem)).save(copy, quality=quality)
+            if not split_by_content([*rows, row_of(copy)], CONFIG.held_out)["train"][len(train) :]:
+                copies.append(row_of(copy))
+                break
+    assert len(copies) == len(train)
+    report = encode(rows + copies, images, encoders, tmp_path / "encoded")
+    leaked = {finding.image for finding in report.findings if finding.kind == "leakage"}
+    assert leaked == {copy.image for copy in copies}
+
+
 def test_latents_that_are_not_finite_are_refused_and_not_kept(
     images: Path, rows: list[CaptionedImage], tmp_path: Path
 ) -> None:
