@@ -79,12 +79,15 @@ class Entries:
         """
         pictures: list[tuple[CaptionedImage, Picture]] = []
         captions: list[Tensor] = []
-        decoded = decode_pictures(rows, self._images, self._config, self._lacks_picture)
-        for row, picture in zip(rows, decoded, strict=True):
+        lacking = [row for row in rows if self._lacks_picture(row)]
+        decoded = decode_pictures(lacking, self._images, self._config, self._lacks_picture)
+        expected = {row.id for row in lacking}
+        for row in rows:
+            picture = next(decoded) if row.id in expected else None
             if isinstance(picture, BadImageError):
                 yield row, picture
                 continue
-            if picture is not None and self._lacks_picture(row):
+            if picture is not None:
                 pictures.append((row, picture))
             token_ids = self._token_ids(row)
             if self._lacks_text(token_ids):
