@@ -5,7 +5,6 @@ copies them into the encoded data set in the order of the captions.
 """
 
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from sdxl_lora.entries import Entries
 from sdxl_lora.hardware import require_disk_space
 from sdxl_lora.images import FINGERPRINT_BITS, BadImageError
 from sdxl_lora.pictures import CaptionedImage
+from sdxl_lora.processes import processes
 
 
 @dataclass(frozen=True)
@@ -240,8 +240,9 @@ def refuse_empty_split(
 
 
 def own_share() -> Share:
-    """This process's, as `accelerate launch` and torchrun tell it."""
-    return Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    """This process's."""
+    state = processes()
+    return Share(state.process_index, state.num_processes)
 
 
 def read_captions(path: Path) -> list[CaptionedImage]:

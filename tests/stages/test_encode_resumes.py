@@ -19,8 +19,11 @@ from stages import clean_captions, download_dataset
 REPOSITORY = Path(__file__).parents[2]
 IMAGES = 80
 ENTRIES = 3 * IMAGES
-SECONDS = 120
+SECONDS = 300
 COMMAND = (sys.executable, "-m", "stages.encode_dataset")
+
+
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +68,6 @@ def encode_and_kill(after: int) -> None:
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
-@pytest.mark.timeout(900)
 def test_killed_runs_lose_nothing_and_give_the_same_shards(kills: int) -> None:
     uninterrupted = encode()
     shutil.rmtree(paths.ENCODED_STORE)
