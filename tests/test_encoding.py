@@ -252,6 +252,19 @@ def test_latents_that_are_not_finite_are_refused_and_not_kept(
     assert entries_by_kind(tmp_path / "store")["latents"] == set()
 
 
+def test_batch_that_does_not_fit_names_the_key(
+    images: Path, rows: list[CaptionedImage], tmp_path: Path
+) -> None:
+    full = load_encoders(PARAMS.model, CONFIG, CPU)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    full.vae.encoder.register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match=r"encoding\.batch_size is 3.*128 px.*CUDA out of memory"):
+        encode(rows, images, full, tmp_path / "encoded")
+
+
 def test_trained_text_encoders_leave_tokens_alone(
     images: Path, rows: list[CaptionedImage], tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ more than what depends on it.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -74,7 +75,7 @@ class Entries:
             Each row in order, as it goes by, and why its image was left out, if it was.
 
         Raises:
-            ValueError: latents are not finite.
+            ValueError: latents are not finite, or a batch does not fit into the GPU's memory.
             OSError: an image file is missing.
         """
         pictures: list[tuple[CaptionedImage, Picture]] = []
@@ -139,7 +140,9 @@ class Entries:
 
     def _put_pictures(self, pictures: Sequence[tuple[CaptionedImage, Picture]]) -> None:
         levels = torch.stack([picture.levels for _, picture in pictures])
-        mean, std = encode_images(self._encoders.vae, to_pixels(filled_up(levels, self._config.batch_size)))
+        pixels = to_pixels(filled_up(levels, self._config.batch_size))
+        with explained_memory_errors(self._config):
+            mean, std = encode_images(self._encoders.vae, pixels)
         for number, (row, picture) in enumerate(pictures):
             part = slice(number, number + 1)
             require_finite(row, mean[part] + std[part], self._config)
@@ -154,7 +157,8 @@ class Entries:
     def _put_texts(self, captions: Sequence[Tensor]) -> None:
         assert self._encoders.text_encoders is not None
         token_ids = filled_up(torch.cat(list(captions)), self._config.batch_size)
-        prompt_embeds, pooled = embed_captions(self._encoders.text_encoders, token_ids)
+        with explained_memory_errors(self._config):
+            prompt_embeds, pooled = embed_captions(self._encoders.text_encoders, token_ids)
         for number, own_ids in enumerate(captions):
             part = slice(number, number + 1)
             text = {"prompt_embeds": prompt_embeds[part], "pooled_prompt_embeds": pooled[part]}
@@ -184,6 +188,18 @@ def code_version(modules: Sequence[ModuleType], libraries: Sequence[str]) -> dic
     """The source of our modules, as a hash, and the versions of the libraries that they call."""
     sources = {module.__name__: file_digest(Path(str(module.__file__))) for module in modules}
     return sources | {library: version(library) for library in libraries}
+
+
+@contextmanager
+def explained_memory_errors(config: EncodingConfig) -> Iterator[None]:
+    """Turns a full GPU into an error that names the key to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"encoding.batch_size is {config.batch_size}: so many pictures of {config.resolution} px do not "
+            f"fit into the GPU's memory ({error}). Lower it"
+        ) from error
 
 
 def require_finite(row: CaptionedImage, latents: Tensor, config: EncodingConfig) -> None:
