@@ -1,6 +1,7 @@
 """Stage clean_captions: raw captions -> clean captions, and a report of every change and rejection."""
 
 from sdxl_lora import paths
+from sdxl_lora.caption_report import caption_page
 from sdxl_lora.captions import clean_captions, read_captions
 from sdxl_lora.config import load_params
 from sdxl_lora.execution import run, stage
@@ -20,6 +21,7 @@ def main() -> None:
         write_numbers(paths.CAPTIONS_REPORT, report.metrics())
         write_table(paths.CAPTION_CHANGES, report.changes, ["image", "before", "after", "rules"])
         write_table(paths.CAPTION_REJECTIONS, report.rejections, ["image", "caption", "reason"])
+        paths.CAPTION_PAGE.write_text(caption_page(report, params.captions), encoding="utf-8")
 
 
 if __name__ == "__main__":

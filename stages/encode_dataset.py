@@ -1,13 +1,19 @@
 """Stage encode_dataset: images and clean captions -> VAE latents, token ids, embeddings."""
 
+from dataclasses import asdict
+
 from tqdm import tqdm
 
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
-from sdxl_lora.encoding import EncodingReport, encode_dataset, load_encoders, read_captions
-from sdxl_lora.execution import run, stage
+from sdxl_lora.dataset_card import dataset_card
+from sdxl_lora.encoders import load_encoders
+from sdxl_lora.encoding import EncodingReport, encode_dataset, own_share, read_captions
+from sdxl_lora.entries import Entries
+from sdxl_lora.execution import project_root, run, stage
 from sdxl_lora.hardware import require_precision, reserved_device
-from sdxl_lora.reports import write_numbers, write_table
+from sdxl_lora.reports import read_numbers, write_numbers, write_table
+from sdxl_lora.store import Store
 
 
 def main() -> None:
@@ -17,13 +23,23 @@ def main() -> None:
         require_precision(device, config.vae_precision, "encoding.vae_precision")
         require_precision(device, config.text_precision, "encoding.text_precision")
         rows = read_captions(paths.CAPTIONS)
-        encoders = load_encoders(params.model, config, device)
-        report = EncodingReport()
-        with tqdm(total=len(rows), desc="encode_dataset", unit="image") as progress:
-            for done in encode_dataset(rows, paths.RAW_IMAGES, encoders, config, paths.ENCODED, report):
+        store = Store(project_root() / paths.ENCODED_STORE)
+        entries = Entries(store, load_encoders(params.model, config, device), config, paths.RAW_IMAGES)
+        report, share = EncodingReport(), own_share()
+        with tqdm(
+            total=len(rows), desc="encode_dataset", unit="image", disable=not share.is_first
+        ) as progress:
+            for done in encode_dataset(rows, entries, config, paths.ENCODED, report, share):
                 progress.update(done)
-        write_numbers(paths.ENCODING_REPORT, report.metrics())
-        write_table(paths.IMAGE_REJECTIONS, report.rejected, ["image", "reason"])
+        if share.is_first:
+            store.prune()
+            write_numbers(paths.ENCODING_REPORT, report.metrics())
+            findings = [asdict(finding) for finding in report.findings]
+            write_table(paths.IMAGE_FINDINGS, findings, ["image", "kind", "left_out", "detail"])
+            source = read_numbers(paths.RAW_SOURCE, "download_dataset")
+            paths.DATASET_CARD.write_text(
+                dataset_card(source, report, config, paths.ENCODED), encoding="utf-8"
+            )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from patterns import pattern
 
 CARD = """---
 license: other
@@ -27,14 +27,19 @@ dataset_info:
 def png(number: int, side: int = 160) -> bytes:
     """A picture of its own for each number."""
     buffer = io.BytesIO()
-    colour = (37 * number % 256, 91 * number % 256, 151 * number % 256)
-    Image.new("RGB", (side, side + number), colour).save(buffer, "PNG")
+    pattern(number, (side, side + number)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def write_naruto(folder: Path, captions: Sequence[str | None]) -> list[bytes]:
-    """Writes the data set as the Hub keeps it, an image for each caption; returns the images' files."""
-    images = [png(number) for number in range(len(captions))]
+def write_naruto(
+    folder: Path, captions: Sequence[str | None], images: Sequence[bytes] | None = None
+) -> list[bytes]:
+    """Writes the data set as the Hub keeps it, an image for each caption; returns the images' files.
+
+    Args:
+        images: the images' files; None: a picture for each caption.
+    """
+    images = [png(number) for number in range(len(captions))] if images is None else list(images)
     structs = [{"bytes": image, "path": None} for image in images]
     (folder / "data").mkdir(parents=True)
     table = pa.table({"image": structs, "text": list(captions)})

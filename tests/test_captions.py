@@ -5,6 +5,8 @@ from sdxl_lora.captions import (
     add_trigger,
     clean_captions,
     collapse_whitespace,
+    duplicate_captions,
+    frequent_phrases,
     remove_artefacts,
     remove_repeated_phrases,
     remove_repeated_words,
@@ -123,6 +125,25 @@ def test_long_captions_are_counted_with_their_trigger_and_rejected_on_demand() -
     cleaned, report = clean_captions(frame, strict, count_tokens)
     assert cleaned["caption"].tolist() == ["in style, one two"]
     assert report.rejections[0]["reason"] == "8 tokens, captions.max_tokens is 6"
+
+
+def test_captions_of_several_images_are_found() -> None:
+    kept = [
+        ("0.png", "a man"),
+        ("1.png", "a dog"),
+        ("2.png", "a man"),
+        ("3.png", "a man"),
+        ("4.png", "a dog"),
+    ]
+    found = [(duplicate.caption, duplicate.images) for duplicate in duplicate_captions(kept)]
+    assert found == [("a man", ["0.png", "2.png", "3.png"]), ("a dog", ["1.png", "4.png"])]
+
+
+def test_frequent_phrases_are_counted_once_a_caption_and_parts_of_them_left_out() -> None:
+    captions = ["A man with a hat, a man with a dog", "a man with a hat", "a man on a horse", "cat"]
+    found = dict(frequent_phrases(captions, 10))
+    assert found == {"a man": 3, "a man with a hat": 2}
+    assert frequent_phrases(captions, 1) == [("a man", 3)]
 
 
 def test_nothing_left_is_an_error_that_names_the_keys() -> None:

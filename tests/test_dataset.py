@@ -1,9 +1,14 @@
+import hashlib
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sdxl_lora.dataset import Batch, EncodedDataset, Example, write_index, write_shard
+from sdxl_lora.dataset import Batch, EncodedDataset, Example, data_digest, write_index, write_shard
 
 
 def numbered(numbers: list[int], *, embeds: bool) -> Batch:
@@ -49,3 +54,50 @@ def test_empty_split_names_the_key(tmp_path: Path) -> None:
     write_index(tmp_path, [Example("0", "0.png", "", "train", "a.safetensors", 0)])
     with pytest.raises(ValueError, match=r"no held_out example.*encoding\.held_out"):
         EncodedDataset(tmp_path, "held_out")
+
+
+@pytest.mark.parametrize("name", ["latents_std", "time_ids"])
+def test_tensors_that_are_not_those_that_were_encoded_are_refused(tmp_path: Path, name: str) -> None:
+    batch = numbered([0], embeds=False)
+    write_index(tmp_path, [Example("0", "0.png", "", "train", "a.safetensors", 0, batch.digest())])
+    write_shard(tmp_path, "a.safetensors", batch)
+    assert len(EncodedDataset(tmp_path, "train")[0]) == 1
+    tensor = batch.tensors()[name]
+    assert tensor is not None
+    tensor.view(-1)[-1] += 1
+    write_shard(tmp_path, "a.safetensors", batch)
+    with pytest.raises(ValueError, match=r"a\.safetensors: row 0 \(0\.png\) is not what was encoded"):
+        EncodedDataset(tmp_path, "train")[0]
+
+
+EXAMPLES = [
+    Example(f"id-{n}", f"{n}.png", f"caption {n}", "train", "a.safetensors", n, f"digest-{n}")
+    for n in range(7)
+]
+
+
+def rfc_6962_root(leaves: list[bytes]) -> bytes:
+    """The tree hash of RFC 6962, section 2.1, as its recursive definition has it."""
+    if len(leaves) == 1:
+        return hashlib.sha256(b"\0" + leaves[0]).digest()
+    middle = 1
+    while 2 * middle < len(leaves):
+        middle *= 2
+    left, right = rfc_6962_root(leaves[:middle]), rfc_6962_root(leaves[middle:])
+    return hashlib.sha256(b"\1" + left + right).digest()
+
+
+@given(st.permutations(range(7)), st.integers(1, 7))
+def test_data_digest_is_the_merkle_root_whatever_the_order_and_the_shards(
+    order: list[int], count: int
+) -> None:
+    leaves = [json.dumps([e.id, e.caption, e.digest]).encode() for e in EXAMPLES[:count]]
+    shuffled = [replace(EXAMPLES[n], shard="b", row=0) for n in order if n < count]
+    assert data_digest(shuffled) == f"sha256:{rfc_6962_root(leaves).hex()}"
+
+
+@pytest.mark.parametrize("change", [{"id": "x"}, {"caption": "x"}, {"digest": "x"}])
+def test_data_digest_changes_with_every_part_of_an_example(change: dict[str, str]) -> None:
+    changed = [*EXAMPLES[:3], replace(EXAMPLES[3], **change), *EXAMPLES[4:]]  # type: ignore[arg-type]
+    assert data_digest(changed) != data_digest(EXAMPLES)
+    assert data_digest(EXAMPLES[:-1]) != data_digest(EXAMPLES)

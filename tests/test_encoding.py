@@ -5,31 +5,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from patterns import pattern, row_of, write_patterns
 
 from sdxl_lora.config import EncodingConfig, ModelConfig, load_params
-from sdxl_lora.dataset import EncodedDataset, example_order
-from sdxl_lora.encoding import (
-    CaptionedImage,
-    Encoders,
-    EncodingReport,
-    embed_captions,
-    encode_dataset,
-    encode_images,
-    load_encoders,
-    read_captions,
-    split_by_content,
-)
-from sdxl_lora.images import load_image, to_tensor
+from sdxl_lora.dataset import Batch, EncodedDataset, example_order
+from sdxl_lora.encoders import Encoders, embed_captions, encode_images, load_encoders
+from sdxl_lora.encoding import EncodingReport, Share, encode_dataset, read_captions, split_by_content
+from sdxl_lora.entries import Entries
+from sdxl_lora.images import decode_image, to_bytes, to_pixels
+from sdxl_lora.pictures import CaptionedImage
 from sdxl_lora.sdxl import load_pipeline, tokenize
+from sdxl_lora.store import Store
 
 CPU = torch.device("cpu")
 PARAMS = load_params(Path("recipes/demo.yaml"))
 CONFIG = PARAMS.encoding.model_copy(update={"batch_size": 3, "shard_size": 4, "held_out": 0.3})
-
-
-def grey(index: int) -> int:
-    return 20 * index + 10
+PICTURE = Path("demo/dataset/images/alien-monster.webp")
+COUNT = 12
 
 
 @pytest.fixture(scope="module")
@@ -39,56 +31,53 @@ def encoders() -> Encoders:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for index in range(12):
-        Image.new("RGB", (128, 128), (grey(index),) * 3).save(folder / f"{index}.png")
-    return folder
+    return tmp_path / "images"
 
 
-def rows_of(images: Path) -> list[CaptionedImage]:
-    files = sorted(images.iterdir(), key=lambda file: int(file.stem))
-    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    return [
-        CaptionedImage(digest, file.name, f"picture {file.stem}")
-        for digest, file in zip(digests, files, strict=True)
-    ]
+@pytest.fixture
+def rows(images: Path) -> list[CaptionedImage]:
+    return write_patterns(images, COUNT)
 
 
 def encode(
-    images: Path,
     rows: list[CaptionedImage],
+    images: Path,
     encoders: Encoders,
     folder: Path,
     config: EncodingConfig = CONFIG,
+    store: Path | None = None,
+    share: Share = Share(0, 1),  # noqa: B008
 ) -> EncodingReport:
+    """Encodes into `folder`, with a store of its own beside it unless one is given."""
     report = EncodingReport()
-    assert sum(encode_dataset(rows, images, encoders, config, folder, report)) == len(rows)
+    entries = Entries(Store(store or folder.with_suffix(".store")), encoders, config, images)
+    done = sum(encode_dataset(rows, entries, config, folder, report, share))
+    assert done == len(rows) or not share.is_first
     return report
 
 
-def test_every_row_pairs_an_image_with_its_own_caption(
-    images: Path, encoders: Encoders, tmp_path: Path
-) -> None:
-    report = encode(images, rows_of(images), encoders, tmp_path / "encoded")
-    assert sum(report.examples.values()) == 12
-    for split in ("train", "held_out"):
-        dataset = EncodedDataset(tmp_path / "encoded", split)
-        indices = [int(Path(example.image).stem) for example in dataset.examples]
-        assert indices == sorted(indices)
-        for position, example in enumerate(dataset.examples):
-            index = int(Path(example.image).stem)
-            pixels = to_tensor(Image.open(images / f"{index}.png"))
-            expected, _ = encode_images(encoders.vae, pixels[None])
-            torch.testing.assert_close(dataset[position].latents_mean, expected, rtol=1e-3, atol=1e-4)
-            ids = encoders.tokenizers[0](example.caption).input_ids
-            assert dataset[position].token_ids[0, 0, : len(ids)].tolist() == ids
-            assert example.caption == f"picture {index}"
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def examples_of(folder: Path) -> dict[str, Batch]:
+    """All examples of both sides, by the name of their image."""
+    sides = [EncodedDataset(folder, split) for split in ("train", "held_out")]
+    return {example.image: side[n] for side in sides for n, example in enumerate(side.examples)}
+
+
+def entries_by_kind(store: Path) -> dict[str, set[str]]:
+    kinds = ("picture", "latents", "text")
+    return {kind: {file.name for file in (store / kind).rglob("*") if file.is_file()} for kind in kinds}
+
+
+def pixels_of(file: Path) -> torch.Tensor:
+    return to_pixels(to_bytes(decode_image(file.read_bytes())))[None]
 
 
 def test_latents_decode_to_the_picture(encoders: Encoders) -> None:
     """The demo's small VAE gives this picture back at 34.5 dB."""
-    pixels = to_tensor(load_image(Path("demo/dataset/images/alien-monster.webp")))[None]
+    pixels = pixels_of(PICTURE)
     latents, std = encode_images(encoders.vae, pixels)
     with torch.no_grad():
         decoded = encoders.vae.decode(latents / encoders.vae.config.scaling_factor).sample
@@ -97,7 +86,7 @@ def test_latents_decode_to_the_picture(encoders: Encoders) -> None:
 
 
 def test_latents_are_what_diffusers_encodes_and_scales(encoders: Encoders) -> None:
-    pixels = to_tensor(load_image(Path("demo/dataset/images/alien-monster.webp")))[None]
+    pixels = pixels_of(PICTURE)
     mean, std = encode_images(encoders.vae, pixels)
     drawn = [
         encoders.vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(s)) for s in range(64)
@@ -119,67 +108,310 @@ def test_latents_are_shifted_and_scaled_as_the_vae_says() -> None:
 
 def test_captions_are_read_as_the_pipeline_reads_them(encoders: Encoders) -> None:
     captions = ["red apple, noto style", "a very long caption " * 40]
+    assert encoders.text_encoders is not None
     embeds = embed_captions(encoders.text_encoders, tokenize(encoders.tokenizers, captions))
     pipeline = load_pipeline(PARAMS.model, "fp32", CPU)
     expected, _, pooled, _ = pipeline.encode_prompt(captions, device=CPU, do_classifier_free_guidance=False)
     torch.testing.assert_close(embeds, (expected, pooled), rtol=0, atol=1e-5)
 
 
-def test_missing_image_stops_the_stage(images: Path, encoders: Encoders, tmp_path: Path) -> None:
-    rows = rows_of(images)
+def test_missing_image_stops_the_stage(
+    images: Path, rows: list[CaptionedImage], encoders: Encoders, tmp_path: Path
+) -> None:
     (images / "3.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"3\.png"):
-        encode(images, rows, encoders, tmp_path / "encoded")
+        encode(rows, images, encoders, tmp_path / "encoded")
 
 
 def test_no_readable_image_is_an_error_that_names_some(
     images: Path, encoders: Encoders, tmp_path: Path
 ) -> None:
-    rows = rows_of(images)
-    for file in images.iterdir():
-        file.write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"no readable image is left.*12 of 12.*\d+\.png"):
-        encode(images, rows, encoders, tmp_path / "encoded")
+    write_patterns(images, COUNT)
+    for number in range(COUNT):
+        (images / f"{number}.png").write_bytes(b"no image %d" % number)
+    rows = [row_of(images / f"{number}.png") for number in range(COUNT)]
+    with pytest.raises(ValueError, match=r"no usable image is left.*12 of 12.*0\.png \(not_an_image\)"):
+        encode(rows, images, encoders, tmp_path / "encoded")
 
 
-def test_same_images_same_bytes(images: Path, encoders: Encoders, tmp_path: Path) -> None:
+def test_same_images_same_bytes(
+    images: Path, rows: list[CaptionedImage], encoders: Encoders, tmp_path: Path
+) -> None:
     for name in ("first", "second"):
-        encode(images, rows_of(images), encoders, tmp_path / name)
-    files = {file.name: file.read_bytes() for file in (tmp_path / "first").iterdir()}
-    assert files == {file.name: file.read_bytes() for file in (tmp_path / "second").iterdir()}
-    assert len(files) > 2
+        encode(rows, images, encoders, tmp_path / name)
+    assert content(tmp_path / "first") == content(tmp_path / "second")
+    assert len(content(tmp_path / "first")) > 2
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_bad_images_and_duplicates_are_left_out_and_named(
-    images: Path, encoders: Encoders, tmp_path: Path
+def test_an_example_has_the_same_bits_whatever_else_is_encoded(
+    images: Path, rows: list[CaptionedImage], encoders: Encoders, tmp_path: Path
 ) -> None:
-    rows = rows_of(images)
+    encode(rows, images, encoders, tmp_path / "all")
+    encode(rows[5:2:-1] + rows[8:], images, encoders, tmp_path / "some")
+    whole, some = examples_of(tmp_path / "all"), examples_of(tmp_path / "some")
+    assert len(some) == 7
+    assert {name: batch.digest() for name, batch in some.items()} == {
+        name: whole[name].digest() for name in some
+    }
+
+
+def test_bad_images_and_duplicates_are_left_out_and_named(
+    images: Path, rows: list[CaptionedImage], encoders: Encoders, tmp_path: Path
+) -> None:
     (images / "3.png").write_bytes(b"no image")
+    rows[3] = row_of(images / "3.png")
+    (images / "4.png").write_bytes(b"another image than the one that was downloaded")
     rows.append(CaptionedImage(rows[0].id, "copy.png", "a copy"))
-    report = encode(images, rows, encoders, tmp_path / "encoded")
-    assert {entry["image"] for entry in report.rejected} == {"3.png", "copy.png"}
-    assert report.metrics()["rejected"] == 2
-    splits = [EncodedDataset(tmp_path / "encoded", split) for split in ("train", "held_out")]
-    names = {example.image for split in splits for example in split.examples}
-    assert names == {f"{index}.png" for index in range(12) if index != 3}
+    report = encode(rows, images, encoders, tmp_path / "encoded")
+    assert [(finding.image, finding.kind, finding.left_out) for finding in report.findings] == [
+        ("copy.png", "duplicate", True),
+        ("3.png", "not_an_image", True),
+        ("4.png", "changed", True),
+    ]
+    assert report.metrics()["left_out"] == 3
+    assert examples_of(tmp_path / "encoded").keys() == {f"{n}.png" for n in range(COUNT) if n not in (3, 4)}
 
 
-def test_latents_that_are_not_finite_are_refused(images: Path, tmp_path: Path) -> None:
+def test_strict_stops_at_bad_images_and_names_them_all(
+    images: Path, rows: list[CaptionedImage], encoders: Encoders, tmp_path: Path
+) -> None:
+    for number in (3, 7):
+        (images / f"{number}.png").write_bytes(b"")
+        rows[number] = row_of(images / f"{number}.png")
+    strict = CONFIG.model_copy(update={"strict": True})
+    rows[7] = CaptionedImage("0" * 64, "7.png", "")
+    with pytest.raises(ValueError, match=r"(?s)strict is true and 2 of 12.*3\.png.*7\.png.*\(changed\)"):
+        encode(rows, images, encoders, tmp_path / "encoded", strict)
+    assert not (tmp_path / "encoded").exists()
+
+
+def test_small_images_are_flagged_with_their_factor(
+    images: Path, rows: list[CaptionedImage], encoders: Encoders, tmp_path: Path
+) -> None:
+    pattern(50, (100, 64)).save(images / "small.png")
+    rows.append(row_of(images / "small.png"))
+    (finding,) = encode(rows, images, encoders, tmp_path / "encoded").findings
+    assert (finding.image, finding.kind, finding.left_out) == ("small.png", "upscaled", False)
+    assert finding.detail == "100 x 64, enlarged 2.00 times"
+
+
+def test_near_duplicates_are_reported_and_never_on_both_sides(
+    images: Path, rows: list[CaptionedImage], encoders: Encoders, tmp_path: Path
+) -> None:
+    """Every picture again as a small JPEG, whose hash of the file puts it on either side."""
+    for number in range(COUNT):
+        pattern(number).resize((100, 100)).save(images / f"again-{number}.jpg", quality=90)
+    for number in range(COUNT, 2 * COUNT):
+        pattern(number).save(images / f"{number}.png")
+        rows.append(row_of(images / f"{number}.png"))
+    again = [row_of(images / f"again-{number}.jpg") for number in range(COUNT)]
+    sides = split_by_content(rows + again, CONFIG.held_out)
+    train, held_out = ({row.image for row in sides[name]} for name in ("train", "held_out"))
+    pairs = [(f"{number}.png", f"again-{number}.jpg") for number in range(COUNT)]
+    crossing = {name for pair in pairs if len(train & set(pair)) == 1 for name in pair if name in held_out}
+    assert crossing
+    report = encode(rows + again, images, encoders, tmp_path / "encoded")
+    found = {finding.image: finding.kind for finding in report.findings if finding.kind != "upscaled"}
+    assert {image for image, kind in found.items() if kind == "leakage"} == crossing
+    assert len(found) == COUNT
+    left = {example.image for example in EncodedDataset(tmp_path / "encoded", "held_out").examples}
+    assert left == held_out - crossing
+    unlimited = CONFIG.model_copy(update={"near_duplicate_bits": None})
+    report = encode(rows + again, images, encoders, tmp_path / "unlimited", unlimited)
+    assert {finding.kind for finding in report.findings} == {"upscaled"}
+
+
+def test_every_training_picture_is_looked_for_among_the_held_out(
+    images: Path, rows: list[CaptionedImage], encoders: Encoders, tmp_path: Path
+) -> None:
+    train = split_by_content(rows, CONFIG.held_out)["train"]
+    copies = []
+    for row in train:
+        for quality in range(100, 60, -1):  # until the file's hash puts it among the held out
+            copy = images / f"copy-of-{Path(row.image).stem}.jpg"
+            pattern(int(Path(row.image).stem)).save(copy, quality=quality)
+            if not split_by_content([*rows, row_of(copy)], CONFIG.held_out)["train"][len(train) :]:
+                copies.append(row_of(copy))
+                break
+    assert len(copies) == len(train)
+    report = encode(rows + copies, images, encoders, tmp_path / "encoded")
+    leaked = {finding.image for finding in report.findings if finding.kind == "leakage"}
+    assert leaked == {copy.image for copy in copies}
+
+
+def test_latents_that_are_not_finite_are_refused_and_not_kept(
+    images: Path, rows: list[CaptionedImage], tmp_path: Path
+) -> None:
     broken = load_encoders(PARAMS.model, CONFIG, CPU)
     with torch.no_grad():
         next(broken.vae.encoder.parameters()).fill_(float("nan"))
     with pytest.raises(ValueError, match=r"\d+.png: its latents are not finite.*sdxl-vae-fp16-fix"):
-        encode(images, rows_of(images), broken, tmp_path / "encoded")
+        encode(rows, images, broken, tmp_path / "encoded", store=tmp_path / "store")
     assert not (tmp_path / "encoded").exists()
+    assert entries_by_kind(tmp_path / "store")["latents"] == set()
 
 
-def test_trained_text_encoders_leave_tokens_alone(images: Path, tmp_path: Path) -> None:
+def test_batch_that_does_not_fit_names_the_key(
+    images: Path, rows: list[CaptionedImage], tmp_path: Path
+) -> None:
+    full = load_encoders(PARAMS.model, CONFIG, CPU)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    full.vae.encoder.register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match=r"encoding\.batch_size is 3.*128 px.*CUDA out of memory"):
+        encode(rows, images, full, tmp_path / "encoded")
+
+
+def test_trained_text_encoders_leave_tokens_alone(
+    images: Path, rows: list[CaptionedImage], tmp_path: Path
+) -> None:
     model: ModelConfig = PARAMS.model.model_copy(update={"text_encoders": "trained"})
-    encode(images, rows_of(images), load_encoders(model, CONFIG, CPU), tmp_path / "encoded")
+    encode(rows, images, load_encoders(model, CONFIG, CPU), tmp_path / "encoded")
     batch = EncodedDataset(tmp_path / "encoded", "train")[0]
     assert batch.prompt_embeds is None
     assert batch.token_ids.shape == (1, 2, 77)
+
+
+class TestStore:
+    """What is encoded again after a change, and what the shards then hold."""
+
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Path:
+        return tmp_path / "store"
+
+    @pytest.fixture
+    def before(
+        self, images: Path, rows: list[CaptionedImage], encoders: Encoders, tmp_path: Path, store: Path
+    ) -> dict[str, set[str]]:
+        encode(rows, images, encoders, tmp_path / "encoded", store=store)
+        kinds = entries_by_kind(store)
+        assert [len(names) for names in kinds.values()] == [COUNT] * 3
+        return kinds
+
+    def new_entries(self, before: dict[str, set[str]], store: Path) -> dict[str, int]:
+        return {kind: len(names - before[kind]) for kind, names in entries_by_kind(store).items()}
+
+    def test_unchanged_data_encodes_nothing_and_other_shards_are_cut_from_it(
+        self,
+        before: dict[str, set[str]],
+        images: Path,
+        rows: list[CaptionedImage],
+        encoders: Encoders,
+        store: Path,
+    ) -> None:
+        config = CONFIG.model_copy(update={"shard_size": 2, "held_out": 0.5})
+        encode(rows, images, encoders, store.with_name("other"), config, store)
+        assert self.new_entries(before, store) == {"picture": 0, "latents": 0, "text": 0}
+        fresh = store.with_name("fresh")
+        encode(rows, images, encoders, fresh, config)
+        assert content(fresh) == content(store.with_name("other"))
+
+    def test_edited_caption_encodes_its_text_alone(
+        self,
+        before: dict[str, set[str]],
+        images: Path,
+        rows: list[CaptionedImage],
+        encoders: Encoders,
+        store: Path,
+    ) -> None:
+        rows[5] = CaptionedImage(rows[5].id, rows[5].image, "another caption")
+        encode(rows, images, encoders, store.with_name("again"), store=store)
+        assert self.new_entries(before, store) == {"picture": 0, "latents": 0, "text": 1}
+        encode(rows, images, encoders, store.with_name("fresh"))
+        assert content(store.with_name("fresh")) == content(store.with_name("again"))
+
+    def test_edited_image_encodes_its_latents_alone(
+        self,
+        before: dict[str, set[str]],
+        images: Path,
+        rows: list[CaptionedImage],
+        encoders: Encoders,
+        store: Path,
+    ) -> None:
+        pattern(99).save(images / "5.png")
+        rows[5] = row_of(images / "5.png")
+        encode(rows, images, encoders, store.with_name("again"), store=store)
+        assert self.new_entries(before, store) == {"picture": 1, "latents": 1, "text": 0}
+        encode(rows, images, encoders, store.with_name("fresh"))
+        assert content(store.with_name("fresh")) == content(store.with_name("again"))
+
+    def test_other_vae_encodes_all_latents_and_nothing_else(
+        self, before: dict[str, set[str]], images: Path, rows: list[CaptionedImage], store: Path
+    ) -> None:
+        other = load_encoders(PARAMS.model, CONFIG, CPU)
+        with torch.no_grad():
+            next(other.vae.encoder.parameters()).mul_(1.001)
+        encode(rows, images, other, store.with_name("again"), store=store)
+        assert self.new_entries(before, store) == {"picture": 0, "latents": COUNT, "text": 0}
+
+    def test_other_text_encoder_encodes_all_texts_and_nothing_else(
+        self, before: dict[str, set[str]], images: Path, rows: list[CaptionedImage], store: Path
+    ) -> None:
+        other = load_encoders(PARAMS.model, CONFIG, CPU)
+        assert other.text_encoders is not None
+        other.text_encoders[1].bfloat16()
+        encode(rows, images, other, store.with_name("again"), store=store)
+        assert self.new_entries(before, store) == {"picture": 0, "latents": 0, "text": COUNT}
+
+    @pytest.mark.parametrize(
+        ("changes", "kinds"),
+        [
+            ({"crop": "random"}, {"latents"}),
+            ({"resolution": 64}, {"latents"}),
+            ({"batch_size": 4}, {"latents", "text"}),
+            ({"held_out": 0.5, "shard_size": 3, "near_duplicate_bits": 2, "strict": True}, set()),
+        ],
+    )
+    def test_other_params_encode_what_they_act_on(
+        self,
+        before: dict[str, set[str]],
+        images: Path,
+        rows: list[CaptionedImage],
+        encoders: Encoders,
+        store: Path,
+        changes: dict[str, object],
+        kinds: set[str],
+    ) -> None:
+        encode(rows, images, encoders, store.with_name("again"), CONFIG.model_copy(update=changes), store)
+        new = self.new_entries(before, store)
+        assert new == {kind: COUNT if kind in kinds else 0 for kind in before}
+
+    def test_damaged_entries_are_encoded_again(
+        self,
+        before: dict[str, set[str]],
+        images: Path,
+        rows: list[CaptionedImage],
+        encoders: Encoders,
+        store: Path,
+    ) -> None:
+        for kind in before:
+            for file in sorted((store / kind).rglob("*/*"))[:2]:
+                file.write_bytes(file.read_bytes()[:-1] + b"?")
+        encode(rows, images, encoders, store.with_name("again"), store=store)
+        assert content(store.with_name("again")) == content(store.with_name("encoded"))
+        assert entries_by_kind(store) == before
+
+
+def test_share_of_each_process_covers_the_rows_and_the_first_has_them_all() -> None:
+    rows = [CaptionedImage(str(number), "", "") for number in range(10)]
+    shares = [Share(rank, 3).of(rows) for rank in range(3)]
+    assert [row.id for row in shares[0]] == ["0", "3", "6", "9", "8", "7", "5", "4", "2", "1"]
+    assert [[row.id for row in share] for share in shares[1:]] == [["1", "4", "7"], ["2", "5", "8"]]
+
+
+def test_processes_fill_one_store_and_the_first_writes_the_same_shards(
+    images: Path, rows: list[CaptionedImage], encoders: Encoders, tmp_path: Path
+) -> None:
+    encode(rows, images, encoders, tmp_path / "alone")
+    store = tmp_path / "store"
+    encode(rows, images, encoders, tmp_path / "never", store=store, share=Share(1, 2))
+    assert not (tmp_path / "never").exists()
+    assert {len(names) for names in entries_by_kind(store).values()} == {COUNT // 2}
+    encode(rows, images, encoders, tmp_path / "together", store=store, share=Share(0, 2))
+    assert content(tmp_path / "together") == content(tmp_path / "alone")
 
 
 @given(st.lists(st.integers(0, 2**60), min_size=2, max_size=30, unique=True), st.floats(0.01, 0.99))

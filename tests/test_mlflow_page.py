@@ -125,6 +125,9 @@ def test_adapter_and_pictures_are_artifacts(run_page: Page) -> None:
         expect(run_page.get_by_text(name, exact=True).first).to_be_visible()
     run_page.get_by_text("grid.png").click()
     image_is_drawn(run_page, "img[alt='grid.png']")
+    run_page.get_by_text("reports", exact=True).click()
+    run_page.get_by_text("captions.html").click()
+    expect(run_page.frame_locator("iframe").get_by_role("heading", name="Captions")).to_be_visible()
     run_page.get_by_text("adapter", exact=True).click()
     expect(run_page.get_by_text("adapter.safetensors")).to_be_visible()
 

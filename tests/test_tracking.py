@@ -52,6 +52,8 @@ def test_run_shows_params_curves_numbers_pictures_and_the_adapter(params: Params
     assert run.data.tags["stage.encode_dataset"] == "cached"
     artifacts = {item.path for item in client().list_artifacts(run.info.run_id)}
     assert {"adapter", "dvc", "grid.png", "images", "reports", "samples.json"} <= artifacts
+    reports = {item.path for item in client().list_artifacts(run.info.run_id, "reports")}
+    assert reports == {"reports/captions.html", "reports/loss.csv"}
 
 
 def test_live_curve_is_not_drawn_twice(params: Params) -> None:

@@ -22,6 +22,7 @@ def write_results() -> None:
     paths.LOCK.write_text(yaml.safe_dump({"stages": {"train_lora": {"outs": outs}}}))
     for number, path in enumerate(paths.NUMBERS):
         write_numbers(path, {"group": {"value": float(number)}, "peak_memory_gib": 9.98, "attention": "sdpa"})
+    paths.CAPTION_PAGE.write_text("<!doctype html><title>Captions</title><h1>Captions</h1>", encoding="utf-8")
     curve = pd.DataFrame({"step": [10, 20], "loss": [0.5, 0.25]})
     curve.to_csv(paths.LOSS_CURVE, index=False)
     paths.LORA.mkdir()

@@ -6,7 +6,7 @@ Knows no model: the stage hands in what counts CLIP tokens.
 import html
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -83,21 +83,33 @@ class CaptionsReport:
     """Image, caption and reason of each rejected one."""
     rules: Counter[str] = field(default_factory=Counter)
     """How many captions each rule changed."""
+    kept: list[tuple[str, str]] = field(default_factory=list)
+    """Image and clean caption, without the trigger, of each one kept."""
     tokens: list[int] = field(default_factory=list)
-    """CLIP tokens of each caption kept, start and end included."""
+    """CLIP tokens of each of these, trigger, start and end included."""
     truncated: int = 0
     """Captions kept that the encoders will not read to their end."""
 
     def metrics(self) -> dict[str, object]:
         """The report as numbers."""
         return {
-            "kept": len(self.tokens),
+            "kept": len(self.kept),
             "rejected": len(self.rejections),
+            "repeated": len(self.kept) - len({caption for _, caption in self.kept}),
             "changed": len(self.changes),
             "truncated": self.truncated,
             "tokens": {"mean": sum(self.tokens) / len(self.tokens), "max": max(self.tokens)},
             "changed_by": dict(sorted(self.rules.items())),
         }
+
+
+@dataclass(frozen=True)
+class DuplicateCaption:
+    """A caption that several images have."""
+
+    caption: str
+    images: list[str]
+    """Their file names."""
 
 
 def read_captions(path: Path) -> pd.DataFrame:
@@ -138,6 +150,7 @@ def clean_captions(
         if reason is not None:
             report.rejections.append({"image": row["image"], "caption": row["caption"], "reason": reason})
             continue
+        report.kept.append((row["image"], text))
         report.tokens.append(count)
         report.truncated += count > config.max_tokens
         report.rules.update(applied)
@@ -185,3 +198,38 @@ def rejection(caption: str, tokens: int, config: CaptionsConfig) -> str | None:
     if tokens > config.max_tokens and config.too_long == "reject":
         return f"{tokens} tokens, captions.max_tokens is {config.max_tokens}"
     return None
+
+
+def duplicate_captions(kept: Sequence[tuple[str, str]]) -> list[DuplicateCaption]:
+    """Captions that several images have, the most frequent first."""
+    images: dict[str, list[str]] = {}
+    for image, caption in kept:
+        images.setdefault(caption, []).append(image)
+    repeated = [DuplicateCaption(caption, names) for caption, names in images.items() if len(names) > 1]
+    return sorted(repeated, key=lambda duplicate: -len(duplicate.images))
+
+
+def frequent_phrases(captions: Iterable[str], most: int) -> list[tuple[str, int]]:
+    """Phrases of two to five words, and the number of captions that each is in, the most frequent first.
+
+    One that is always part of a longer one is left out: "man with" says nothing beside "a man with a hat".
+    """
+    counts: Counter[tuple[str, ...]] = Counter()
+    for caption in captions:
+        counts.update(set(phrases(re.findall(r"[\w'-]+", caption.lower()))))
+    repeated = {phrase: count for phrase, count in counts.items() if count > 1}
+    contained = {
+        part
+        for phrase, count in repeated.items()
+        for part in (phrase[1:], phrase[:-1])
+        if repeated.get(part) == count
+    }
+    frequent = sorted(set(repeated) - contained, key=lambda phrase: (-repeated[phrase], phrase))
+    return [(" ".join(phrase), repeated[phrase]) for phrase in frequent[:most]]
+
+
+def phrases(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """All runs of two to five words."""
+    for length in range(2, 6):
+        for start in range(len(words) - length + 1):
+            yield tuple(words[start : start + length])

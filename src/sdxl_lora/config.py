@@ -106,6 +106,11 @@ class EncodingConfig(Section):
     """Examples in one file of the encoded data set."""
     held_out: OpenFraction
     """Share of the examples kept out of training for evaluation, chosen by image content."""
+    near_duplicate_bits: Annotated[int, Field(ge=0, le=192)] | None
+    """Images whose perceptual hashes (192 bits) differ in no more bits are near duplicates. They are
+    reported; a held-out one of a training image is left out. null: not looked for."""
+    strict: bool
+    """true: a bad image stops the stage; false: it is left out and reported."""
 
 
 class LoraConfig(Section):

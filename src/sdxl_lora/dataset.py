@@ -5,6 +5,7 @@ shard, so latents cannot meet another image's caption. Batches are a function of
 save, nothing to restart wrongly on a resume.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdxl_lora.randomness import generator
+from sdxl_lora.sources import DIGEST_PREFIX
 
 Split = Literal["train", "held_out"]
 INDEX = "index.jsonl"
@@ -35,6 +37,8 @@ class Example:
     shard: str
     """File name of the shard."""
     row: int
+    digest: str = ""
+    """Hash of the row's tensors; empty: unknown, and not checked when the row is read."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,15 @@ class Batch:
 
     def tensors(self) -> dict[str, Tensor | None]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def digest(self) -> str:
+        """A hash of names, types, shapes and bits of all tensors."""
+        digest = hashlib.sha256()
+        for name, tensor in self.tensors().items():
+            if tensor is not None:
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     @classmethod
     def cat(cls, batches: Sequence[Self]) -> Self:
@@ -97,7 +110,11 @@ class EncodedDataset:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Batch:
-        """Example `index` as a batch of one."""
+        """Example `index` as a batch of one.
+
+        Raises:
+            ValueError: its tensors are not those that were encoded.
+        """
         example = self.examples[index]
         shard, names = self._shards[example.shard], self._shards[example.shard].keys()
         rows = slice(example.row, example.row + 1)
@@ -105,7 +122,13 @@ class EncodedDataset:
             field.name: shard.get_slice(field.name)[rows] if field.name in names else None
             for field in fields(Batch)
         }
-        return Batch(**columns)
+        batch = Batch(**columns)
+        if example.digest and batch.digest() != example.digest:
+            raise ValueError(
+                f"{example.shard}: row {example.row} ({example.image}) is not what was encoded: "
+                "run `dvc checkout data/encoded`, or `dvc repro -f encode_dataset`"
+            )
+        return batch
 
     def batch(self, indices: Iterable[int]) -> Batch:
         return Batch.cat([self[index] for index in indices])
@@ -121,6 +144,19 @@ def example_order(num_examples: int, seed: int, start: int) -> Iterator[int]:
         order = torch.randperm(num_examples, generator=generator(seed, "order", epoch))
         yield from order[position:].tolist()
         epoch, position = epoch + 1, 0
+
+
+def data_digest(examples: Iterable[Example]) -> str:
+    """`sha256:` and the Merkle root over examples: ids, captions and tensors, whatever their order or shards.
+
+    Leaves and inner nodes are told apart as in RFC 6962, section 2.1; a node without a sibling moves up.
+    """
+    leaves = sorted((example.id, example.caption, example.digest) for example in examples)
+    nodes = [hashlib.sha256(b"\0" + json.dumps(leaf).encode()).digest() for leaf in leaves]
+    while len(nodes) > 1:
+        pairs = [nodes[start : start + 2] for start in range(0, len(nodes), 2)]
+        nodes = [hashlib.sha256(b"\1" + b"".join(pair)).digest() if pair[1:] else pair[0] for pair in pairs]
+    return DIGEST_PREFIX + (nodes[0] if nodes else hashlib.sha256().digest()).hex()
 
 
 def write_shard(folder: Path, name: str, batch: Batch) -> None:

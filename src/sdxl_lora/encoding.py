@@ -1,184 +1,179 @@
-"""Images and captions to what training reads: latents, token ids, embeddings, size conditions, in shards."""
+"""Images and captions to what training reads: latents, token ids, embeddings, size conditions, in shards.
+
+The store keeps what has been encoded; this decides which examples there are, on which side of the split, and
+copies them into the encoded data set in the order of the captions.
+"""
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from diffusers import AutoencoderKL
-from torch import Tensor
+import numpy as np
 
-from sdxl_lora.config import EncodingConfig, ModelConfig
+from sdxl_lora.config import EncodingConfig
 from sdxl_lora.dataset import Batch, Example, Split, write_index, write_shard
+from sdxl_lora.duplicates import nearest_earlier
+from sdxl_lora.entries import Entries
 from sdxl_lora.hardware import require_disk_space
-from sdxl_lora.images import load_image, resize_and_crop, to_tensor
-from sdxl_lora.randomness import generator
-from sdxl_lora.sdxl import (
-    DTYPES,
-    TextEncoders,
-    Tokenizers,
-    embed_tokens,
-    load_text_encoders,
-    load_tokenizers,
-    load_vae,
-    tokenize,
-)
+from sdxl_lora.images import FINGERPRINT_BITS, BadImageError
+from sdxl_lora.pictures import CaptionedImage
+from sdxl_lora.processes import processes
 
 
 @dataclass(frozen=True)
-class CaptionedImage:
-    """One line of data/captions.jsonl."""
+class Share:
+    """What one of several processes, counted from 0, does of a job."""
 
-    id: str
-    """SHA-256 of the image file."""
+    rank: int
+    processes: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def of(self, rows: Sequence[CaptionedImage]) -> list[CaptionedImage]:
+        """Every n-th row. The first process goes on with all others, those last that the others do first.
+
+        It finds them done, or does them; so it waits for nobody, and there is no barrier to time out at.
+        """
+        own = list(rows[self.rank :: self.processes])
+        if not self.is_first:
+            return own
+        return own + [row for number, row in enumerate(rows) if number % self.processes][::-1]
+
+
+WHOLE = Share(0, 1)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about an image that whoever collected it should know."""
+
     image: str
-    """File name of the image."""
-    caption: str
+    kind: str
+    """A fault of the file (images.Fault), `duplicate`, `near_duplicate`, `leakage` or `upscaled`."""
+    left_out: bool
+    detail: str
 
 
 @dataclass
 class EncodingReport:
     """What became of the images."""
 
-    examples: dict[Split, int] = field(default_factory=lambda: {"train": 0, "held_out": 0})
-    rejected: list[dict[str, str]] = field(default_factory=list)
-    """Image and reason of each that was left out."""
-    upscaled: int = 0
-    """Images smaller than the resolution."""
+    findings: list[Finding] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    """Width and height of each example's image, pixels."""
 
     def metrics(self) -> dict[str, object]:
         """The report as numbers."""
-        return {"examples": self.examples, "rejected": len(self.rejected), "upscaled": self.upscaled}
-
-
-@dataclass(frozen=True)
-class Encoders:
-    """The frozen models that turn images and captions into tensors."""
-
-    vae: AutoencoderKL
-    tokenizers: Tokenizers
-    text_encoders: TextEncoders | None
-    """None if they are trained, and so cannot be applied in advance."""
-
-
-def load_encoders(model: ModelConfig, config: EncodingConfig, device: torch.device) -> Encoders:
-    """VAE and tokenizers, and the text encoders if they are frozen."""
-    frozen = model.text_encoders == "frozen"
-    return Encoders(
-        vae=load_vae(model, config.vae_precision, device),
-        tokenizers=load_tokenizers(model),
-        text_encoders=load_text_encoders(model, config.text_precision, device) if frozen else None,
-    )
+        sides = Counter(example.split for example in self.examples)
+        kinds = Counter(finding.kind for finding in self.findings)
+        return {
+            "examples": {"train": sides["train"], "held_out": sides["held_out"]},
+            "left_out": sum(finding.left_out for finding in self.findings),
+            "findings": dict(sorted(kinds.items())),
+        }
 
 
 def encode_dataset(
     rows: Sequence[CaptionedImage],
-    images: Path,
-    encoders: Encoders,
+    entries: Entries,
     config: EncodingConfig,
     folder: Path,
     report: EncodingReport,
+    share: Share = WHOLE,
 ) -> Iterator[int]:
     """Writes the encoded data set into `folder`, yielding the number of images done since the last time.
 
-    Every image falls on the same side of the split whatever else is in the data set; duplicates of a file are
-    encoded once. A bad image is left out and put down in `report`.
+    Every image falls on the same side of the split whatever else is in the data set. A bad image is left out
+    and put down in `report`. `folder` appears once it is complete. Of several processes, the first writes it;
+    the others put their share into the store and are done.
 
     Raises:
-        ValueError: latents are not finite, or a side of the split has no image left.
-        OSError: the disk is too full.
+        ValueError: an image is bad and encoding.strict is true; latents are not finite; or a side of the
+            split has no image left.
+        OSError: an image file is missing, or the disk is too full.
     """
-    require_disk_space(folder, len(rows) * bytes_per_example(encoders, config))
+    require_disk_space(folder, 2 * len(rows) * entries.bytes_per_example())  # the store, and the shards
+    unique = without_duplicates(rows, report)
+    yield len(rows) - len(unique)
+    faults: dict[str, BadImageError] = {}
+    for row, fault in entries.encode(share.of(unique)):
+        if fault is not None:
+            faults[row.id] = fault
+        yield 1
+    if not share.is_first:
+        return
+    readable = without_bad_images(unique, faults, config, report)
+    sides = split_by_content(readable, config.held_out)
+    refuse_empty_split(sides, report, len(rows))
+    if config.near_duplicate_bits is not None:
+        sides["held_out"] = without_leakage(sides, entries, config.near_duplicate_bits, report)
+        refuse_empty_split(sides, report, len(rows))
+    write_dataset(sides, entries, config, folder, report)
+
+
+def write_dataset(
+    sides: dict[Split, list[CaptionedImage]],
+    entries: Entries,
+    config: EncodingConfig,
+    folder: Path,
+    report: EncodingReport,
+) -> None:
+    """Copies examples from the store into shards and an index, which take the place of `folder` at once."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    unique = without_duplicates(rows, report)
-    yield len(rows) - len(unique)
-    examples: list[Example] = []
-    for split, members in split_by_content(unique, config.held_out).items():
+    for split, members in sides.items():
         for number, start in enumerate(range(0, len(members), config.shard_size)):
-            shard, kept, batches = f"{split}-{number:05d}.safetensors", [], []
-            for rows_of_batch in in_batches(members[start : start + config.shard_size], config.batch_size):
-                readable, batch = encode_batch(rows_of_batch, images, encoders, config, report)
-                kept += readable
-                batches += [batch] if batch is not None else []
-                yield len(rows_of_batch)
-            if batches:
-                write_shard(partial, shard, Batch.cat(batches))
-            examples += [Example(r.id, r.image, r.caption, split, shard, row) for row, r in enumerate(kept)]
-            report.examples[split] += len(kept)
-    refuse_empty_split(report, len(rows))
-    write_index(partial, examples)
+            shard = f"{split}-{number:05d}.safetensors"
+            rows = members[start : start + config.shard_size]
+            batches = [entries.example(row) for row in rows]
+            write_shard(partial, shard, Batch.cat(batches))
+            for position, (row, batch) in enumerate(zip(rows, batches, strict=True)):
+                report.examples.append(
+                    Example(row.id, row.image, row.caption, split, shard, position, batch.digest())
+                )
+                note_size(row, batch, report)
+    write_index(partial, report.examples)
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
 
 
-def encode_batch(
+def without_bad_images(
     rows: Sequence[CaptionedImage],
-    images: Path,
-    encoders: Encoders,
+    faults: dict[str, BadImageError],
     config: EncodingConfig,
     report: EncodingReport,
-) -> tuple[list[CaptionedImage], Batch | None]:
-    """Those of `rows` whose image can be read, and their encoding, None if there are none."""
-    kept, pixels, time_ids = [], [], []
-    for row in rows:
-        try:
-            image = load_image(images / row.image)
-        except ValueError as error:
-            report.rejected.append({"image": row.image, "reason": str(error)})
-            continue
-        report.upscaled += min(image.size) < config.resolution
-        crops = generator("crop", row.id)
-        square, sizes = resize_and_crop(image, config.resolution, config.crop, crops)
-        kept.append(row)
-        pixels.append(to_tensor(square))
-        time_ids.append(sizes)
-    if not kept:
-        return [], None
-    mean, std = encode_images(encoders.vae, torch.stack(pixels))
-    refuse_infinite_latents(kept, mean + std, config)
-    token_ids = tokenize(encoders.tokenizers, [row.caption for row in kept])
-    embeds = embed_captions(encoders.text_encoders, token_ids)
-    return kept, Batch(mean, std, token_ids, torch.tensor(time_ids, dtype=torch.int32), *embeds)
+) -> list[CaptionedImage]:
+    """The rows whose image could be read; the others are put down in `report`.
 
-
-def refuse_infinite_latents(rows: Sequence[CaptionedImage], latents: Tensor, config: EncodingConfig) -> None:
-    for row, finite in zip(rows, latents.isfinite().flatten(1).all(1).tolist(), strict=True):
-        if not finite:
-            raise ValueError(
-                f"{row.image}: its latents are not finite in {config.vae_precision}: "
-                "set encoding.vae_precision to fp32, or model.vae to madebyollin/sdxl-vae-fp16-fix"
-            )
-
-
-@torch.no_grad()
-def encode_images(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the VAE's posterior, scaled as the UNet reads latents.
-
-    Args:
-        pixels: in [-1, 1], (B, 3, H, W).
-
-    Returns:
-        Two tensors in the VAE's precision, on the CPU, (B, 4, H/8, W/8).
+    Raises:
+        ValueError: there are others, and encoding.strict is true; names them all.
     """
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    mean = (posterior.mean - shift) * vae.config.scaling_factor
-    return mean.cpu(), (posterior.std * vae.config.scaling_factor).cpu()
+    bad = [Finding(r.image, faults[r.id].fault, True, faults[r.id].reason) for r in rows if r.id in faults]
+    if bad and config.strict:
+        lines = "".join(f"  {finding.image}: {finding.detail} ({finding.kind})\n" for finding in bad)
+        raise ValueError(
+            f"encoding.strict is true and {len(bad)} of {len(rows)} images are bad:\n{lines}Repair or remove "
+            "them, or set encoding.strict to false: they are then left out and reported"
+        )
+    report.findings += bad
+    return [row for row in rows if row.id not in faults]
 
 
-@torch.no_grad()
-def embed_captions(
-    text_encoders: TextEncoders | None, token_ids: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Prompt embeddings and pooled ones on the CPU, in their encoders' precision; both None without."""
-    if text_encoders is None:
-        return None, None
-    prompt_embeds, pooled_prompt_embeds = embed_tokens(text_encoders, token_ids.to(text_encoders[0].device))
-    return prompt_embeds.cpu(), pooled_prompt_embeds.cpu()
+def note_size(row: CaptionedImage, batch: Batch, report: EncodingReport) -> None:
+    """Puts the size of an image down in `report`, and that it is too small, if it is."""
+    height, width, _, _, target_height, target_width = batch.time_ids[0].tolist()
+    report.sizes.append((width, height))
+    factor = max(target_height / height, target_width / width)
+    if factor > 1:
+        detail = f"{width} x {height}, enlarged {factor:.2f} times"
+        report.findings.append(Finding(row.image, "upscaled", False, detail))
 
 
 def without_duplicates(rows: Sequence[CaptionedImage], report: EncodingReport) -> list[CaptionedImage]:
@@ -186,12 +181,33 @@ def without_duplicates(rows: Sequence[CaptionedImage], report: EncodingReport) -
     first: dict[str, CaptionedImage] = {}
     for row in rows:
         if row.id in first:
-            report.rejected.append(
-                {"image": row.image, "reason": f"{row.image}: same file as {first[row.id].image}"}
-            )
+            detail = f"same file as {first[row.id].image}"
+            report.findings.append(Finding(row.image, "duplicate", True, detail))
         else:
             first[row.id] = row
     return list(first.values())
+
+
+def without_leakage(
+    sides: dict[Split, list[CaptionedImage]], entries: Entries, bits: int, report: EncodingReport
+) -> list[CaptionedImage]:
+    """The held-out rows whose picture is not nearly a training one; near duplicates go into `report`."""
+    rows = [*sides["train"], *sides["held_out"]]
+    num_train = len(sides["train"])
+    fingerprints = np.stack([entries.fingerprint(row).numpy() for row in rows])
+    nearest, distances = nearest_earlier(fingerprints)
+    nearest_trained, distances_trained = nearest_earlier(fingerprints, stop=num_train)
+    kept = []
+    for number, row in enumerate(rows):
+        leaks = number >= num_train and bool(distances_trained[number] <= bits)
+        other, distance = (nearest_trained, distances_trained) if leaks else (nearest, distances)
+        if distance[number] <= bits:
+            detail = f"{distance[number]} of {FINGERPRINT_BITS} bits from {rows[other[number]].image}"
+            kind = "leakage" if leaks else "near_duplicate"
+            report.findings.append(Finding(row.image, kind, leaks, detail))
+        if number >= num_train and not leaks:
+            kept.append(row)
+    return kept
 
 
 def split_by_content(rows: Sequence[CaptionedImage], held_out: float) -> dict[Split, list[CaptionedImage]]:
@@ -211,27 +227,22 @@ def split_by_content(rows: Sequence[CaptionedImage], held_out: float) -> dict[Sp
     }
 
 
-def refuse_empty_split(report: EncodingReport, num_rows: int) -> None:
-    for split, count in report.examples.items():
-        if count == 0:
+def refuse_empty_split(
+    sides: dict[Split, list[CaptionedImage]], report: EncodingReport, num_rows: int
+) -> None:
+    left_out = [f"{finding.image} ({finding.kind})" for finding in report.findings if finding.left_out]
+    for split, rows in sides.items():
+        if not rows:
             raise ValueError(
-                f"no readable image is left for the {split} split ({len(report.rejected)} of {num_rows} "
-                f"images were rejected, {report.rejected[:3]}): add images, or correct those that are named"
+                f"no usable image is left for the {split} split ({len(left_out)} of {num_rows} images were "
+                f"left out: {', '.join(left_out[:3])}): add images, or correct those that are named"
             )
 
 
-def in_batches(rows: Sequence[CaptionedImage], size: int) -> Iterator[Sequence[CaptionedImage]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-
-
-def bytes_per_example(encoders: Encoders, config: EncodingConfig) -> int:
-    """Upper bound of an encoded example's size."""
-    latents = 2 * 4 * (config.resolution // 8) ** 2 * DTYPES[config.vae_precision].itemsize
-    if encoders.text_encoders is None:
-        return latents + 2**12
-    widths = [text_encoder.config.hidden_size for text_encoder in encoders.text_encoders]
-    return latents + 2**12 + 78 * sum(widths) * DTYPES[config.text_precision].itemsize
+def own_share() -> Share:
+    """This process's."""
+    state = processes()
+    return Share(state.process_index, state.num_processes)
 
 
 def read_captions(path: Path) -> list[CaptionedImage]:

@@ -1,49 +1,116 @@
-"""Pictures as the VAE wants them: RGB on white, a square cut out, size conditions kept. Knows no model."""
+"""Pictures as the VAE wants them: sRGB on white, one size, size conditions kept. Knows no model."""
 
+import io
 import warnings
-from pathlib import Path
+from functools import cache
 from typing import Literal
 
+import imagehash
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 Crop = Literal["center", "random"]
+Fault = Literal[
+    "empty", "not_an_image", "damaged", "too_many_pixels", "unknown_white", "bad_colour_profile", "changed"
+]
+TimeIds = tuple[int, int, int, int, int, int]
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What is opened. Pillow knows more, and would start Ghostscript for some of it."""
+HASH_SIDE = 8
+FINGERPRINT_BITS = 3 * HASH_SIDE**2
 
 
-def load_image(path: Path) -> Image.Image:
-    """The first frame of an image file, upright, RGB, transparency on white.
+class BadImageError(ValueError):
+    """A file that cannot become a picture, and why."""
+
+    def __init__(self, fault: Fault, reason: str) -> None:
+        super().__init__(fault, reason)
+        self.fault = fault
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """The first frame of an image file, upright, 8-bit sRGB, transparency on white.
 
     Raises:
-        ValueError: the file is no image, is truncated or would unpack to an absurd size; names the file.
-        OSError: the file cannot be read at all: missing, forbidden, a failing disk.
+        BadImageError: the file is none, is cut off, would unpack to an absurd size, or has colours that
+            nothing explains.
     """
+    if not content:
+        raise BadImageError("empty", "the file is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 image.seek(0)
                 image.load()
-                return on_white(ImageOps.exif_transpose(image))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the system's fault, not the image's: leaving the image out would hide it
-        raise ValueError(f"{path.name}: not a readable image ({error})") from error
+                return on_white(in_srgb(in_eight_bits(ImageOps.exif_transpose(image))))
+    except BadImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadImageError("not_an_image", f"none of {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{path.name}: too many pixels ({error})") from error
+        raise BadImageError("too_many_pixels", str(error)) from error
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:  # what Pillow's decoders raise
+        raise BadImageError("damaged", str(error)) from error
+
+
+def in_eight_bits(image: Image.Image) -> Image.Image:
+    """Greys of 16 bits as 8; Pillow's own conversion clips them at 255.
+
+    Raises:
+        BadImageError: 32-bit greys, whose white is not agreed upon.
+    """
+    if image.mode in ("I", "F"):
+        raise BadImageError(
+            "unknown_white", "32 bits a pixel, and nothing says which is white: save it with 8 or 16"
+        )
+    if image.mode.startswith("I;16"):
+        profile = image.info.get("icc_profile")
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        image.info["icc_profile"] = profile
+    return image
+
+
+def in_srgb(image: Image.Image) -> Image.Image:
+    """Colours as the embedded ICC profile means them, as RGB with or without alpha; without a profile as is.
+
+    Raises:
+        BadImageError: the profile cannot be read, or is for another kind of colours.
+    """
+    profile = image.info.get("icc_profile")
+    if image.has_transparency_data:
+        image = image.convert("LA" if image.mode == "LA" else "RGBA")
+    elif image.mode not in ("L", "CMYK"):
+        image = image.convert("RGB")
+    if not profile:
+        return image
+    alpha = image.getchannel("A") if image.has_transparency_data else None
+    colours = image.convert(image.mode.removesuffix("A")) if alpha else image
+    try:
+        embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        converted = ImageCms.profileToProfile(colours, embedded, srgb(), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError) as error:
+        raise BadImageError("bad_colour_profile", f"its colour profile does not fit it: {error}") from error
+    assert converted is not None  # None is for conversions in place
+    if alpha:
+        converted.putalpha(alpha)
+    return converted
+
+
+@cache
+def srgb() -> ImageCms.ImageCmsProfile:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """`image` as 8-bit RGB, its transparent parts white.
-
-    Raises:
-        ValueError: 32-bit greys, whose white is not agreed upon.
-    """
-    if image.mode in ("I", "F"):
-        raise ValueError("32 bits a pixel, and nothing says which value is white: save it with 8 or 16")
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    """`image` as RGB, its transparent parts white."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -52,35 +119,60 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def resize_and_crop(
-    image: Image.Image, resolution: int, crop: Crop, generator: torch.Generator
-) -> tuple[Image.Image, tuple[int, int, int, int, int, int]]:
-    """The square that the model is shown, and SDXL's size conditions (Podell et al. 2023, section 2.2).
+    image: Image.Image, size: tuple[int, int], crop: Crop, generator: torch.Generator
+) -> tuple[Image.Image, TimeIds]:
+    """The part that the model is shown, and SDXL's size conditions (Podell et al. 2023, section 2.2).
 
-    The shorter side is resized to `resolution`, the longer one is cropped.
+    The image is resized until it just covers `size`; what sticks out on one side is cropped.
 
     Args:
-        resolution: side of the square, pixels.
-        crop: where the square is cut out.
+        size: width and height of the part, pixels.
+        crop: where it is cut out.
         generator: what a random crop is drawn from.
 
     Returns:
-        The square, and original (height, width), crop (top, left) after resizing, target (height, width).
+        The part, and original (height, width), crop (top, left) after resizing, target (height, width).
+
+    Raises:
+        BadImageError: the image is so narrow that covering `size` takes an absurd number of pixels.
     """
     width, height = image.size
-    scale = resolution / min(width, height)
-    resized_width, resized_height = (max(resolution, round(side * scale)) for side in (width, height))
-    room_down, room_right = resized_height - resolution, resized_width - resolution
+    target_width, target_height = size
+    scale = max(target_width / width, target_height / height)
+    resized_width = max(target_width, round(width * scale))
+    resized_height = max(target_height, round(height * scale))
+    if resized_width * resized_height > (Image.MAX_IMAGE_PIXELS or float("inf")):
+        raise BadImageError(
+            "too_many_pixels",
+            f"too narrow: {width} x {height} would become {resized_width} x {resized_height}",
+        )
+    room_down, room_right = resized_height - target_height, resized_width - target_width
     if crop == "center":
         top, left = room_down // 2, room_right // 2
     else:
         top = int(torch.randint(room_down + 1, (), generator=generator))
         left = int(torch.randint(room_right + 1, (), generator=generator))
     resized = image.resize((resized_width, resized_height), Image.Resampling.LANCZOS)
-    square = resized.crop((left, top, left + resolution, top + resolution))
-    return square, (height, width, top, left, resolution, resolution)
+    part = resized.crop((left, top, left + target_width, top + target_height))
+    return part, (height, width, top, left, target_height, target_width)
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as the VAE reads it, fp32 in [-1, 1], (3, H, W)."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
-    return pixels.float().div(127.5).sub(1)
+def to_bytes(image: Image.Image) -> Tensor:
+    """An RGB image as uint8, (3, H, W)."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+
+
+def to_pixels(levels: Tensor) -> Tensor:
+    """Levels of 0 to 255 as the VAE reads them, fp32 in [-1, 1], of the same shape."""
+    return levels.float().div(127.5).sub(1)
+
+
+def fingerprint(image: Image.Image) -> Tensor:
+    """A hash that survives resizing and compression: packed bits, uint8, (24,).
+
+    The perceptual hash (`imagehash.phash`: signs of low frequencies) of each colour: of greys alone, a euro
+    and a yen banknote would pass for one picture.
+    """
+    small = image.resize((4 * HASH_SIDE, 4 * HASH_SIDE), Image.Resampling.LANCZOS)
+    bits = [imagehash.phash(channel, HASH_SIDE).hash for channel in small.split()]
+    return torch.from_numpy(np.packbits(np.concatenate(bits, axis=None)))

@@ -17,12 +17,15 @@ RAW_SOURCE = RAW / "source.json"
 
 CAPTIONS = DATA / "captions.jsonl"
 CAPTIONS_REPORT = REPORTS / "captions.json"
+CAPTION_PAGE = REPORTS / "captions.html"
 CAPTION_CHANGES = REPORTS / "caption_changes.csv"
 CAPTION_REJECTIONS = REPORTS / "caption_rejections.csv"
 
 ENCODED = DATA / "encoded"
+DATASET_CARD = REPORTS / "dataset.md"
+ENCODED_STORE = Path(".dvc/tmp/encoded")
 ENCODING_REPORT = REPORTS / "encoding.json"
-IMAGE_REJECTIONS = REPORTS / "image_rejections.csv"
+IMAGE_FINDINGS = REPORTS / "image_findings.csv"
 
 LORA = DATA / "lora"
 PREVIEWS = DATA / "previews"

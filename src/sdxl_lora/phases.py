@@ -3,7 +3,7 @@
 import torch
 
 from sdxl_lora.config import Params, SamplingConfig
-from sdxl_lora.encoding import embed_captions, encode_images
+from sdxl_lora.encoders import embed_captions, encode_images
 from sdxl_lora.forecast import META, InferenceTrace, trace_inference
 from sdxl_lora.lora import add_adapters, lora_parameters
 from sdxl_lora.sdxl import DTYPES, embed_tokens, predict

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
 
 def write_numbers(path: Path, numbers: Mapping[str, object]) -> None:
     """A nested mapping of numbers as JSON, which DVC shows as metrics."""
@@ -14,9 +16,14 @@ def write_numbers(path: Path, numbers: Mapping[str, object]) -> None:
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
-    """Rows as CSV with these columns, which DVC plots."""
+    """Rows as CSV with these columns, which DVC plots; no text can pass for a spreadsheet's formula."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows, columns=list(columns)).to_csv(path, index=False)
+    pd.DataFrame(rows, columns=list(columns)).map(as_text).to_csv(path, index=False)
+
+
+def as_text(value: object) -> object:
+    """Puts an apostrophe before text that a spreadsheet would compute (OWASP, "CSV Injection")."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
 
 
 def read_numbers(path: Path, stage: str) -> dict[str, object]:

@@ -266,8 +266,9 @@ def log_reports(client: MlflowClient, run_id: str) -> None:
             Metric(key, float(value), now, 0) for key, value in entries.items() if not isinstance(value, str)
         ]
         client.log_batch(run_id, metrics=points, tags=words)
-    for path in sorted(paths.REPORTS.glob("*.csv")):
-        client.log_artifact(run_id, str(path), "reports")
+    for path in sorted(paths.REPORTS.iterdir()):
+        if path.suffix in (".csv", ".html", ".md"):
+            client.log_artifact(run_id, str(path), "reports")
 
 
 def log_pictures(client: MlflowClient, run_id: str) -> None:

@@ -47,6 +47,7 @@ def test_captions_and_their_report_are_written() -> None:
     changes = list(csv.DictReader(paths.CAPTION_CHANGES.read_text(encoding="utf-8").splitlines()))
     assert [change["rules"] for change in changes] == ["artefacts", "unicode, repeated_words"]
     rejections = list(csv.DictReader(paths.CAPTION_REJECTIONS.read_text(encoding="utf-8").splitlines()))
+    assert "<ins>caf\u00e9</ins> noir" in paths.CAPTION_PAGE.read_text(encoding="utf-8")
     assert rejections == [{"image": "1.png", "caption": "", "reason": "empty"}]
 
 

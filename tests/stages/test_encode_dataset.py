@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from sdxl_lora import paths
-from sdxl_lora.dataset import EncodedDataset
+from sdxl_lora.dataset import EncodedDataset, data_digest
 from stages import clean_captions, download_dataset, encode_dataset
 
 
@@ -37,7 +37,9 @@ def test_downloaded_images_are_encoded_and_counted() -> None:
     assert report["examples"] == {"train": len(train), "held_out": len(held_out)}
     assert len(train) + len(held_out) == 12
     assert train[0].latents_mean.shape == (1, 4, 16, 16)
-    assert paths.IMAGE_REJECTIONS.read_text(encoding="utf-8") == "image,reason\n"
+    card = paths.DATASET_CARD.read_text(encoding="utf-8")
+    assert f"| train | {data_digest(train.examples)} |" in card
+    assert paths.IMAGE_FINDINGS.read_text(encoding="utf-8") == "image,kind,left_out,detail\n"
 
 
 @pytest.mark.parametrize("key", ["vae_precision", "text_precision"])

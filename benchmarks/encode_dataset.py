@@ -1,0 +1,92 @@
+"""Time and memory of encoding many images: `python -m benchmarks.encode_dataset --help`.
+
+Encodes synthetic pictures with the demo recipe's models, at a small size, so that what does not depend on the
+model shows: decoding, the store, the search for near duplicates, the shards.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+
+import numpy as np
+import psutil
+from PIL import Image
+from tqdm import tqdm
+
+from sdxl_lora.config import EncodingConfig, load_params
+from sdxl_lora.encoders import load_encoders
+from sdxl_lora.encoding import EncodingReport, encode_dataset
+from sdxl_lora.entries import Entries
+from sdxl_lora.hardware import reserved_device
+from sdxl_lora.pictures import CaptionedImage
+from sdxl_lora.sources import file_digest
+from sdxl_lora.store import Store
+
+MIB = 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/demo.yaml"))
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--resolution", type=int, default=64, help="pixels a side, instead of the recipe's")
+    arguments = parser.parse_args()
+    params = load_params(arguments.recipe)
+    config = params.encoding.model_copy(update={"resolution": arguments.resolution})
+    with TemporaryDirectory() as scratch, reserved_device(None) as device:
+        folder = Path(scratch)
+        rows = write_pictures(folder / "images", arguments.images, arguments.resolution)
+        encoders = load_encoders(params.model, config, device)
+        numbers = {}
+        for name in ("first", "again"):
+            entries = Entries(Store(folder / "store"), encoders, config, folder / "images")
+            numbers[name] = measure(rows, entries, config, folder / name)
+    sys.stdout.write(json.dumps({"images": len(rows), "device": str(device), **numbers}, indent=2) + "\n")
+
+
+def write_pictures(folder: Path, count: int, resolution: int) -> list[CaptionedImage]:
+    """JPEGs of random blurred squares, half as wide again as they are high."""
+    folder.mkdir()
+    rows = []
+    for number in tqdm(range(count), desc="writing pictures", unit="image"):
+        colours = np.random.default_rng(number).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+        size = (resolution * 3 // 2, resolution)
+        path = folder / f"{number:06d}.jpg"
+        Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
+        rows.append(CaptionedImage(file_digest(path), path.name, f"picture number {number}"))
+    return rows
+
+
+def measure(
+    rows: list[CaptionedImage], entries: Entries, config: EncodingConfig, folder: Path
+) -> dict[str, float]:
+    """Wall and CPU seconds, images a second, and this process's resident memory on the way, MiB."""
+    process, start, done, memory = psutil.Process(), perf_counter(), 0, []
+    cpu_start = sum(process.cpu_times()[:4])  # user and system, of this process and its workers
+    with tqdm(total=len(rows), desc=folder.name, unit="image") as progress:
+        for number in encode_dataset(rows, entries, config, folder, EncodingReport()):
+            done += number
+            progress.update(number)
+            if done % max(1, len(rows) // 10) == 0:
+                memory.append(process.memory_info().rss / MIB)
+            if done == len(rows):
+                encoded = perf_counter() - start
+    seconds = perf_counter() - start
+    return {
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(sum(process.cpu_times()[:4]) - cpu_start, 1),
+        "images_per_second": round(len(rows) / seconds, 1),
+        "seconds_to_split_and_write_shards": round(seconds - encoded, 1),
+        "mib_after_a_tenth": round(memory[1]),
+        "mib_after_all_were_encoded": round(memory[-1]),
+        "mib_at_the_end": round(process.memory_info().rss / MIB),
+    }
+
+
+if __name__ == "__main__":
+    main()

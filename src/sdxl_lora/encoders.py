@@ -1,0 +1,92 @@
+"""The frozen models that turn pictures and captions into tensors, the same bits whatever stands beside them.
+
+Kernels choose their order of sums by the shape of their input, so every batch has the same number of rows.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from sdxl_lora.config import EncodingConfig, ModelConfig
+from sdxl_lora.sdxl import (
+    TextEncoders,
+    Tokenizers,
+    embed_tokens,
+    load_text_encoders,
+    load_tokenizers,
+    load_vae,
+)
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The frozen models that turn images and captions into tensors."""
+
+    vae: AutoencoderKL
+    tokenizers: Tokenizers
+    text_encoders: TextEncoders | None
+    """None if they are trained, and so cannot be applied in advance."""
+
+
+def load_encoders(model: ModelConfig, config: EncodingConfig, device: torch.device) -> Encoders:
+    """VAE and tokenizers, and the text encoders if they are frozen."""
+    frozen = model.text_encoders == "frozen"
+    return Encoders(
+        vae=load_vae(model, config.vae_precision, device),
+        tokenizers=load_tokenizers(model),
+        text_encoders=load_text_encoders(model, config.text_precision, device) if frozen else None,
+    )
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the VAE's posterior, scaled as the UNet reads latents.
+
+    Args:
+        pixels: in [-1, 1], (B, 3, H, W).
+
+    Returns:
+        Two tensors in the VAE's precision, on the CPU, (B, 4, H/8, W/8).
+    """
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    mean = (posterior.mean - shift) * vae.config.scaling_factor
+    return mean.cpu(), (posterior.std * vae.config.scaling_factor).cpu()
+
+
+@torch.no_grad()
+def embed_captions(text_encoders: TextEncoders, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompt embeddings, (B, 77, 2048), and pooled ones, (B, 1280), on the CPU, as the encoders give them."""
+    prompt_embeds, pooled_prompt_embeds = embed_tokens(text_encoders, token_ids.to(text_encoders[0].device))
+    return prompt_embeds.cpu(), pooled_prompt_embeds.cpu()
+
+
+def filled_up(rows: Tensor, size: int) -> Tensor:
+    """`rows`, (B, ...), B <= size, and copies of the last one behind them, (size, ...)."""
+    return torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
+
+
+def weights_digest(model: Any) -> str:
+    """A hash of what a model computes with: its configuration, and its weights in their present precision."""
+    config: Mapping[str, object] = (
+        model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
+    )
+    meant = {key: value for key, value in config.items() if not key.startswith("_") and "version" not in key}
+    digest = hashlib.sha256(json.dumps(meant, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def machine(device: torch.device) -> str:
+    """What rounding depends on: the GPU's name, or the CPU's vector units and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"

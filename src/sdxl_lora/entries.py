@@ -1,0 +1,215 @@
+"""Encoded examples and the store: what each is called there, encoding what it lacks, reading it back.
+
+Three entries make an example. `picture`: what is known of the image itself. `latents`: what the VAE makes of
+it. `text`: what frozen text encoders make of the caption. Each has its own key, so that a change encodes no
+more than what depends on it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdxl_lora import encoders as encoders_module
+from sdxl_lora import images as images_module
+from sdxl_lora import pictures as pictures_module
+from sdxl_lora import sdxl as sdxl_module
+from sdxl_lora.config import EncodingConfig
+from sdxl_lora.dataset import Batch
+from sdxl_lora.encoders import (
+    Encoders,
+    embed_captions,
+    encode_images,
+    filled_up,
+    machine,
+    weights_digest,
+)
+from sdxl_lora.images import BadImageError, to_pixels
+from sdxl_lora.pictures import CaptionedImage, Picture, decode_pictures
+from sdxl_lora.sdxl import DTYPES, tokenize
+from sdxl_lora.sources import file_digest
+from sdxl_lora.store import Store, content_key
+
+IMAGE_LIBRARIES = ("pillow", "imagehash", "numpy")
+LAYER = "penultimate"
+
+
+class Entries:
+    """The store as one configuration of models and params sees it."""
+
+    def __init__(self, store: Store, encoders: Encoders, config: EncodingConfig, images: Path) -> None:
+        """Knows the store's keys.
+
+        Args:
+            images: folder of the image files.
+        """
+        self._store, self._encoders, self._config, self._images = store, encoders, config, images
+        self._of_picture = {"code": code_version([images_module], IMAGE_LIBRARIES)}
+        self._of_latents = {
+            **config.model_dump(include={"resolution", "crop", "vae_precision", "batch_size"}),
+            "vae": weights_digest(encoders.vae),
+            "machine": machine(encoders.vae.device),
+            "code": code_version(
+                [images_module, pictures_module, encoders_module], (*IMAGE_LIBRARIES, "torch", "diffusers")
+            ),
+        }
+        self._of_text: dict[str, Any] | None = None
+        if encoders.text_encoders is not None:
+            self._of_text = {
+                **config.model_dump(include={"text_precision", "batch_size"}),
+                "encoders": [weights_digest(encoder) for encoder in encoders.text_encoders],
+                "layer": LAYER,
+                "machine": machine(encoders.text_encoders[0].device),
+                "code": code_version([encoders_module, sdxl_module], ("torch", "transformers")),
+            }
+
+    def encode(self, rows: Sequence[CaptionedImage]) -> Iterator[tuple[CaptionedImage, BadImageError | None]]:
+        """Puts what the store lacks of these rows into it, whole batches at a time.
+
+        Yields:
+            Each row in order, as it goes by, and why its image was left out, if it was.
+
+        Raises:
+            ValueError: latents are not finite, or a batch does not fit into the GPU's memory.
+            OSError: an image file is missing.
+        """
+        pictures: list[tuple[CaptionedImage, Picture]] = []
+        captions: list[Tensor] = []
+        lacking = [row for row in rows if self._lacks_picture(row)]
+        decoded = decode_pictures(lacking, self._images, self._config, self._lacks_picture)
+        expected = {row.id for row in lacking}
+        for row in rows:
+            picture = next(decoded) if row.id in expected else None
+            if isinstance(picture, BadImageError):
+                yield row, picture
+                continue
+            if picture is not None:
+                pictures.append((row, picture))
+            token_ids = self._token_ids(row)
+            if self._lacks_text(token_ids):
+                captions.append(token_ids)
+            if len(pictures) == self._config.batch_size:
+                self._put_pictures(pictures)
+                pictures = []
+            if len(captions) == self._config.batch_size:
+                self._put_texts(captions)
+                captions = []
+            yield row, None
+        if pictures:
+            self._put_pictures(pictures)
+        if captions:
+            self._put_texts(captions)
+
+    def example(self, row: CaptionedImage) -> Batch:
+        """The example of a row that was encoded, as a batch of one."""
+        token_ids = self._token_ids(row)
+        latents = self._require(row, self._latents_key(row))
+        text = self._require(row, self._text_key(token_ids)) if self._of_text is not None else {}
+        embeds = {"prompt_embeds": None, "pooled_prompt_embeds": None, **text}
+        return Batch(**latents, token_ids=token_ids, **embeds)
+
+    def fingerprint(self, row: CaptionedImage) -> Tensor:
+        """The perceptual hash of a row's image: packed bits, uint8, (24,)."""
+        return self._require(row, self._picture_key(row))["fingerprint"]
+
+    def bytes_per_example(self) -> int:
+        """Upper bound of an encoded example's size."""
+        latents = 2 * 4 * (self._config.resolution // 8) ** 2 * DTYPES[self._config.vae_precision].itemsize
+        widths = [encoder.config.hidden_size for encoder in self._encoders.text_encoders or ()]
+        return latents + 78 * sum(widths) * DTYPES[self._config.text_precision].itemsize + 2**12
+
+    def _require(self, row: CaptionedImage, key: str) -> dict[str, Any]:
+        """An entry of a row; encoded again if it was damaged or deleted meanwhile.
+
+        Raises:
+            BadImageError: that needs the image, which is no longer what it was.
+        """
+        entry = self._store.get(key)
+        if entry is None:
+            for _, fault in self.encode([row]):
+                if fault is not None:
+                    raise fault
+            entry = self._store.get(key)
+        assert entry is not None, key
+        return entry
+
+    def _put_pictures(self, pictures: Sequence[tuple[CaptionedImage, Picture]]) -> None:
+        levels = torch.stack([picture.levels for _, picture in pictures])
+        pixels = to_pixels(filled_up(levels, self._config.batch_size))
+        with explained_memory_errors(self._config):
+            mean, std = encode_images(self._encoders.vae, pixels)
+        for number, (row, picture) in enumerate(pictures):
+            part = slice(number, number + 1)
+            require_finite(row, mean[part] + std[part], self._config)
+            latents = {
+                "latents_mean": mean[part],
+                "latents_std": std[part],
+                "time_ids": torch.tensor([picture.time_ids], dtype=torch.int32),
+            }
+            self._store.put(self._picture_key(row), {"fingerprint": picture.fingerprint})
+            self._store.put(self._latents_key(row), latents)
+
+    def _put_texts(self, captions: Sequence[Tensor]) -> None:
+        assert self._encoders.text_encoders is not None
+        token_ids = filled_up(torch.cat(list(captions)), self._config.batch_size)
+        with explained_memory_errors(self._config):
+            prompt_embeds, pooled = embed_captions(self._encoders.text_encoders, token_ids)
+        for number, own_ids in enumerate(captions):
+            part = slice(number, number + 1)
+            text = {"prompt_embeds": prompt_embeds[part], "pooled_prompt_embeds": pooled[part]}
+            self._store.put(self._text_key(own_ids), text)
+
+    def _token_ids(self, row: CaptionedImage) -> Tensor:
+        return tokenize(self._encoders.tokenizers, [row.caption])
+
+    def _lacks_picture(self, row: CaptionedImage) -> bool:
+        return self._picture_key(row) not in self._store or self._latents_key(row) not in self._store
+
+    def _lacks_text(self, token_ids: Tensor) -> bool:
+        return self._of_text is not None and self._text_key(token_ids) not in self._store
+
+    def _picture_key(self, row: CaptionedImage) -> str:
+        return content_key("picture", image=row.id, **self._of_picture)
+
+    def _latents_key(self, row: CaptionedImage) -> str:
+        return content_key("latents", image=row.id, **self._of_latents)
+
+    def _text_key(self, token_ids: Tensor) -> str:
+        assert self._of_text is not None
+        return content_key("text", token_ids=token_ids.tolist(), **self._of_text)
+
+
+def code_version(modules: Sequence[ModuleType], libraries: Sequence[str]) -> dict[str, str]:
+    """The source of our modules, as a hash, and the versions of the libraries that they call."""
+    sources = {module.__name__: file_digest(Path(str(module.__file__))) for module in modules}
+    return sources | {library: version(library) for library in libraries}
+
+
+@contextmanager
+def explained_memory_errors(config: EncodingConfig) -> Iterator[None]:
+    """Turns a full GPU into an error that names the key to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"encoding.batch_size is {config.batch_size}: so many pictures of {config.resolution} px do not "
+            f"fit into the GPU's memory ({error}). Lower it"
+        ) from error
+
+
+def require_finite(row: CaptionedImage, latents: Tensor, config: EncodingConfig) -> None:
+    """Refuses infinite latents and NaN before they can be kept.
+
+    Raises:
+        ValueError: names the image and the remedy.
+    """
+    if not latents.isfinite().all():
+        raise ValueError(
+            f"{row.image}: its latents are not finite in {config.vae_precision}: "
+            "set encoding.vae_precision to fp32, or model.vae to madebyollin/sdxl-vae-fp16-fix"
+        )
