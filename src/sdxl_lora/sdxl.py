@@ -78,7 +78,11 @@ def load_unet(config: ModelConfig, precision: Precision, device: torch.device) -
 def load_pipeline(
     config: ModelConfig, precision: Precision, device: torch.device
 ) -> StableDiffusionXLPipeline:
-    """The whole pipeline with the VAE that `config` names; decodes one image at a time."""
+    """The whole pipeline, frozen, with the VAE that `config` names; decodes one image at a time.
+
+    Frozen, because torch rounds the product with a weight that asks for gradients otherwise than with one
+    that does not, also where no gradient is taken: it folds a batch into rows for the former alone.
+    """
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         open_base(config),
         dtype=DTYPES[precision],
@@ -86,7 +90,9 @@ def load_pipeline(
         vae=load_vae(config, precision, device),
         use_safetensors=True,
         add_watermarker=False,
-    ).to(device)
+    )
+    for module in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
+        frozen(module, device)
     pipeline.vae.enable_slicing()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
