@@ -35,6 +35,8 @@ SAMPLE_TABLE = SAMPLES / "samples.jsonl"
 
 METRICS = REPORTS / "metrics.json"
 LOSS_BY_TIMESTEP = REPORTS / "loss_by_timestep.csv"
+COPIES = REPORTS / "copies.csv"
+GATES = REPORTS / "gates.csv"
 
 MLFLOW_POINTER = REPORTS / "mlflow.json"
 

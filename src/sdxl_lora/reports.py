@@ -2,9 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 def write_numbers(path: Path, numbers: Mapping[str, object]) -> None:
@@ -17,6 +22,13 @@ def write_table(path: Path, rows: Sequence[Mapping[str, object]], columns: Seque
     """Rows as CSV with these columns, which DVC plots."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows, columns=list(columns)).to_csv(path, index=False)
+
+
+def write_records(
+    path: Path, kind: "type[DataclassInstance]", records: "Sequence[DataclassInstance]"
+) -> None:
+    """Records of one dataclass as CSV with its fields as columns, also if there are none."""
+    write_table(path, [asdict(record) for record in records], [field.name for field in fields(kind)])
 
 
 def read_numbers(path: Path, stage: str) -> dict[str, object]:
