@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sdxl_lora.config import LoraConfig, ModelConfig, load_params
 from sdxl_lora.denoising import Denoiser, load_denoiser
-from sdxl_lora.kohya import kohya_weights, original_path, updates
+from sdxl_lora.kohya import kohya_name, kohya_update, kohya_weights, original_path
 from sdxl_lora.lora import WEIGHTS, add_adapters, lora_parameters, save_lora
 from sdxl_lora.randomness import generator
 from sdxl_lora.sdxl import load_pipeline
@@ -156,11 +156,11 @@ def test_diffusers_loads_a_kohya_file_with_the_updates_that_were_trained(
 def test_updates_of_a_kohya_file_are_pefts(model: ModelConfig, tmp_path: Path) -> None:
     trained = as_if_trained(model, EVERYTHING, TEXT)
     save_lora(tmp_path, trained.unet, trained.text_encoders)
-    found = updates(kohya_weights(load_file(tmp_path / WEIGHTS), dict.fromkeys(PARTS, 6.0)))
+    weights = kohya_weights(load_file(tmp_path / WEIGHTS), dict.fromkeys(PARTS, 6.0))
     expected = peft_updates(trained.unet)
-    assert len(found) == sum(len(peft_updates(module)) for module in trained.modules)
+    assert len(weights) == 3 * sum(len(peft_updates(module)) for module in trained.modules)
     for name, update in expected.items():
-        torch.testing.assert_close(found[f"lora_unet_{original_path(name, 2).replace('.', '_')}"], update)
+        torch.testing.assert_close(kohya_update(weights, kohya_name(f"unet.{name}", 2)), update)
 
 
 @pytest.mark.parametrize(

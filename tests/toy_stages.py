@@ -6,6 +6,8 @@ As those of the real stages, they depend on the params that dvc.yaml gives the s
 import json
 import sys
 import time
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ def write_outputs(name: str) -> None:
     """Fills every output of a stage, as dvc.yaml lists them; those that track_run reads have real forms."""
     pipeline = yaml.safe_load(paths.PIPELINE.read_text())["stages"][name]
     params = yaml.safe_load(paths.PARAMS.read_text())
-    value = str({key: params[key] for key in pipeline["params"]})
+    value = str({key: reduce(getitem, key.split("."), params) for key in pipeline["params"]})
     for kind in ("outs", "metrics", "plots"):
         for entry in pipeline.get(kind, []):
             write_output(Path(entry if isinstance(entry, str) else next(iter(entry))), value, params)

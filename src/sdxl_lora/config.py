@@ -246,6 +246,13 @@ class EvaluationConfig(Section):
     gates: GatesConfig
 
 
+class ExportConfig(Section):
+    title: str
+    """What the adapter is called; in small letters, with `-` for spaces, the name of ComfyUI's file."""
+    license: str
+    """Licence of the adapter, as the Hub abbreviates it."""
+
+
 class Params(Section):
     """The whole of params.yaml."""
 
@@ -259,6 +266,7 @@ class Params(Section):
     training: TrainingConfig
     sampling: SamplingConfig
     evaluation: EvaluationConfig
+    export: ExportConfig
 
 
 def explain(error: ValidationError, path: Path) -> str:

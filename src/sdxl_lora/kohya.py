@@ -54,15 +54,24 @@ def kohya_weights(
     """
     renamed: dict[str, Tensor] = {}
     for key, tensor in weights.items():
-        part, _, path = key.partition(".")
-        layer, _, tensor_name = path.rpartition(".lora_")
-        if f"lora_{tensor_name}" not in TENSORS:
+        layer, _, matrix = key.rpartition(".lora_")
+        if f"lora_{matrix}" not in TENSORS:
             raise ValueError(f"{key} is neither A nor B of an adapter: kohya's format has no place for it")
-        original = original_path(layer, layers_per_block) if part == "unet" else layer
-        name = f"{PREFIXES[part]}_{original.replace('.', '_')}"
-        renamed[f"{name}.{TENSORS[f'lora_{tensor_name}']}"] = tensor
-        renamed[f"{name}.alpha"] = torch.tensor(alphas[part])
+        name = kohya_name(layer, layers_per_block)
+        renamed[f"{name}.{TENSORS[f'lora_{matrix}']}"] = tensor
+        renamed[f"{name}.alpha"] = torch.tensor(alphas[key.partition(".")[0]])
     return renamed
+
+
+def kohya_name(layer: str, layers_per_block: int) -> str:
+    """Kohya's name of a layer, `<part>.<path>`.
+
+    Raises:
+        ValueError: it has none.
+    """
+    part, _, path = layer.partition(".")
+    path = original_path(path, layers_per_block) if part == "unet" else path
+    return f"{PREFIXES[part]}_{path.replace('.', '_')}"
 
 
 def original_path(layer: str, layers_per_block: int) -> str:
@@ -90,13 +99,17 @@ def original_path(layer: str, layers_per_block: int) -> str:
     return f"input_blocks.{number}.{slot}.{'op' if kind == 'downsamplers' else rest}"
 
 
-def updates(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What each layer of a kohya file adds to its weight: alpha / rank B A, fp32, by kohya's name."""
-    found = {}
-    for key, down in weights.items():
-        if key.endswith(".lora_down.weight"):
-            name = key.removesuffix(".lora_down.weight")
-            up, alpha = weights[f"{name}.lora_up.weight"], weights[f"{name}.alpha"]
-            product = up.float().flatten(1) @ down.float().flatten(1)
-            found[name] = (alpha / len(down) * product).view(len(up), *down.shape[1:])
-    return found
+def kohya_update(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """What layer `name` of a kohya file adds to its weight: alpha / rank B A, fp32, shaped as the weight."""
+    down, up = (weights[f"{name}.{tensor}"] for tensor in TENSORS.values())
+    return weights[f"{name}.alpha"] / len(down) * product(up, down)
+
+
+def product(up: Tensor, down: Tensor) -> Tensor:
+    """B A in fp32, shaped as the layer's weight: (out, in) or (out, in, k, k).
+
+    Args:
+        up: B, (out, r) or (out, r, 1, 1).
+        down: A, (r, in) or (r, in, k, k).
+    """
+    return (up.float().flatten(1) @ down.float().flatten(1)).view(len(up), *down.shape[1:])

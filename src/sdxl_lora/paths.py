@@ -38,6 +38,8 @@ LOSS_BY_TIMESTEP = REPORTS / "loss_by_timestep.csv"
 COPIES = REPORTS / "copies.csv"
 GATES = REPORTS / "gates.csv"
 
+EXPORT = DATA / "export"
+
 MLFLOW_POINTER = REPORTS / "mlflow.json"
 
 NUMBERS = (CAPTIONS_REPORT, ENCODING_REPORT, TRAINING_REPORT, METRICS)

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import sqlite3
-import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -28,7 +27,7 @@ from PIL import Image
 
 from sdxl_lora import paths
 from sdxl_lora.config import Params
-from sdxl_lora.execution import Execution, current_execution, parse_execution, project_root
+from sdxl_lora.execution import Execution, current_execution, git_commit, parse_execution, project_root
 
 TRACKING_ERRORS = (MlflowException, OSError)  # requests' errors are OSErrors
 EXPERIMENT = "sdxl-lora"
@@ -297,11 +296,6 @@ def pipeline_stages() -> list[str]:
     """The stages whose results a run shows."""
     stages = yaml.safe_load(paths.PIPELINE.read_text(encoding="utf-8"))["stages"]
     return [name for name in stages if name != "track_run"]
-
-
-def git_commit() -> str:
-    command = ["git", "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def flat(tree: dict[str, Any], separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:
