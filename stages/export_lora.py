@@ -6,15 +6,14 @@ import pandas as pd
 
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
-from sdxl_lora.dataset import INDEX
 from sdxl_lora.execution import run, stage
 from sdxl_lora.export import export_lora, kohya_file, model_spec
 from sdxl_lora.lineage import lineage
 from sdxl_lora.lora import WEIGHTS
-from sdxl_lora.model_card import CARD, card_pictures, model_card, picture_name
+from sdxl_lora.model_card import card_pictures, model_card, picture_name
 from sdxl_lora.reports import read_numbers
 from sdxl_lora.samples import load_table
-from sdxl_lora.sdxl import layers_per_block, load_noise_schedule
+from sdxl_lora.sdxl import layers_per_block, load_noise_schedule, weight_digests
 
 PICTURES = 6
 
@@ -25,7 +24,8 @@ def main() -> None:
     with stage("export_lora"):
         trigger = params.captions.trigger
         prediction_type = load_noise_schedule(params.model).prediction_type
-        facts = lineage(params.model, paths.RAW_SOURCE, paths.ENCODED / INDEX, paths.LOCK)
+        weights = weight_digests(params.model)
+        facts = lineage(params.model, weights, paths.RAW_SOURCE, paths.ENCODED_INDEX, paths.LOCK)
         spec = model_spec(config, trigger, params.encoding.resolution, prediction_type)
         export_lora(paths.LORA, paths.EXPORT, config, {**facts, **spec}, layers_per_block(params.model))
 
@@ -53,7 +53,7 @@ def main() -> None:
             gates.loc[~gates["passed"], "reason"].tolist(),
             facts,
         )
-        (paths.EXPORT / CARD).write_text(card, encoding="utf-8")
+        paths.CARD.write_text(card, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import yaml
 
 from sdxl_lora.config import ModelConfig, load_params
 from sdxl_lora.lineage import lineage, training_digest
+from sdxl_lora.sdxl import weight_digests
+from sdxl_lora.sources import folder_digest
 
 ENTRY: dict[str, Any] = {
     "deps": [{"path": "data/encoded", "md5": "1"}],
@@ -36,7 +38,7 @@ def write_lock(path: Path, entry: dict[str, Any]) -> Path:
 
 def test_facts_find_data_base_code_and_params_again(model: ModelConfig, source: Path) -> None:
     lock = write_lock(source.parent / "dvc.lock", ENTRY)
-    facts = lineage(model, source, source.parent / "index.jsonl", lock)
+    facts = lineage(model, weight_digests(model), source, source.parent / "index.jsonl", lock)
     assert facts["sdxl_lora.data.repository"] == "owner/pictures"
     assert facts["sdxl_lora.data.revision"] == "c0ffee"
     assert facts["sdxl_lora.data.sha256"] == hashlib.sha256(b"{}\n").hexdigest()
@@ -52,21 +54,19 @@ def test_facts_find_data_base_code_and_params_again(model: ModelConfig, source: 
 def test_facts_are_the_same_wherever_the_project_lies(model: ModelConfig, source: Path) -> None:
     index = source.parent / "index.jsonl"
     absolute = model.model_copy(update={"base": str(Path("demo/base_model").resolve())})
-    facts = lineage(absolute, source, index, source.parent / "none.lock")
+    facts = lineage(absolute, weight_digests(absolute), source, index, source.parent / "none.lock")
     assert facts["sdxl_lora.base.repository"] == "base_model"
     assert str(Path.cwd()) not in str(facts)
     assert "sdxl_lora.dvc.train_lora" not in facts
 
 
 def test_vae_of_its_own_is_named_and_hashed(model: ModelConfig, source: Path, tmp_path: Path) -> None:
-    from sdxl_lora.sources import folder_digest
-
     vae = tmp_path / "vae"
     vae.mkdir()
     (vae / "config.json").write_text("{}", encoding="utf-8")
     (vae / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
     other = model.model_copy(update={"vae": str(vae), "vae_revision": folder_digest(vae)})
-    facts = lineage(other, source, tmp_path / "index.jsonl", tmp_path / "none.lock")
+    facts = lineage(other, weight_digests(other), source, tmp_path / "index.jsonl", tmp_path / "none.lock")
     assert facts["sdxl_lora.vae.repository"] == "vae"
     assert facts["sdxl_lora.vae.revision"] == folder_digest(vae)
     assert facts["sdxl_lora.vae.sha256"] == hashlib.sha256(b"weights").hexdigest()

@@ -45,13 +45,18 @@ def write_output(path: Path, value: str, params: dict[str, Any]) -> None:
         path.write_text("step,loss\n" + "".join(f"{step},{1 / step}\n" for step in range(1, STEPS + 1)))
     elif path == paths.TRAINING_REPORT:
         path.write_text(json.dumps({"peak_memory_gib": 1.5, "rank": params["lora"]["rank"]}))
+    elif path == paths.GATES:
+        path.write_text("name,passed,reason\ncopied,True,\n")
     elif path.suffix == ".json":
         path.write_text(json.dumps({"size": len(value)}))
-    elif path.suffix in (".csv", ".jsonl"):
+    elif path.suffix in (".csv", ".jsonl", ".html"):
         path.write_text(value)
     else:
         path.mkdir(exist_ok=True)
         (path / "content.txt").write_text(value)
+        for file in (paths.RAW_SOURCE, paths.ENCODED_INDEX, paths.CARD):
+            if file.parent == path:
+                file.write_text(json.dumps({"repository": "owner/pictures", "examples": 9}))
 
 
 def train() -> None:

@@ -5,20 +5,26 @@ The same for the same results: no time, no id of a run. MLflow's run is found by
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
 from sdxl_lora.config import ModelConfig
 from sdxl_lora.execution import git_commit
-from sdxl_lora.sdxl import weight_digests
 from sdxl_lora.sources import file_digest, is_folder
+from sdxl_lora.tensor_files import read_header
+
+PREFIX = "sdxl_lora."
 
 
-def lineage(model: ModelConfig, source: Path, index: Path, lock: Path) -> dict[str, str]:
+def lineage(
+    model: ModelConfig, weights: Mapping[str, str], source: Path, index: Path, lock: Path
+) -> dict[str, str]:
     """Facts about the adapter in words that a file's header can hold; no place on this machine.
 
     Args:
+        weights: SHA-256 of the weights of each of the base model's parts.
         source: where the data came from, the record that download_dataset left.
         index: of the encoded data set: digests of the images, and their captions.
         lock: dvc.lock. Without it, as where a stage is run by hand, what DVC knows is left out.
@@ -34,11 +40,17 @@ def lineage(model: ModelConfig, source: Path, index: Path, lock: Path) -> dict[s
     }
     if model.vae is not None:
         facts |= {"vae.repository": public_name(model.vae), "vae.revision": str(model.vae_revision)}
-    facts |= {f"{part}.sha256": digest for part, digest in weight_digests(model).items()}
+    facts |= {f"{part}.sha256": digest for part, digest in weights.items()}
     if training := locked_training(lock):
         facts["dvc.train_lora"] = training_digest(lock)
         facts["params.sha256"] = digest_of(training.get("params"))
-    return {f"sdxl_lora.{name}": fact for name, fact in facts.items() if fact}
+    return {f"{PREFIX}{name}": fact for name, fact in facts.items() if fact}
+
+
+def facts_of(path: Path) -> dict[str, str]:
+    """The facts in an adapter file's header that `lineage` found, without their prefix."""
+    header = sorted(read_header(path).items())
+    return {key.removeprefix(PREFIX): value for key, value in header if key.startswith(PREFIX)}
 
 
 def training_digest(lock: Path) -> str:

@@ -10,7 +10,6 @@ from sdxl_lora.config import ExportConfig, ModelConfig
 from sdxl_lora.samples import Sample
 from sdxl_lora.sources import is_folder
 
-CARD = "README.md"
 PAGE = """\
 {header}
 # {title}

@@ -21,6 +21,7 @@ CAPTION_CHANGES = REPORTS / "caption_changes.csv"
 CAPTION_REJECTIONS = REPORTS / "caption_rejections.csv"
 
 ENCODED = DATA / "encoded"
+ENCODED_INDEX = ENCODED / "index.jsonl"
 ENCODING_REPORT = REPORTS / "encoding.json"
 IMAGE_REJECTIONS = REPORTS / "image_rejections.csv"
 
@@ -39,6 +40,9 @@ COPIES = REPORTS / "copies.csv"
 GATES = REPORTS / "gates.csv"
 
 EXPORT = DATA / "export"
+CARD = EXPORT / "README.md"
+EXPORTED_WEIGHTS = EXPORT / "pytorch_lora_weights.safetensors"
+REPORT = REPORTS / "index.html"
 
 MLFLOW_POINTER = REPORTS / "mlflow.json"
 
