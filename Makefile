@@ -14,7 +14,7 @@ INSTALLED := .venv/installed
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check ui recipe lock clean
+.PHONY: help setup demo test check ui promote recipe lock clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ check: setup  ## format, lint, types, direction of imports
 
 ui: setup  ## MLflow at http://127.0.0.1:5000 (PORT=5001 chooses another port)
 	@$(BIN)/python -m sdxl_lora.ui --port $(PORT)
+
+promote: setup  ## register the adapter in MLflow as champion, if it passed all of its gates
+	@$(BIN)/python -m sdxl_lora.registry
 
 recipe: setup  ## select a recipe: NAME=demo; without NAME list them (FORCE=1 replaces edits)
 	@$(BIN)/python -m sdxl_lora.recipe $(NAME) $(if $(FORCE),--force)
