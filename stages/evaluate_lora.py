@@ -23,6 +23,7 @@ from sdxl_lora.hardware import require_precision, reserved_device
 from sdxl_lora.lora import WEIGHTS, load_lora
 from sdxl_lora.reports import write_numbers, write_records, write_table
 from sdxl_lora.samples import load_table
+from sdxl_lora.scores import INTERVAL_COLUMNS
 
 
 def main() -> None:
@@ -40,13 +41,14 @@ def main() -> None:
                 progress.update(len(batch))
         scorer = ImageTextScorer(config, device)
         pictures = Pictures(paths.SAMPLES, paths.RAW_IMAGES, held_out.images, training.images)
-        figures, copies = evaluate_samples(load_table(paths.SAMPLE_TABLE), pictures, scorer, config)
+        samples = evaluate_samples(load_table(paths.SAMPLE_TABLE), pictures, scorer, config)
         size = (paths.LORA / WEIGHTS).stat().st_size
-        metrics = {"held_out_loss": held_out_loss(errors, config), **figures, "adapter_bytes": size}
+        metrics = {"held_out_loss": held_out_loss(errors, config), **samples.figures, "adapter_bytes": size}
         gates = judge(metrics, config.gates)
         write_numbers(paths.METRICS, {**metrics, "gates": verdict(gates)})
         write_records(paths.GATES, Gate, gates)
-        write_records(paths.COPIES, Match, copies)
+        write_records(paths.COPIES, Match, samples.matches)
+        write_table(paths.INTERVALS, samples.intervals, INTERVAL_COLUMNS)
         write_table(paths.LOSS_BY_TIMESTEP, loss_by_timestep(errors, config), LOSS_COLUMNS)
 
 

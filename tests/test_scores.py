@@ -12,7 +12,16 @@ from sdxl_lora.config import EvaluationConfig, StyleConfig, load_params
 from sdxl_lora.metrics import cmmd, gaussian_kernel, pairs
 from sdxl_lora.randomness import generator
 from sdxl_lora.samples import Sample
-from sdxl_lora.scores import Metric, as_numbers, mean_of, measure, sample_metrics, style_candidates
+from sdxl_lora.scores import (
+    INTERVAL_COLUMNS,
+    Metric,
+    as_numbers,
+    interval_rows,
+    mean_of,
+    measure,
+    sample_metrics,
+    style_candidates,
+)
 
 CPU = torch.device("cpu")
 STYLE = StyleConfig(target="fluent 3d style", others=["noto style", "twemoji style"])
@@ -183,15 +192,16 @@ def test_there_is_no_change_without_both_sides(config: EvaluationConfig) -> None
 
 def test_numbers_are_a_tree_that_dvc_can_compare(config: EvaluationConfig) -> None:
     statistics = {"base": mean_of(torch.full((2,), 0.4)), "adapter": mean_of(torch.full((2,), 0.1))}
-    numbers = as_numbers([measure(Metric("diversity", 2, statistics), config)])
+    measurement = measure(Metric("diversity", 2, statistics), config)
+    numbers = as_numbers([measurement])
     assert numbers == {
         "diversity": {"base": pytest.approx(0.4), "adapter": pytest.approx(0.1)},
         "diversity_kept": pytest.approx(0.25),
         "change": {"diversity": {name: pytest.approx(-0.3) for name in ("mean", "low", "high")}},
-        "intervals": {
-            "diversity": {
-                "base": {"low": pytest.approx(0.4), "high": pytest.approx(0.4)},
-                "adapter": {"low": pytest.approx(0.1), "high": pytest.approx(0.1)},
-            }
-        },
     }
+    rows = interval_rows([measurement])
+    assert all(tuple(row) == INTERVAL_COLUMNS for row in rows)
+    assert [tuple(row.values()) for row in rows] == [
+        ("diversity", "base", *[pytest.approx(0.4)] * 3),
+        ("diversity", "adapter", *[pytest.approx(0.1)] * 3),
+    ]

@@ -22,7 +22,7 @@ from sdxl_lora.lora import strength
 from sdxl_lora.metrics import interval, resamples
 from sdxl_lora.randomness import generator
 from sdxl_lora.samples import Sample
-from sdxl_lora.scores import as_numbers, measure, sample_metrics
+from sdxl_lora.scores import as_numbers, interval_rows, measure, sample_metrics
 
 LOSS_COLUMNS = ("timestep", "base", "adapter", "change_percent", "change_percent_low", "change_percent_high")
 
@@ -127,13 +127,22 @@ class Pictures:
     """File names of the images trained on."""
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What the samples are worth."""
+
+    figures: dict[str, object]
+    """Those that `sample_metrics` names, their changes, the share of `copied` samples and its threshold."""
+    intervals: list[dict[str, object]]
+    """Rows of INTERVAL_COLUMNS."""
+    matches: list[Match]
+    """Each sample with the training image that it is nearest to."""
+
+
 def evaluate_samples(
     samples: Sequence[Sample], pictures: Pictures, scorer: ImageTextScorer, config: EvaluationConfig
-) -> tuple[dict[str, object], list[Match]]:
-    """The figures that `sample_metrics` names, and each sample with the training image that it is nearest to.
-
-    Returns:
-        The figures, with the share of `copied` samples and the check's threshold; and the pairs.
+) -> Verdict:
+    """Scores the samples and holds them against the data set's images.
 
     Raises:
         FileNotFoundError: a picture is missing.
@@ -144,7 +153,8 @@ def evaluate_samples(
         for names in (pictures.held_out, pictures.training)
     )
     metrics = sample_metrics(samples, features, held_out, scorer, config.style)
+    measurements = [measure(metric, config) for metric in metrics]
     threshold = copy_threshold(held_out, training, config.copy_quantile)
-    pairs = matches(samples, features, pictures.training, training, threshold)
-    figures = as_numbers([measure(metric, config) for metric in metrics])
-    return {**figures, "copied": copied_share(pairs), "copy_threshold": threshold}, pairs
+    found = matches(samples, features, pictures.training, training, threshold)
+    copying = {"copied": copied_share(found), "copy_threshold": threshold}
+    return Verdict({**as_numbers(measurements), **copying}, interval_rows(measurements), found)

@@ -36,6 +36,7 @@ SAMPLE_TABLE = SAMPLES / "samples.jsonl"
 
 METRICS = REPORTS / "metrics.json"
 LOSS_BY_TIMESTEP = REPORTS / "loss_by_timestep.csv"
+INTERVALS = REPORTS / "intervals.csv"
 COPIES = REPORTS / "copies.csv"
 GATES = REPORTS / "gates.csv"
 

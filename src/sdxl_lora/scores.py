@@ -26,6 +26,8 @@ from sdxl_lora.metrics import (
 from sdxl_lora.randomness import generator
 from sdxl_lora.samples import Sample, strength_name
 
+INTERVAL_COLUMNS = ("metric", "strength", "value", "low", "high")
+
 Statistic = Callable[[Tensor], Tensor]
 """A figure of the samples at these indices, (N,): a scalar."""
 
@@ -72,7 +74,7 @@ def measure(metric: Metric, config: EvaluationConfig) -> Measurement:
 
 
 def as_numbers(measurements: Sequence[Measurement]) -> dict[str, object]:
-    """Values under their names; `change` and `intervals` with their ends, for those who want to be sure."""
+    """Values under their names, and in `change` what the adapter changes, with the ends of its interval."""
     values = {m.name: m.values for m in measurements}
     numbers: dict[str, object] = {**values}
     if {"base", "adapter"} <= values.get("diversity", {}).keys():
@@ -80,11 +82,16 @@ def as_numbers(measurements: Sequence[Measurement]) -> dict[str, object]:
     numbers["change"] = {
         m.name: dict(zip(("mean", "low", "high"), m.change, strict=True)) for m in measurements if m.change
     }
-    numbers["intervals"] = {
-        m.name: {name: {"low": low, "high": high} for name, (low, high) in m.intervals.items()}
-        for m in measurements
-    }
     return numbers
+
+
+def interval_rows(measurements: Sequence[Measurement]) -> list[dict[str, object]]:
+    """A row with INTERVAL_COLUMNS for each metric and strength."""
+    return [
+        {"metric": m.name, "strength": name, "value": m.values[name], "low": low, "high": high}
+        for m in measurements
+        for name, (low, high) in m.intervals.items()
+    ]
 
 
 def sample_metrics(

@@ -64,7 +64,6 @@ def test_metrics_and_loss_by_timestep_are_written() -> None:
         "retrieval_at_1",
         "style_probability",
         "change",
-        "intervals",
         "copied",
         "copy_threshold",
         "adapter_bytes",
@@ -81,9 +80,12 @@ def test_metrics_and_loss_by_timestep_are_written() -> None:
         ("0.png", "2.png", "True"),
         ("1.png", "2.png", "True"),
     ]
+    intervals = read_csv(paths.INTERVALS)
+    assert ("style_probability", "adapter") in [(row["metric"], row["strength"]) for row in intervals]
+    assert all(float(row["low"]) <= float(row["high"]) for row in intervals)
     gates = {row["name"]: row for row in read_csv(paths.GATES)}
     assert metrics["gates"]["all"] == metrics["gates"]["copied"] == 0
-    assert gates["copied"]["reason"] == "copied.adapter is 1, should be at most 0.1"
+    assert gates["copied"]["reason"] == "copied.adapter is 1, should be at most 0.2"
     assert gates["style_probability"]["passed"] == "True"
     rows = read_csv(paths.LOSS_BY_TIMESTEP)
     assert [row["timestep"] for row in rows] == ["100", "900"]
