@@ -157,6 +157,19 @@ def test_file_names_layers_as_other_tools_do_and_tells_no_path(model: ModelConfi
     assert "base_model/" not in str(header)
 
 
+def test_adapter_trained_with_dropout_draws_without(model: ModelConfig, tmp_path: Path) -> None:
+    """Diffusers puts adapters on in training mode: a dropout in the file would garble every picture."""
+    trained = as_if_trained(adapted(model, config().model_copy(update={"dropout": 0.5})))
+    save_lora(tmp_path, trained.unet, trained.text_encoders)
+    pipeline = load_pipeline(model, "fp32", CPU)
+    pipeline.load_lora_weights(tmp_path, adapter_name="default")
+    loaded = Denoiser(
+        pipeline.unet, (pipeline.text_encoder, pipeline.text_encoder_2), trained.noise_schedule, "fp32"
+    )
+    with torch.no_grad():
+        assert torch.equal(predictions(loaded), predictions(loaded))
+
+
 def test_adapter_of_another_model_is_refused(model: ModelConfig, tmp_path: Path) -> None:
     trained = adapted(model, config())
     save_lora(tmp_path, trained.unet, trained.text_encoders)

@@ -194,7 +194,11 @@ def own_name(key: str, module: nn.Module) -> str:
 
 
 def portable_config(module: Any) -> dict[str, Any]:
-    """PEFT's configuration in a fixed order, without the place that the base model was loaded from."""
+    """PEFT's configuration as others need it: in a fixed order, without dropout and local paths."""
     config = module.peft_config[ADAPTER]
-    names = sorted(config.target_modules)  # a set: another order in every process, and another file
-    return {**config.to_dict(), "base_model_name_or_path": None, "target_modules": names}
+    return {
+        **config.to_dict(),
+        "base_model_name_or_path": None,
+        "lora_dropout": 0.0,  # diffusers leaves it switched on when it draws
+        "target_modules": sorted(config.target_modules),  # a set: another order in every process
+    }
