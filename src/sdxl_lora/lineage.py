@@ -12,7 +12,7 @@ import yaml
 
 from sdxl_lora.config import ModelConfig
 from sdxl_lora.execution import git_commit
-from sdxl_lora.sources import file_digest, is_folder
+from sdxl_lora.sources import file_digest, public_name
 from sdxl_lora.tensor_files import read_header
 
 PREFIX = "sdxl_lora."
@@ -74,8 +74,3 @@ def locked_training(lock: Path) -> dict[str, list[dict[str, str]]]:
 
 def digest_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def public_name(repository: str) -> str:
-    """A repository's name; of a folder outside the project only its own, since its path is private."""
-    return Path(repository).name if is_folder(repository) and repository.startswith("/") else repository
