@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_lora.config import Precision
-from sdxl_lora.dataset import Batch
+from sdxl_lora.dataset import Batch, Example
 from sdxl_lora.denoising import Denoiser
 from sdxl_lora.sdxl import DTYPES, NoiseSchedule, TextEncoders
 
@@ -46,6 +46,7 @@ TEXT_ENCODER_2 = {
 
 def random_denoiser(precision: Precision, device: torch.device, trained_text_encoders: bool) -> Denoiser:
     """A frozen SDXL with random weights, made on `device` in `precision`: 3.4 billion parameters."""
+    torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[precision])
     try:
@@ -68,10 +69,11 @@ def random_text_encoders() -> TextEncoders:
 
 
 class RandomDataset:
-    """Stands in for an encoded data set at 1024 px: eight examples of noise."""
+    """Stands in for an encoded data set: eight examples of noise at `resolution` pixels a side."""
 
     def __init__(self, resolution: int = 1024) -> None:
         side = resolution // 8
+        self.examples = [Example(str(n), f"{n}.png", "", "train", "random", n) for n in range(8)]
         token_ids = torch.randint(0, 49000, (8, 2, 77))
         token_ids[..., -1] = SPECIAL_TOKENS["eos_token_id"]
         self._batch = Batch(

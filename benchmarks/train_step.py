@@ -1,63 +1,159 @@
 """Time and peak memory of training steps on SDXL's real shapes: `python -m benchmarks.train_step --help`.
 
 Runs the library's own training loop on random weights and random latents, with the numbers of a recipe.
+Options that take several values span a grid: every combination runs in a process of its own and prints a
+JSON line as it ends; a table of them all follows.
 """
 
 import argparse
-import json
-import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 
+from benchmarks.device_memory import DeviceMemory
+from benchmarks.grid import combinations, flags, gib_or_none, repeat
 from benchmarks.random_sdxl import RandomDataset, random_denoiser
-from sdxl_lora.config import load_params
-from sdxl_lora.hardware import GIB, peak_memory_gib, reserved_device
+from benchmarks.results import GIB, OK, Configuration, Result, now, publish, this_machine
+from benchmarks.tables import steps_table
+from sdxl_lora.config import Attention, Params, load_params
+from sdxl_lora.hardware import peak_memory_gib, reserved_device
 from sdxl_lora.lora import add_adapters
-from sdxl_lora.training import prepare, train_lora
+from sdxl_lora.training import Report, prepare, train_lora
 
 WARMUP_STEPS = 4
+VARIED = (
+    "precision",
+    "checkpointing",
+    "attention",
+    "optimizer",
+    "text_encoders",
+    "vram_gib",
+    "batch_size",
+    "accumulation",
+    "rank",
+    "resolution",
+)
 
 
 def main() -> None:
+    options = parse()
+    grid = list(combinations(options, VARIED, fixed=()))
+    if len(grid) == 1:
+        publish(measure(grid[0], load_params(options.recipe), options.steps), options.output)
+        return
+    results = []
+    for configuration in grid:
+        command = [sys.executable, "-m", "benchmarks.train_step", f"--recipe={options.recipe}"]
+        command += [f"--steps={options.steps}", *flags(configuration)]
+        process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if process.returncode:  # its traceback is on the terminal; the rest of the grid is worth having
+            continue
+        results.append(Result.model_validate_json(process.stdout.splitlines()[-1]))
+        publish(results[-1], options.output)
+    print(steps_table(results), file=sys.stderr)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--recipe", type=Path, default=Path("recipes/sdxl-naruto-16gb.yaml"))
     parser.add_argument("--steps", type=int, default=20, help="steps timed, after 4 of warm-up")
-    parser.add_argument("--precision", choices=["fp16", "bf16", "fp32"], help="instead of the recipe's")
-    parser.add_argument("--text-encoders", choices=["frozen", "trained"], help="instead of the recipe's")
-    parser.add_argument("--attention", choices=["sdpa", "xformers", "math"], help="instead of the recipe's")
-    parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
-    parser.add_argument("--uncapped", action="store_true", help="ignore training.vram_gib")
-    arguments = parser.parse_args()
-    params = load_params(arguments.recipe)
-    changes = {"steps": WARMUP_STEPS + arguments.steps, "warmup_steps": 1}
-    changes |= {key: value for key in ("precision", "attention") if (value := getattr(arguments, key))}
-    if arguments.no_checkpointing:
-        changes["gradient_checkpointing"] = False
-    config = params.training.model_copy(update=changes)
-    trained = (arguments.text_encoders or params.model.text_encoders) == "trained"
-    with reserved_device(None if arguments.uncapped else config.vram_gib) as device:
-        denoiser = random_denoiser(config.precision, device, trained)
-        add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
-        prepare(denoiser, config)
-        reports = list(train_lora(denoiser, RandomDataset(), config, params.seed))
-        result = {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "torch": torch.__version__,
-            "precision": config.precision,
-            "text_encoders": "trained" if trained else "frozen",
-            "attention": config.attention,
-            "gradient_checkpointing": config.gradient_checkpointing,
-            "batch_size": config.batch_size,
-            "median_seconds_per_step": round(statistics.median(r.seconds for r in reports[WARMUP_STEPS:]), 4),
-            "peak_reserved_gib": round(peak_memory_gib(device), 2),
-            "peak_allocated_gib": round(torch.cuda.max_memory_allocated(device) / GIB, 2),
-            "final_loss": round(reports[-1].loss, 4),
-            "loss_scale": reports[-1].loss_scale,
+    parser.add_argument("--output", type=Path, help="append the JSON lines to this file as well")
+    several = parser.add_argument_group("options that take several values; without them, the recipe's")
+    several.add_argument("--precision", nargs="+", choices=["fp16", "bf16", "fp32"])
+    several.add_argument("--checkpointing", nargs="+", choices=["all", "none"])
+    several.add_argument("--attention", nargs="+", choices=get_args(Attention))
+    several.add_argument("--optimizer", nargs="+", choices=["adamw_8bit", "adamw"])
+    several.add_argument("--text-encoders", nargs="+", choices=["frozen", "trained"])
+    several.add_argument("--vram-gib", nargs="+", type=gib_or_none, help="cap of the allocator, or none")
+    several.add_argument("--batch-size", nargs="+", type=int)
+    several.add_argument("--accumulation", nargs="+", type=int)
+    several.add_argument("--rank", nargs="+", type=int)
+    several.add_argument("--resolution", nargs="+", type=int, help="pixels a side")
+    options = parser.parse_args()
+    for name, value in of_recipe(load_params(options.recipe)).items():
+        if getattr(options, name) is None:
+            setattr(options, name, [value])
+    return options
+
+
+def of_recipe(params: Params) -> Configuration:
+    """The values of a recipe that the options replace."""
+    training = params.training
+    return {
+        "precision": training.precision,
+        "checkpointing": "all" if training.gradient_checkpointing else "none",
+        "attention": training.attention,
+        "optimizer": training.optimizer,
+        "text_encoders": params.model.text_encoders,
+        "vram_gib": training.vram_gib,
+        "batch_size": training.batch_size,
+        "accumulation": training.accumulation,
+        "rank": params.lora.rank,
+        "resolution": params.encoding.resolution,
+    }
+
+
+def configured(params: Params, configuration: Configuration, steps: int) -> Params:
+    """A recipe with a configuration's values, for `steps` steps after the warm-up."""
+    training = {
+        name: configuration[name] for name in configuration if name in type(params.training).model_fields
+    }
+    training |= {"gradient_checkpointing": configuration["checkpointing"] == "all"}
+    training |= {"steps": WARMUP_STEPS + steps, "warmup_steps": 1}
+    return params.model_copy(
+        update={
+            "training": params.training.model_copy(update=training),
+            "lora": params.lora.model_copy(update={"rank": configuration["rank"]}),
+            "model": params.model.model_copy(update={"text_encoders": configuration["text_encoders"]}),
         }
-    print(json.dumps(result))
+    )
+
+
+def measure(configuration: Configuration, recipe: Params, steps: int) -> Result:
+    """Trains for a few steps. A configuration that cannot run has its reason as outcome."""
+    params = configured(recipe, configuration, steps)
+    reports: list[Report] = []
+    outcome = OK
+    with reserved_device(params.training.vram_gib) as device, DeviceMemory() as memory:
+        try:
+            for report in training(params, device, configuration["resolution"]):
+                reports.append(report)
+        except torch.OutOfMemoryError:
+            outcome = "out of memory"
+        except (ImportError, RuntimeError, ValueError) as error:
+            outcome = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        cuda = device.type == "cuda"
+        reserved = round(peak_memory_gib(device), 3) if cuda else None
+        allocated = round(torch.cuda.max_memory_allocated(device) / GIB, 3) if cuda else None
+    return Result(
+        benchmark="train_step",
+        date=now(),
+        command=repeat("train_step", configuration, steps=steps),
+        machine=this_machine(),
+        configuration=configuration,
+        outcome=outcome,
+        seconds=[round(report.seconds, 4) for report in reports[WARMUP_STEPS:]],
+        peak_reserved_gib=reserved,
+        peak_allocated_gib=allocated,
+        peak_device_gib=memory.peak_gib,
+        figures={"final_loss": reports[-1].loss, "loss_scale": reports[-1].loss_scale} if reports else {},
+    )
+
+
+def training(params: Params, device: torch.device, resolution: int) -> Iterator[Report]:
+    """The library's own loop, on random weights and latents."""
+    trained = params.model.text_encoders == "trained"
+    denoiser = random_denoiser(params.training.precision, device, trained)
+    add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
+    prepare(denoiser, params.training, torch.Size((1, 4, resolution // 8, resolution // 8)))
+    dataset: Any = RandomDataset(resolution)  # acts as an EncodedDataset
+    yield from train_lora(denoiser, dataset, params.training, params.seed)
 
 
 if __name__ == "__main__":

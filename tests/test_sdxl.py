@@ -1,4 +1,3 @@
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ from torch import Tensor
 
 from sdxl_lora.config import ModelConfig, load_params
 from sdxl_lora.sdxl import (
-    Attention,
     embed_tokens,
     load_noise_schedule,
     load_pipeline,
@@ -16,7 +14,6 @@ from sdxl_lora.sdxl import (
     load_tokenizers,
     load_unet,
     predict,
-    set_attention,
     tokenize,
 )
 
@@ -88,18 +85,3 @@ def test_sizes_that_half_precision_cannot_hold_reach_the_unet_whole(model: Model
     half = torch.bfloat16
     predict(unet, latents.to(half), timesteps, embeds.to(half), pooled.to(half), time_ids)
     assert seen[0].tolist() == [4001, 70000, 0, 0, 128, 128]
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "math"])
-def test_attention_backends_agree(model: ModelConfig, attention: Attention) -> None:
-    unet = load_unet(model, "fp32", CPU)
-    inputs = random_inputs(unet, 2), torch.tensor([[128, 128, 0, 0, 128, 128]] * 2)
-    expected = predict(unet, *inputs[0], inputs[1])
-    set_attention(unet, attention)
-    torch.testing.assert_close(predict(unet, *inputs[0], inputs[1]), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.skipif(find_spec("xformers") is not None, reason="xformers is installed")
-def test_missing_xformers_says_what_to_install(model: ModelConfig) -> None:
-    with pytest.raises(ValueError, match=r"training.attention is 'xformers'.*\[xformers\].*sdpa"):
-        set_attention(load_unet(model, "fp32", CPU), "xformers")

@@ -24,6 +24,8 @@ from pydantic import (
 from sdxl_lora.paths import PARAMS
 
 Precision = Literal["fp16", "bf16", "fp32"]
+AttentionBackend = Literal["sdpa", "flash", "cudnn", "efficient", "math", "xformers"]
+Attention = Literal["auto", AttentionBackend]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 Timestep = Annotated[int, Field(ge=0, le=999)]
@@ -150,8 +152,8 @@ class TrainingConfig(Section):
     """Share of the examples trained without their caption, for classifier-free guidance."""
     gradient_checkpointing: bool
     """Recompute activations in the backward pass: 14 GiB less at 1024 px and batch 3, a third slower."""
-    attention: Literal["sdpa", "xformers", "math"]
-    """Attention of the UNet: PyTorch's fused kernels, xformers' (extra `[xformers]`), or plain arithmetic."""
+    attention: Attention
+    """Kernels of the UNet's attention: `auto` measures and takes the fastest, `sdpa` is PyTorch's choice."""
     ema_decay: OpenFraction | None
     """Save an exponential moving average of the adapters with this decay a step; null: the last weights."""
     vram_gib: PositiveFloat | None

@@ -38,10 +38,6 @@ class Denoiser:
     def device(self) -> torch.device:
         return self.noise_schedule.alphas_cumprod.device
 
-    def autocast(self) -> torch.autocast:
-        """Half precision where the frozen weights are, so that fp32 adapters can meet them."""
-        return torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32")
-
     def errors(
         self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor, captioned: Tensor | None = None
     ) -> Tensor:
@@ -56,12 +52,11 @@ class Denoiser:
         """
         alpha_bar = self.noise_schedule.alphas_cumprod[timesteps]
         prediction_type = self.noise_schedule.prediction_type
-        with self.autocast():
-            prompt_embeds, pooled_prompt_embeds = self.conditions(batch, captioned)
-            noisy_latents = add_noise(latents, noise, alpha_bar).to(DTYPES[self.precision])
-            prediction = predict(
-                self.unet, noisy_latents, timesteps, prompt_embeds, pooled_prompt_embeds, batch.time_ids
-            )
+        prompt_embeds, pooled_prompt_embeds = self.conditions(batch, captioned)
+        noisy_latents = add_noise(latents, noise, alpha_bar).to(DTYPES[self.precision])
+        prediction = predict(
+            self.unet, noisy_latents, timesteps, prompt_embeds, pooled_prompt_embeds, batch.time_ids
+        )
         return squared_error(prediction, prediction_target(latents, noise, alpha_bar, prediction_type))
 
     def conditions(self, batch: Batch, captioned: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -15,13 +15,16 @@ import torch
 from filelock import FileLock
 
 from sdxl_lora.config import Precision
+from sdxl_lora.processes import processes
 
 GIB = 2**30
 DEVICE_VARIABLE = "SDXL_LORA_DEVICE"
 
 
 def choose_device() -> torch.device:
-    """The device that SDXL_LORA_DEVICE names, else the current GPU, else the CPU."""
+    """The device that SDXL_LORA_DEVICE names, else this process's GPU, else the CPU."""
+    if processes().num_processes > 1:
+        return torch.device(processes().device)
     name = os.environ.get(DEVICE_VARIABLE) or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and device.index is None:

@@ -78,8 +78,12 @@ def add_adapter(module: Any, config: PeftConfig, seed: int, name: str) -> None:
 
 
 def lora_parameters(module: nn.Module) -> list[Parameter]:
-    """The adapters' weights in the order of the module's layers, A before B."""
-    return [parameter for name, parameter in module.named_parameters() if ".lora_" in name]
+    """The adapters' weights: every A in the order of the module's layers, then every B.
+
+    So laid out, the weights of neighbouring layers are neighbours, and one product serves several layers.
+    """
+    parameters = dict(module.named_parameters())
+    return [parameters[name] for matrix in (".lora_A.", ".lora_B.") for name in parameters if matrix in name]
 
 
 @contextmanager
@@ -129,7 +133,7 @@ def saved_lora(folder: Path) -> Path:
 
 
 def load_lora(folder: Path, unet: UNet2DConditionModel, text_encoders: TextEncoders | None) -> None:
-    """Puts saved adapters onto the base model that they were trained on, and leaves it in evaluation mode.
+    """Puts saved adapters onto the base model that they were trained on, in its precision, to be evaluated.
 
     Raises:
         FileNotFoundError: nothing was saved in `folder`.
@@ -146,7 +150,7 @@ def load_lora(folder: Path, unet: UNet2DConditionModel, text_encoders: TextEncod
     for name, module in parts.items():
         module.add_adapter(PeftConfig(**configs[name]), adapter_name=ADAPTER)
         for parameter in lora_parameters(module):
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(module.dtype)
         own_names = {own_name(key, module): tensor for key, tensor in weights[name].items()}
         known = set(get_peft_model_state_dict(module, adapter_name=ADAPTER))
         if known != set(own_names):

@@ -49,17 +49,16 @@ class Previewer:
         """The held-out caption's image at the size that training sees."""
         denoiser = self._denoiser
         noise = torch.randn(self._batch.latents_mean.shape, generator=generator("preview"))
-        with denoiser.autocast():
-            prompt_embeds, pooled_prompt_embeds = denoiser.conditions(self._batch)
-            height, width = self._batch.time_ids[0, 4:].tolist()
-            return self._pipeline(
-                prompt_embeds=prompt_embeds,
-                pooled_prompt_embeds=pooled_prompt_embeds,
-                negative_prompt_embeds=torch.zeros_like(prompt_embeds),
-                negative_pooled_prompt_embeds=torch.zeros_like(pooled_prompt_embeds),
-                latents=noise.to(denoiser.device, prompt_embeds.dtype),
-                height=height,
-                width=width,
-                num_inference_steps=NUM_INFERENCE_STEPS,
-                guidance_scale=GUIDANCE_SCALE,
-            ).images[0]
+        prompt_embeds, pooled_prompt_embeds = denoiser.conditions(self._batch)
+        height, width = self._batch.time_ids[0, 4:].tolist()
+        return self._pipeline(
+            prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_prompt_embeds=torch.zeros_like(prompt_embeds),
+            negative_pooled_prompt_embeds=torch.zeros_like(pooled_prompt_embeds),
+            latents=noise.to(denoiser.device, prompt_embeds.dtype),
+            height=height,
+            width=width,
+            num_inference_steps=NUM_INFERENCE_STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+        ).images[0]

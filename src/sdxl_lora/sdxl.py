@@ -5,7 +5,7 @@ The only module that knows how the base model's folders are laid out. Everything
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -18,7 +18,6 @@ from sdxl_lora.sources import file_digest, open_repository
 
 TextEncoders = tuple[CLIPTextModel, CLIPTextModelWithProjection]
 Tokenizers = tuple[CLIPTokenizer, CLIPTokenizer]
-Attention = Literal["sdpa", "xformers", "math"]
 
 VAE_FILE = "diffusion_pytorch_model.safetensors"
 DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -171,22 +170,6 @@ def predict(
     """
     conditions = {"text_embeds": pooled_prompt_embeds, "time_ids": time_ids.float()}
     return unet(noisy_latents, timesteps, prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[0]
-
-
-def set_attention(unet: UNet2DConditionModel, attention: Attention) -> None:
-    """Chooses the UNet's attention kernels.
-
-    Raises:
-        ValueError: xformers is asked for and cannot run here.
-    """
-    backends = {"sdpa": "native", "math": "_native_math", "xformers": "xformers"}
-    try:
-        unet.set_attention_backend(backends[attention])
-    except (RuntimeError, ImportError) as error:
-        raise ValueError(
-            f"training.attention is {attention!r}, which cannot run here: {error} "
-            "Install it with `pip install -e '.[xformers]'` (torch 2.10.0), or set training.attention to sdpa"
-        ) from error
 
 
 def frozen(module: Any, device: torch.device) -> Any:

@@ -6,25 +6,33 @@ a step does not depend on the steps before it but through the weights.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from itertools import islice
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import count, islice
 from statistics import fmean
 from time import perf_counter
+from typing import Any, Self
 
-import bitsandbytes
 import pandas as pd
 import torch
-from torch import Tensor
-from torch.nn import Parameter
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from sdxl_lora.config import TrainingConfig
+from sdxl_lora.attention import choose_attention
+from sdxl_lora.config import AttentionBackend, TrainingConfig
 from sdxl_lora.dataset import Batch, EncodedDataset, example_order
 from sdxl_lora.denoising import Denoiser
 from sdxl_lora.diffusion import min_snr_weight
+from sdxl_lora.engine import Engine, Group, Update
+from sdxl_lora.fused import attention_shapes, fuse, fuse_unet
 from sdxl_lora.hardware import peak_memory_gib
 from sdxl_lora.lora import lora_parameters
+from sdxl_lora.processes import processes
 from sdxl_lora.randomness import generator
-from sdxl_lora.sdxl import set_attention
+from sdxl_lora.sdxl import DTYPES
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,28 @@ class Draws:
     captioned: Tensor
     """0 where the caption is dropped, else 1, (B,)."""
 
+    def to(self, device: torch.device) -> Self:
+        return replace(self, **{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A micro-batch with all that is drawn for it."""
+
+    batch: Batch
+    draws: Draws
+    images: list[str]
+    """File names, for messages."""
+    dropout_seed: int
+    """Of the adapters' dropout."""
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, batch=self.batch.to(device), draws=self.draws.to(device))
+
+    def tensors(self) -> list[Tensor]:
+        columns = [*self.batch.tensors().values(), *vars(self.draws).values()]
+        return [tensor for tensor in columns if tensor is not None]
+
 
 def train_lora(
     denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig, seed: int
@@ -67,80 +97,126 @@ def train_lora(
     Raises:
         FloatingPointError: the loss is not finite; names the step and the images.
     """
-    parameters = [parameter for module in denoiser.modules for parameter in lora_parameters(module)]
-    optimizer = make_optimizer(denoiser, config)
-    scaler = torch.amp.GradScaler(denoiser.device.type, enabled=config.precision == "fp16")
-    average = MovingAverage(parameters, config.ema_decay) if config.ema_decay else None
+    engine = make_engine(denoiser, config)
     for module in denoiser.modules:
         module.train()
+    micro_batches = draw_examples(denoiser, dataset, config, seed)
+    examples = next(micro_batches)
     for step in range(config.steps):
         start = perf_counter()
+        images = []
+        for _ in range(config.accumulation):
+            engine.accumulate(examples)
+            images += examples.images
+            examples = next(micro_batches)  # drawn on the CPU while the GPU computes
         rate = learning_rate_factor(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["peak_lr"]
-        loss = 0.0
-        for micro_step in range(step * config.accumulation, (step + 1) * config.accumulation):
-            batch_loss = loss_of(denoiser, dataset, config, seed, micro_step) / config.accumulation
-            scaler.scale(batch_loss).backward()
-            loss += batch_loss.item()
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        if average is not None:
-            average.update(step)
-        learning_rate, seconds = rate * config.learning_rate, perf_counter() - start
-        yield Report(step + 1, loss, grad_norm.item(), learning_rate, scaler.get_scale(), seconds)
-    if average is not None:
-        average.copy_to_parameters()
+        update = engine.update(rate)
+        require_finite(update, config, step + 1, images)
+        seconds = perf_counter() - start
+        learning_rate = rate * config.learning_rate
+        yield Report(step + 1, update.loss, update.grad_norm, learning_rate, update.loss_scale, seconds)
+    engine.finish()
     for module in denoiser.modules:
         module.eval()
 
 
-def prepare(denoiser: Denoiser, config: TrainingConfig) -> None:
-    """Sets the attention kernels and gradient checkpointing that `config` asks for.
+def make_engine(denoiser: Denoiser, config: TrainingConfig) -> Engine[Examples]:
+    """The engine over all adapters: a group for the UNet and one for each text encoder."""
+    rates = [config.learning_rate, config.text_encoder_learning_rate, config.text_encoder_learning_rate]
+    groups = [
+        Group(lora_parameters(module), rate) for module, rate in zip(denoiser.modules, rates, strict=False)
+    ]
+    draws_in_forward = has_dropout(denoiser)
+    return Engine(
+        partial(denoising_loss, denoiser, min_snr_gamma=config.min_snr_gamma, seeded=draws_in_forward),
+        groups,
+        config,
+        DTYPES[config.precision],
+        recorded=denoiser.device.type == "cuda" and not draws_in_forward,
+    )
+
+
+def prepare(denoiser: Denoiser, config: TrainingConfig, latents: torch.Size) -> AttentionBackend:
+    """Sets up the base model's modules to train as `config` says; returns the attention that was chosen.
+
+    Args:
+        latents: shape of an example's latents, (1, 4, H/8, W/8).
 
     Raises:
         ValueError: the attention cannot run here.
     """
-    set_attention(denoiser.unet, config.attention)
+    shapes = attention_shapes(denoiser.unet, config.batch_size, *latents[2:])
+    backend = choose_attention(config.attention, shapes, DTYPES[config.precision], denoiser.device)
+    fuse_unet(denoiser.unet, backend)
+    for text_encoder in denoiser.text_encoders or ():
+        fuse(text_encoder)
     if config.gradient_checkpointing:
-        denoiser.unet.enable_gradient_checkpointing()
-        for text_encoder in denoiser.text_encoders or ():
-            text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": has_dropout(denoiser)}
+        for module in denoiser.modules:
+            for block in module.modules():
+                if isinstance(block, BasicTransformerBlock | ResnetBlock2D | CLIPEncoderLayer):
+                    block.forward = partial(checkpoint, block.forward, **options)
+    return backend
 
 
-def loss_of(
-    denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig, seed: int, micro_step: int
+def has_dropout(denoiser: Denoiser) -> bool:
+    """Whether a forward pass draws random numbers."""
+    layers = (layer for module in denoiser.modules for layer in module.modules())
+    return any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in layers)
+
+
+def draw_examples(
+    denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig, seed: int
+) -> Iterator[Examples]:
+    """This process's micro-batches of a training without end, on the CPU.
+
+    Processes take turns in the sequence of examples: two with a batch each train on what one would with both.
+    """
+    num_timesteps = len(denoiser.noise_schedule.alphas_cumprod)
+    for micro_step in count(processes().process_index, processes().num_processes):
+        start = micro_step * config.batch_size
+        indices = list(islice(example_order(len(dataset), seed, start), config.batch_size))
+        batch = dataset.batch(indices)
+        draws = draw(batch, start, num_timesteps, config.caption_dropout, seed)
+        images = [dataset.examples[index].image for index in indices]
+        yield Examples(batch, draws, images, generator(seed, "dropout", micro_step).initial_seed())
+
+
+def require_finite(update: Update, config: TrainingConfig, step: int, images: Sequence[str]) -> None:
+    """Lets pass what fp16 overflows in its gradients now and then, and nothing else.
+
+    Raises:
+        FloatingPointError: the loss is infinite or no number, or a gradient is and no loss scale can help.
+    """
+    checked = {"loss": update.loss}
+    if config.precision != "fp16" or update.loss_scale < 1:
+        checked["gradient norm"] = update.grad_norm
+    for name, value in checked.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{name} is {value} at step {step}, on the images {', '.join(images)}: "
+                "lower training.learning_rate, or set training.precision to bf16 or fp32"
+            )
+
+
+def denoising_loss(
+    denoiser: Denoiser, examples: Examples, min_snr_gamma: float | None, seeded: bool
 ) -> Tensor:
-    """Weighted denoising loss of the batch of one forward pass, a scalar with a gradient."""
-    start = micro_step * config.batch_size
-    indices = list(islice(example_order(len(dataset), seed, start), config.batch_size))
-    batch = dataset.batch(indices)
-    draws = draw(batch, start, len(denoiser.noise_schedule.alphas_cumprod), config.caption_dropout, seed)
-    torch.manual_seed(generator(seed, "dropout", micro_step).initial_seed())  # the adapters' dropout
-    loss = denoising_loss(denoiser, batch.to(denoiser.device), draws, config.min_snr_gamma)
-    if not torch.isfinite(loss):
-        images = ", ".join(dataset.examples[index].image for index in indices)
-        raise FloatingPointError(
-            f"loss is {loss.item()} at step {micro_step // config.accumulation + 1}, on the images {images}: "
-            "lower training.learning_rate, or set training.precision to bf16 or fp32"
-        )
-    return loss
+    """Mean over the examples of the squared error, times its Min-SNR weight if there is a gamma.
 
-
-def denoising_loss(denoiser: Denoiser, batch: Batch, draws: Draws, min_snr_gamma: float | None) -> Tensor:
-    """Mean over the batch of each example's squared error, times its Min-SNR weight if there is a gamma."""
-    device = denoiser.device
-    timesteps = draws.timesteps.to(device)
-    latents, noise, captioned = (t.to(device) for t in (draws.latents, draws.noise, draws.captioned))
-    errors = denoiser.errors(batch, latents, noise, timesteps, captioned)
+    Args:
+        seeded: seed the adapters' dropout.
+    """
+    if seeded:
+        torch.manual_seed(examples.dropout_seed)
+    draws = examples.draws
+    errors = denoiser.errors(
+        examples.batch, draws.latents, draws.noise, draws.timesteps, captioned=draws.captioned
+    )
     if min_snr_gamma is not None:
         schedule = denoiser.noise_schedule
-        errors = errors * min_snr_weight(
-            schedule.alphas_cumprod[timesteps], min_snr_gamma, schedule.prediction_type
-        )
+        alpha_bar = schedule.alphas_cumprod[draws.timesteps]
+        errors = errors * min_snr_weight(alpha_bar, min_snr_gamma, schedule.prediction_type)
     return errors.mean()
 
 
@@ -171,17 +247,6 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(denoiser: Denoiser, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over the adapters: one group for the UNet, one for the text encoders, each with its peak rate."""
-    rates = [config.learning_rate, config.text_encoder_learning_rate, config.text_encoder_learning_rate]
-    groups = [
-        {"params": lora_parameters(module), "peak_lr": rate}
-        for module, rate in zip(denoiser.modules, rates, strict=False)
-    ]
-    kind = bitsandbytes.optim.AdamW8bit if config.optimizer == "adamw_8bit" else torch.optim.AdamW
-    return kind(groups, betas=config.betas, weight_decay=config.weight_decay)
-
-
 def mean_report(reports: Sequence[Report]) -> dict[str, float]:
     """One point of the curves: the last report's step and the means of everything else."""
     columns = {field.name: [getattr(report, field.name) for report in reports] for field in fields(Report)}
@@ -197,7 +262,7 @@ def loss_curve(reports: Sequence[Report], every: int) -> pd.DataFrame:
 def summarise(reports: Sequence[Report], denoiser: Denoiser, config: TrainingConfig) -> dict[str, float]:
     """The whole run in a few numbers."""
     seconds = sum(report.seconds for report in reports)
-    examples = len(reports) * config.batch_size * config.accumulation
+    examples = len(reports) * config.batch_size * config.accumulation * processes().num_processes
     last_tenth = reports[-max(1, len(reports) // 10) :]
     return {
         "steps": len(reports),
@@ -207,22 +272,3 @@ def summarise(reports: Sequence[Report], denoiser: Denoiser, config: TrainingCon
         "seconds": seconds,
         "examples_per_second": examples / seconds,
     }
-
-
-class MovingAverage:
-    """Exponential moving average of parameters, warmed up so that the start is soon forgotten."""
-
-    def __init__(self, parameters: list[Parameter], decay: float) -> None:
-        self._weights: list[Tensor] = [parameter.detach() for parameter in parameters]
-        self._decay = decay
-        self._averages = [weight.clone() for weight in self._weights]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Moves the average towards the weights after `step`, counted from 0."""
-        weight = 1 - min(self._decay, (step + 1) / (step + 10))
-        torch._foreach_lerp_(self._averages, self._weights, weight)
-
-    @torch.no_grad()
-    def copy_to_parameters(self) -> None:
-        torch._foreach_copy_(self._weights, self._averages)

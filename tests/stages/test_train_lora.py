@@ -1,9 +1,16 @@
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from encoded import write_encoded_dataset
+from safetensors.torch import load_file
 
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
@@ -11,31 +18,61 @@ from sdxl_lora.lora import saved_lora
 from sdxl_lora.reports import read_numbers
 from stages import train_lora
 
+REPOSITORY = Path(__file__).parents[2]
 
-@pytest.fixture(params=[None, 2], ids=["no previews", "previews"])
-def preview_every(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> int | None:
-    """A project whose recipe trains three steps on an encoded data set."""
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A project with an encoded data set; the recipe to be written trains three steps."""
     (tmp_path / "demo").symlink_to(Path("demo").resolve())
     recipe = yaml.safe_load(Path("recipes/demo.yaml").read_text(encoding="utf-8"))
-    every: int | None = request.param
-    recipe["training"].update(steps=3, batch_size=2, warmup_steps=1, log_every=2, preview_every=every)
+    recipe["training"].update(steps=3, batch_size=2, warmup_steps=1, log_every=2, preview_every=None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setenv("SDXL_LORA_DEVICE", "cpu")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    paths.PARAMS.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     paths.DATA.mkdir()
-    write_encoded_dataset(paths.ENCODED, load_params().model)
+    write_encoded_dataset(paths.ENCODED, load_params(REPOSITORY / "recipes/demo.yaml").model)
     paths.REPORTS.mkdir()
-    return every
+    return recipe
 
 
-def test_every_output_that_dvc_expects_is_written(preview_every: int | None) -> None:
+def write_params(recipe: dict[str, Any], **training: Any) -> None:
+    recipe["training"].update(training)
+    paths.PARAMS.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+
+
+@pytest.mark.parametrize("preview_every", [None, 2], ids=["no previews", "previews"])
+def test_every_output_that_dvc_expects_is_written(recipe: dict[str, Any], preview_every: int | None) -> None:
+    write_params(recipe, preview_every=preview_every)
     train_lora.main()
     assert saved_lora(paths.LORA).stat().st_size > 0
     assert read_numbers(paths.TRAINING_REPORT, "train_lora")["steps"] == 3
     assert pd.read_csv(paths.LOSS_CURVE)["step"].tolist() == [2, 3]
     previews = [path.name for path in paths.PREVIEWS.iterdir()]
     assert previews == (["step-000002.png"] if preview_every else [])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_train_what_one_does_with_twice_the_batch(
+    recipe: dict[str, Any], accumulation: int
+) -> None:
+    write_params(recipe, batch_size=4, accumulation=accumulation, optimizer="adamw")
+    train_lora.main()
+    alone, losses = load_file(saved_lora(paths.LORA)), pd.read_csv(paths.LOSS_CURVE)["loss"].tolist()
+    write_params(recipe, batch_size=2)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    command = [sys.executable, *launch, "-m", "stages.train_lora"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=environment, check=True, timeout=240)
+    together = load_file(saved_lora(paths.LORA))
+    assert pd.read_csv(paths.LOSS_CURVE)["loss"].tolist() == pytest.approx(losses, rel=1e-5)
+    assert set(together) == set(alone)
+    difference = torch.cat([(together[name] - alone[name]).flatten() for name in alone]).norm()
+    assert difference / torch.cat([tensor.flatten() for tensor in alone.values()]).norm() < 1e-4
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

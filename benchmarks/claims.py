@@ -1,0 +1,147 @@
+"""What is usually said of each memory-saving technique, and which measurements put it to the test.
+
+A claim compares two configurations that differ in one technique alone, within one sitting on one machine.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from benchmarks.results import OK, Benchmark, Configuration, Result, differing, select
+
+REFERENCE: Configuration = {
+    "precision": "fp16",
+    "checkpointing": "all",
+    "attention": "sdpa",
+    "optimizer": "adamw_8bit",
+    "text_encoders": "trained",
+    "vram_gib": None,
+    "batch_size": 3,
+    "accumulation": 1,
+    "rank": 16,
+    "resolution": 1024,
+}
+"""The 16 GB recipe without its cap: pairs nearest to it are shown."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """From a run without a technique to one with it."""
+
+    gib: tuple[float, float]
+    """Peak memory reserved without and with it."""
+    seconds: tuple[float, float]
+    """Time of a step without and with it."""
+
+    @property
+    def memory_ratio(self) -> float:
+        return self.gib[1] / self.gib[0]
+
+    @property
+    def time_ratio(self) -> float:
+        return self.seconds[1] / self.seconds[0]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something usually said of a technique."""
+
+    technique: str
+    usual: str
+    applied: Configuration
+    """Values of a run with the technique..."""
+    absent: Configuration
+    """...and of one without."""
+    holds: Callable[[Change], bool]
+    rule: str
+    """`holds` in words."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two results that differ in a technique alone."""
+
+    applied: Result
+    absent: Result
+
+    @property
+    def change(self) -> Change | None:
+        """None if either run failed, or ran on a CPU, where memory is not counted."""
+        if {self.applied.outcome, self.absent.outcome} != {OK}:
+            return None
+        time, time_before = self.applied.seconds_per_step, self.absent.seconds_per_step
+        peak, peak_before = self.applied.peak_reserved_gib, self.absent.peak_reserved_gib
+        if time is None or time_before is None or peak is None or peak_before is None:
+            return None
+        return Change((peak_before, peak), (time_before, time))
+
+    @property
+    def apart(self) -> dict[str, object]:
+        """What the two have in common and the reference does not."""
+        shared, other = self.applied.configuration, self.absent.configuration
+        keys = differing(shared, REFERENCE) & REFERENCE.keys() - differing(shared, other)
+        return {key: shared.get(key) for key in sorted(keys) if key in shared}
+
+
+CLAIMS = (
+    Claim(
+        "fp16 instead of fp32",
+        "half the memory, and faster",
+        {"precision": "fp16"},
+        {"precision": "fp32"},
+        lambda change: change.memory_ratio <= 0.55 and change.time_ratio < 1,
+        "at most 0.55 of the memory, less time",
+    ),
+    Claim(
+        "8-bit Adam instead of AdamW",
+        "optimizer states a quarter, so much less memory",
+        {"optimizer": "adamw_8bit"},
+        {"optimizer": "adamw"},
+        lambda change: change.memory_ratio <= 0.9,
+        "at most 0.9 of the memory",
+    ),
+    Claim(
+        "gradient checkpointing",
+        "most of the activations saved, about 20 % slower",
+        {"checkpointing": "all"},
+        {"checkpointing": "none"},
+        lambda change: change.memory_ratio < 0.7 and 1.1 <= change.time_ratio <= 1.3,
+        "below 0.7 of the memory, 10 to 30 % slower",
+    ),
+    Claim(
+        "xformers instead of PyTorch's SDPA",
+        "less memory and faster at 1024 px",
+        {"attention": "xformers"},
+        {"attention": "sdpa"},
+        lambda change: change.memory_ratio < 1 and change.time_ratio < 1,
+        "less memory, less time",
+    ),
+    Claim(
+        "PyTorch's SDPA instead of plain attention",
+        "less memory and faster",
+        {"attention": "sdpa"},
+        {"attention": "math"},
+        lambda change: change.memory_ratio < 1 and change.time_ratio < 1,
+        "less memory, less time",
+    ),
+    Claim(
+        "training the text encoders too",
+        "hardly any memory",
+        {"text_encoders": "trained"},
+        {"text_encoders": "frozen"},
+        lambda change: change.memory_ratio <= 1.05,
+        "at most 5 % more memory",
+    ),
+)
+
+
+def find_pair(claim: Claim, benchmark: Benchmark, sitting: Sequence[Result]) -> Pair | None:
+    """The pair of a sitting's results nearest to the reference, among those that ended well if any did."""
+    pairs = [
+        Pair(applied, absent)
+        for applied, absent in product(
+            select(sitting, benchmark, claim.applied), select(sitting, benchmark, claim.absent)
+        )
+        if differing(applied.configuration, absent.configuration) == claim.applied.keys()
+    ]
+    return min(pairs, key=lambda pair: (pair.change is None, len(pair.apart)), default=None)

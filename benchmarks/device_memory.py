@@ -1,0 +1,53 @@
+"""Memory of a GPU as the driver sees it, polled: also that of processes which tell nothing themselves."""
+
+import threading
+from types import TracebackType
+from typing import Any, Self
+
+import pynvml
+import torch
+
+GIB = 2**30
+PERIOD = 0.02  # seconds; the allocator keeps what it once held, so a slow poll misses little
+
+
+class DeviceMemory:
+    """Most memory used on the current GPU while the block ran, above what was used when it began.
+
+    Counts CUDA's context, libraries and the allocator's cache. Nothing else may use the GPU meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._before = 0
+        self._peak = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+
+    @property
+    def peak_gib(self) -> float | None:
+        """GiB; None on a machine without a GPU."""
+        return None if self._handle is None else round((self._peak - self._before) / GIB, 3)
+
+    def __enter__(self) -> Self:
+        if torch.cuda.is_available():
+            pynvml.nvmlInit()
+            uuid = str(torch.cuda.get_device_properties().uuid)
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
+            self._before = self._peak = self._used()
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _used(self) -> int:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+
+    def _poll(self) -> None:
+        while not self._stop.wait(PERIOD):
+            self._peak = max(self._peak, self._used())

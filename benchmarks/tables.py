@@ -1,0 +1,121 @@
+"""Results as Markdown tables: samples a second, memory, and ratios within one sitting."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from benchmarks.counts import RANK, Counted
+from benchmarks.results import OK, Benchmark, Result, select
+
+SUBJECTS: dict[Benchmark, str] = {"official_script": "official script", "train_step": "this project"}
+NONE = "-"
+WORKLOAD = ("text_encoders", "batch_size", "rank", "resolution")
+"""What two configurations must share for their samples to be worth the same."""
+USUAL_16_GB: dict[str, str | None] = {
+    "precision": "fp16", "checkpointing": "all", "optimizer": "adamw_8bit", "vram_gib": None
+}  # fmt: skip
+"""The official script with the flags that tutorials give for 16 GB."""
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(value: object) -> str:
+    return "none" if value is None else str(value)
+
+
+def number(value: float | None, digits: int) -> str:
+    return NONE if value is None else f"{value:,.{digits}f}"
+
+
+def percent(share: float | None) -> str:
+    return NONE if share is None else f"{share:.0%}"
+
+
+def steps_table(
+    steps: Sequence[Result], sitting: Sequence[Result] = (), counted: Counted | None = None
+) -> str:
+    """Training steps, one a row; what all rows share is said above the table, once.
+
+    Args:
+        sitting: everything measured with them, to compare with.
+        counted: without it, no share of the peak.
+    """
+    keys = list(dict.fromkeys(key for result in steps for key in result.configuration))
+    values = {
+        key: {configured(key, result) for result in steps if key in result.configuration} for key in keys
+    }
+    varying = [key for key in keys if len(values[key]) > 1]
+    shared = [f"{key} {next(iter(values[key]))}" for key in keys if key not in varying]
+    columns: dict[str, Callable[[Result], str]] = {"": lambda result: SUBJECTS[result.benchmark]}
+    columns |= {key.replace("_", " "): partial(configured, key) for key in varying}
+    columns |= {
+        "s/step": lambda result: number(result.seconds_per_step, 4),
+        "samples/s": lambda result: number(result.samples_per_second, 2),
+        "x official": lambda result: number(speedup(result, sitting), 1),
+        "reserved GiB": lambda result: number(result.peak_reserved_gib, 2),
+        "device GiB": lambda result: number(result.peak_device_gib, 2),
+        "forecast GiB": forecast,
+        "of peak": lambda result: percent(share_of_peak(result, sitting, counted)),
+        "outcome": lambda result: result.outcome,
+    }
+    rows = {title: [show(result) for result in steps] for title, show in columns.items()}
+    filled = {title: row for title, row in rows.items() if not title or set(row) - {NONE, OK}}
+    return f"All: {', '.join(shared)}.\n\n{table(list(filled), list(zip(*filled.values(), strict=True)))}"
+
+
+def configured(key: str, result: Result) -> str:
+    """A value of a result's configuration."""
+    return cell(result.configuration.get(key, NONE))
+
+
+def encode_table(encodes: Sequence[Result]) -> str:
+    """The bare VAE: what an epoch of cached latents saves on every later one."""
+    rows = [
+        (
+            cell(result.configuration["precision"]),
+            cell(result.configuration["batch_size"]),
+            cell(result.configuration["resolution"]),
+            number(result.seconds_per_step, 4),
+            number(result.samples_per_second, 1),
+            number(result.peak_reserved_gib, 2),
+            result.outcome,
+        )
+        for result in encodes
+    ]
+    return table(["VAE", "images", "px", "s", "images/s", "reserved GiB", "outcome"], rows)
+
+
+def speedup(result: Result, sitting: Sequence[Result]) -> float | None:
+    """Samples a second over the official script's; None without such a run of the same work."""
+    same = {key: result.configuration.get(key) for key in WORKLOAD}
+    baselines = select(sitting, "official_script", {**USUAL_16_GB, "attention": "sdpa", **same})
+    baseline = next((run.samples_per_second for run in baselines if run.outcome == OK), None)
+    own = result.samples_per_second if result.outcome == OK else None
+    return own / baseline if own and baseline else None
+
+
+def work(text_encoders: str, counted: Counted) -> tuple[float, float]:
+    """Necessary work of one example, TFLOP, and the same with the forward pass done twice."""
+    forward, backward = counted.forward_tflop[text_encoders], counted.backward_tflop[text_encoders]
+    return forward + backward, 2 * forward + backward
+
+
+def share_of_peak(result: Result, sitting: Sequence[Result], counted: Counted | None) -> float | None:
+    """Necessary work a second over the matrix product's speed; None where either is unknown."""
+    configuration, samples = result.configuration, result.samples_per_second
+    ceilings = select(sitting, "matmul", {"precision": configuration["precision"]})
+    ceiling = next((run.figures["tflop_per_second"] for run in ceilings), None)
+    counted_for = configuration.get("resolution") == 1024 and configuration.get("rank") == RANK
+    if counted is None or ceiling is None or samples is None or not counted_for or result.outcome != OK:
+        return None
+    return work(configuration["text_encoders"], counted)[0] * samples / ceiling
+
+
+def forecast(result: Result) -> str:
+    """The forecast and by how much it missed."""
+    if result.forecast_gib is None or not result.peak_reserved_gib:
+        return number(result.forecast_gib, 2)
+    return f"{result.forecast_gib:.2f} ({result.forecast_gib / result.peak_reserved_gib - 1:+.1%})"

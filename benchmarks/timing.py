@@ -1,0 +1,25 @@
+"""Wall time of a function on a device that may work on after it returned."""
+
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+
+WARMUP = 3
+
+
+def timed(function: Callable[[], object], device: torch.device, repetitions: int) -> list[float]:
+    """Seconds of each call, after three that are not counted; the device is idle before and after each."""
+    seconds = []
+    for _ in range(WARMUP + repetitions):
+        wait_for(device)
+        start = perf_counter()
+        function()
+        wait_for(device)
+        seconds.append(round(perf_counter() - start, 6))
+    return seconds[WARMUP:]
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

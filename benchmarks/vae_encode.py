@@ -1,0 +1,66 @@
+"""What cached latents save: the VAE's encoding of a batch of images, `python -m benchmarks.vae_encode`.
+
+SDXL's VAE in its real shapes with random weights, alone on the device. Who caches latents pays this once an
+image, who does not pays it every step.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+from benchmarks.grid import combinations, repeat
+from benchmarks.results import GIB, OK, Configuration, Result, now, publish, this_machine
+from benchmarks.saved_sdxl import VAE
+from benchmarks.timing import timed
+from sdxl_lora.config import Precision
+from sdxl_lora.hardware import peak_memory_gib, reserved_device
+from sdxl_lora.sdxl import DTYPES
+
+REPETITIONS = 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp16", "fp32"])
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[1, 3])
+    parser.add_argument("--resolution", nargs="+", type=int, default=[1024], help="pixels a side")
+    parser.add_argument("--repetitions", type=int, default=REPETITIONS)
+    parser.add_argument("--output", type=Path, help="append the JSON lines to this file as well")
+    options = parser.parse_args()
+    for configuration in combinations(options, ("precision", "batch_size", "resolution"), fixed=()):
+        publish(measure(configuration, options.repetitions), options.output)
+
+
+@torch.inference_mode()
+def measure(configuration: Configuration, repetitions: int) -> Result:
+    """Times `vae.encode` of a batch that lies on the device already."""
+    precision: Precision = configuration["precision"]
+    batch_size, side = configuration["batch_size"], configuration["resolution"]
+    outcome, seconds = OK, []
+    torch.cuda.empty_cache()  # of the configuration before
+    with reserved_device(None) as device:
+        vae = AutoencoderKL(**VAE).to(device, DTYPES[precision]).eval()
+        pixels = torch.rand(batch_size, 3, side, side, device=device, dtype=DTYPES[precision])
+        try:
+            seconds = timed(lambda: vae.encode(pixels), device, repetitions)
+        except torch.OutOfMemoryError:
+            outcome = "out of memory"
+        reserved = round(peak_memory_gib(device), 3) if device.type == "cuda" else None
+        allocated = round(torch.cuda.max_memory_allocated(device) / GIB, 3) if device.type == "cuda" else None
+    return Result(
+        benchmark="vae_encode",
+        date=now(),
+        command=repeat("vae_encode", configuration, repetitions=repetitions),
+        machine=this_machine(),
+        configuration=configuration,
+        outcome=outcome,
+        seconds=seconds,
+        peak_reserved_gib=reserved,
+        peak_allocated_gib=allocated,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""One training step in few kernels: flat adapters, a scaled loss, one AdamW, and a CUDA graph of the rest.
+
+Each adapter's weight is a view of one tensor in the precision that the step computes in. Its fp32 master and
+the fp32 gradient are one tensor each, so scaling, clipping and AdamW are a handful of kernels and not
+thousands. Knows neither diffusion nor SDXL: it is given a loss and parameters.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic
+
+import bitsandbytes
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from sdxl_lora.config import TrainingConfig
+from sdxl_lora.cuda_graph import Inputs, Recorder
+from sdxl_lora.processes import processes, sum_over_processes
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning rate."""
+
+    parameters: Sequence[Parameter]
+    peak_learning_rate: float
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step found out."""
+
+    loss: float
+    """Mean over the step's micro-batches, of all processes."""
+    grad_norm: float
+    """Euclidean norm of all gradients before clipping; infinite or NaN if the weights were left alone."""
+    loss_scale: float
+    """Factor that the loss had against underflow of fp16 gradients; 1 in other precisions."""
+
+
+class Engine(Generic[Inputs]):
+    """Minimises `loss` over parameters: any number of micro-batches accumulated, then an update.
+
+    While it works the parameters' values are in `dtype`; `finish` gives them their fp32 values.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Inputs], Tensor],
+        groups: Sequence[Group],
+        config: TrainingConfig,
+        dtype: torch.dtype,
+        recorded: bool,
+    ) -> None:
+        """Takes the parameters over.
+
+        Args:
+            loss: mean over a micro-batch, a scalar with a gradient for every parameter.
+            dtype: of the arithmetic; fp16 has its loss scaled.
+            recorded: replay forward and backward as a CUDA graph. `loss` must allow it (see `Recorder`).
+        """
+        self._loss = loss
+        self._config = config
+        self._adapters = FlatAdapters([group.parameters for group in groups], dtype)
+        self._optimizer = make_optimizer(self._adapters.masters, groups, config)
+        device = self._adapters.gradient.device
+        self._device = device
+        self._scale = LossScale(device, enabled=dtype == torch.float16)
+        self._micro_batches = 0
+        self._recorder = Recorder(self._forward_and_backward, device) if recorded else None
+        decay = config.ema_decay
+        self._average = MovingAverage(self._adapters.master, decay) if decay else None
+        self._steps = 0
+
+    def accumulate(self, inputs: Inputs) -> None:
+        """Adds the gradient of a micro-batch; on a GPU returns before it is computed."""
+        self._micro_batches += 1
+        if self._recorder is None:
+            self._forward_and_backward(inputs.to(self._device))
+            return
+        if not self._recorder.knows(inputs):
+            kept = self._adapters.sums.clone()
+            self._recorder.record(inputs)
+            self._adapters.sums.copy_(kept)
+        self._recorder.replay(inputs)
+
+    def _forward_and_backward(self, inputs: Inputs) -> None:
+        loss = self._loss(inputs)
+        gradients = torch.autograd.grad(loss * self._scale.tensor, self._adapters.parameters)
+        self._adapters.gradient += torch.cat([gradient.flatten() for gradient in gradients])
+        self._adapters.loss += loss.detach()
+
+    @torch.no_grad()
+    def update(self, learning_rate_factor: float) -> Update:
+        """Moves the weights along the mean gradient of what all processes have accumulated, clipped.
+
+        A loss or gradient that is not finite leaves the weights alone; fp16's scale is halved for the next.
+        """
+        gradient, micro_batches = self._adapters.gradient, self._micro_batches * processes().num_processes
+        sum_over_processes(self._adapters.sums)
+        loss, scaled_norm = torch.stack([self._adapters.loss, gradient.norm()]).tolist()  # the only wait
+        factor = 1 / (self._scale.value * micro_batches)
+        norm = scaled_norm * factor
+        report = Update(loss / micro_batches, norm, self._scale.value)
+        if math.isfinite(norm):
+            gradient.mul_(factor * min(1.0, self._config.max_grad_norm / (norm + 1e-6)))
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate_factor * group["peak_learning_rate"]
+            self._optimizer.step()
+            self._adapters.refresh()
+            if self._average is not None:
+                self._average.update(self._steps)
+            self._steps += 1
+        self._scale.update(math.isfinite(norm))
+        self._adapters.sums.zero_()
+        self._micro_batches = 0
+        return report
+
+    def finish(self) -> None:
+        """Gives the parameters their values in fp32: the last ones, or their moving average."""
+        self._adapters.bind(self._adapters.master if self._average is None else self._average.value)
+
+
+class FlatAdapters:
+    """Parameters side by side in one tensor, with an fp32 master copy and an fp32 gradient alike."""
+
+    def __init__(self, groups: Sequence[Sequence[Parameter]], dtype: torch.dtype) -> None:
+        self.parameters = [parameter for group in groups for parameter in group]
+        self.master = torch.cat([parameter.detach().flatten().float() for parameter in self.parameters])
+        self.sums = self.master.new_zeros(len(self.master) + 1)
+        """The gradient and, last, the loss: what processes add up, in one go."""
+        self.gradient, self.loss = self.sums[:-1], self.sums[-1]
+        self._weights = self.master.to(dtype)  # the master itself, if that is fp32
+        sizes = [sum(parameter.numel() for parameter in group) for group in groups]
+        self.masters = [Parameter(part) for part in self.master.split(sizes)]
+        """What the optimizer moves: the master of each group, with its gradient."""
+        for master, gradient in zip(self.masters, self.gradient.split(sizes), strict=True):
+            master.grad = gradient
+        self.bind(self._weights)
+
+    def refresh(self) -> None:
+        """Rounds the master into the weights that the model computes with."""
+        if self._weights is not self.master:
+            self._weights.copy_(self.master)
+
+    def bind(self, flat: Tensor) -> None:
+        """Makes every parameter a view of `flat`."""
+        sizes = [parameter.numel() for parameter in self.parameters]
+        for parameter, part in zip(self.parameters, flat.split(sizes), strict=True):
+            parameter.data = part.view_as(parameter)
+
+
+class LossScale:
+    """Dynamic loss scaling (Micikevicius et al. 2018, arXiv:1710.03740), with PyTorch's constants."""
+
+    INITIAL = 65536.0
+    GROWTH_INTERVAL = 2000  # steps without an overflow before it doubles
+
+    def __init__(self, device: torch.device, enabled: bool) -> None:
+        self._enabled = enabled
+        self.value = self.INITIAL if enabled else 1.0
+        self.tensor = torch.tensor(self.value, device=device)
+        """The value where a recorded graph reads it."""
+        self._good_steps = 0
+
+    def update(self, finite: bool) -> None:
+        """Halves the scale after an overflow, doubles it after many steps without one."""
+        if not self._enabled:
+            return
+        self._good_steps = self._good_steps + 1 if finite else 0
+        if not finite:
+            self.value /= 2
+        elif self._good_steps % self.GROWTH_INTERVAL == 0:
+            self.value *= 2
+        self.tensor.fill_(self.value)
+
+
+class MovingAverage:
+    """Exponential moving average of a tensor, warmed up so that the start is soon forgotten."""
+
+    def __init__(self, tensor: Tensor, decay: float) -> None:
+        self._tensor = tensor
+        self._decay = decay
+        self.value = tensor.clone()
+
+    def update(self, step: int) -> None:
+        """Moves the average towards the tensor after `step`, counted from 0."""
+        self.value.lerp_(self._tensor, 1 - min(self._decay, (step + 1) / (step + 10)))
+
+
+def make_optimizer(
+    masters: Sequence[Parameter], groups: Sequence[Group], config: TrainingConfig
+) -> torch.optim.Optimizer:
+    """AdamW over the masters, with a peak learning rate each."""
+    kind = bitsandbytes.optim.AdamW8bit if config.optimizer == "adamw_8bit" else torch.optim.AdamW
+    options = [
+        {"params": [master], "peak_learning_rate": group.peak_learning_rate}
+        for master, group in zip(masters, groups, strict=True)
+    ]
+    return kind(options, betas=config.betas, weight_decay=config.weight_decay)

@@ -1,0 +1,221 @@
+"""The base model's modules as training runs them: diffusers' and transformers' arithmetic in fewer kernels.
+
+`fuse` gives modules another class and leaves their weights and names alone, so that saving and loading see
+what they always saw. What is not known here (other blocks, adapters with dropout) keeps its own forward.
+"""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.nn.functional import silu
+from transformers.models.clip.modeling_clip import ALL_ATTENTION_FUNCTIONS, CLIPAttention
+
+from sdxl_lora.attention import AttentionShape, attend
+from sdxl_lora.config import AttentionBackend
+from sdxl_lora.kernels import add_norm, frozen_conv2d, geglu, group_norm
+from sdxl_lora.projections import is_mergeable, make_neighbours, project, project_merged
+
+NUM_TOKENS = 77  # of a caption, padded
+
+
+def fuse(module: nn.Module) -> None:
+    """Gives the module's parts the classes of this file, in place."""
+    for part in list(module.modules()):
+        if is_known(part):
+            part.__class__ = FUSED[type(part)]  # type: ignore[assignment]
+        if isinstance(part, Attention | CLIPAttention):
+            merge_projections(part)
+
+
+def is_known(part: Any) -> bool:
+    """Whether this file has a class for `part`, and SDXL's options are the ones that it has."""
+    if type(part) is ResnetBlock2D:
+        return part.upsample is None and part.downsample is None and part.time_embedding_norm == "default"
+    if type(part) is nn.Conv2d:
+        return part.groups == 1 and part.dilation == (1, 1) and not part.weight.requires_grad
+    return type(part) in FUSED
+
+
+def merge_projections(attention: Any) -> None:
+    """Makes the frozen weights neighbours whose layers read the same input."""
+    layers = projections(attention)
+    if all(is_mergeable(layer) for layer in layers):
+        make_neighbours([layer.base_layer.weight for layer in layers])
+        if layers[0].base_layer.bias is not None:
+            make_neighbours([layer.base_layer.bias for layer in layers])
+
+
+def projections(attention: Any) -> list[Any]:
+    """The layers that read the same input, in the order in which the module holds them."""
+    if isinstance(attention, CLIPAttention):
+        return [attention.k_proj, attention.v_proj, attention.q_proj]
+    keys_and_values = [attention.to_k, attention.to_v]
+    return keys_and_values if attention.is_cross_attention else [attention.to_q, *keys_and_values]
+
+
+class FusedAttentionProcessor:
+    """An attention of the UNet with merged projections and a chosen backend."""
+
+    def __init__(self, backend: AttentionBackend) -> None:
+        self._backend = backend
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of `hidden_states`, (B, L, C), to themselves or to a text, (B, 77, 2048).
+
+        Raises:
+            ValueError: there is a mask. SDXL has none.
+        """
+        if attention_mask is not None:
+            raise ValueError("SDXL's attention takes no mask")
+        if encoder_hidden_states is None:
+            query, key, value = project(projections(attn), hidden_states)
+        else:
+            (query,) = project([attn.to_q], hidden_states)
+            key, value = project(projections(attn), encoder_hidden_states)
+        query, key, value = (t.unflatten(-1, (attn.heads, -1)) for t in (query, key, value))
+        output = attend(query, key, value, self._backend).flatten(-2)
+        return attn.to_out[1](attn.to_out[0](output))
+
+
+class FusedCLIPAttention(CLIPAttention):  # type: ignore[misc]
+    """A text encoder's attention with merged projections."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        heads = [t.unflatten(-1, (-1, self.head_dim)) for t in project(projections(self), hidden_states)]
+        key, value, query = (t.transpose(1, 2) for t in heads)
+        attend_ = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        output, weights = attend_(self, query, key, value, attention_mask, scaling=self.scale, **kwargs)
+        return self.out_proj(output.flatten(-2)), weights
+
+
+class FusedLoraLinear(LoraLinear):  # type: ignore[misc]
+    """An adapted layer that is no part of an attention's merged ones."""
+
+    def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if is_mergeable(self):
+            return project_merged([self], inputs)[0]
+        return super().forward(inputs, *args, **kwargs)
+
+
+class FusedGEGLU(GEGLU):  # type: ignore[misc]
+    """The feed-forward layer's gate in one kernel."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return geglu(self.proj(hidden_states))
+
+
+class FusedGroupNorm(nn.GroupNorm):
+    """A group normalisation that keeps channels_last."""
+
+    def forward(self, input: Tensor, silu: bool = False) -> Tensor:
+        return group_norm(input, self.weight, self.bias, self.num_groups, self.eps, silu)
+
+
+class FusedConv2d(nn.Conv2d):
+    """A frozen convolution that keeps no input for the gradient of its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert not isinstance(self.padding, str)
+        return frozen_conv2d(input, self.weight, self.bias, self.stride, self.padding)
+
+
+class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
+    """A residual block: normalisation and SiLU in one kernel."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
+        hidden = self.conv1(self.norm1(input_tensor, silu=True))
+        hidden = hidden + self.time_emb_proj(silu(temb))[:, :, None, None]
+        hidden = self.norm2(hidden, silu=True)
+        hidden = self.conv2(self.dropout(hidden))
+        if self.conv_shortcut is not None:
+            input_tensor = self.conv_shortcut(input_tensor)
+        return input_tensor + hidden
+
+
+class FusedTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
+    """A transformer block: each residual sum and the normalisation after it in one kernel."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        update = self.attn1(self.norm1(hidden_states))
+        hidden_states, normal = residual_norm(hidden_states, update, self.norm2)
+        update = self.attn2(normal, encoder_hidden_states=encoder_hidden_states)
+        hidden_states, normal = residual_norm(hidden_states, update, self.norm3)
+        return hidden_states + self.ff(normal)
+
+
+def residual_norm(residual: Tensor, update: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    return add_norm(residual, update, norm.weight, norm.bias, norm.eps)
+
+
+class FusedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
+    """A stack of transformer blocks over pixels. In channels_last, pixels are tokens without a copy."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor]:
+        batch, channels, height, width = hidden_states.shape
+        tokens: Tensor = self.norm(hidden_states).permute(0, 2, 3, 1).flatten(1, 2)
+        tokens = self.proj_in(tokens)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, encoder_hidden_states)
+        output = self.proj_out(tokens).view(batch, height, width, channels).permute(0, 3, 1, 2)
+        return (output + hidden_states,)
+
+
+FUSED = {
+    BasicTransformerBlock: FusedTransformerBlock,
+    CLIPAttention: FusedCLIPAttention,
+    GEGLU: FusedGEGLU,
+    LoraLinear: FusedLoraLinear,
+    ResnetBlock2D: FusedResnetBlock2D,
+    Transformer2DModel: FusedTransformer2DModel,
+    nn.Conv2d: FusedConv2d,
+    nn.GroupNorm: FusedGroupNorm,
+}
+
+
+def fuse_unet(unet: UNet2DConditionModel, backend: AttentionBackend) -> None:
+    """`fuse` for the UNet, with this backend in all its attentions, and channels_last on a GPU."""
+    fuse(unet)
+    unet.set_attn_processor(FusedAttentionProcessor(backend))
+    if unet.device.type != "cpu":
+        unet.to(memory_format=torch.channels_last)
+
+
+def attention_shapes(unet: UNet2DConditionModel, batch: int, height: int, width: int) -> list[AttentionShape]:
+    """The sizes of the UNet's attentions, for latents of this height and width."""
+    deepest = len(unet.down_blocks) - 1
+    counts: Counter[tuple[int, int, int, int]] = Counter()
+    for name, part in unet.named_modules():
+        if isinstance(part, Attention):
+            level = level_of(name, deepest)
+            pixels = (height >> level) * (width >> level)
+            keys = NUM_TOKENS if part.is_cross_attention else pixels
+            counts[pixels, keys, part.heads, part.inner_dim // part.heads] += 1
+    return [AttentionShape(batch, *sizes, count) for sizes, count in counts.items()]
+
+
+def level_of(name: str, deepest: int) -> int:
+    """How many times the part of this name sees the latents halved."""
+    side, number, *_ = name.split(".")
+    if side == "mid_block":
+        return deepest
+    return int(number) if side == "down_blocks" else deepest - int(number)

@@ -1,0 +1,141 @@
+"""Linear layers with low-rank adapters as few matrix products: y = x W^T + b + s (x A^T) B^T.
+
+PEFT computes each adapted layer by itself, with a dozen kernels. Layers that read the same input, such as the
+query, key and value of an attention, are one layer here whose weights stand side by side. Knows PEFT's
+layers, no model.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from sdxl_lora.lora import ADAPTER
+
+
+def project(layers: Sequence[nn.Module], inputs: Tensor) -> tuple[Tensor, ...]:
+    """What each of `layers` makes of the same inputs.
+
+    Args:
+        layers: linear layers of equal shape.
+        inputs: (..., in_features).
+
+    Returns:
+        A tensor for each layer, (..., out_features).
+    """
+    if not all(is_mergeable(layer) for layer in layers):
+        return tuple(layer(inputs) for layer in layers)
+    return project_merged(layers, inputs)
+
+
+def project_merged(layers: Sequence[Any], inputs: Tensor) -> tuple[Tensor, ...]:
+    """The same for layers that `is_mergeable` all."""
+    bases = [layer.base_layer for layer in layers]
+    biases = [base.bias for base in bases if base.bias is not None]
+    downs = [layer.lora_A[ADAPTER].weight for layer in layers]
+    ups = [layer.lora_B[ADAPTER].weight for layer in layers]
+    weight = side_by_side([base.weight for base in bases])
+    bias = side_by_side(biases) if biases else None
+    scale = layers[0].scaling[ADAPTER]
+    return AdaptedLinears.apply(inputs, weight, bias, scale, *downs, *ups)  # type: ignore[no-untyped-call]
+
+
+def is_mergeable(layer: nn.Module) -> bool:
+    """Whether PEFT adapts `layer` in the one way that `AdaptedLinears` knows: plain, on, without dropout."""
+    return (
+        isinstance(layer, LoraLinear)
+        and not layer.disable_adapters
+        and not layer.merged
+        and not layer.lora_variant
+        and type(layer.base_layer) is nn.Linear
+        and isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
+    )
+
+
+def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    """Equal tensors as one along their first dimension: a view where they are neighbours in memory."""
+    first, size = tensors[0], tensors[0].numel() * tensors[0].element_size()
+    if len(tensors) == 1:
+        return first
+    start, storage = first.data_ptr(), first.untyped_storage().data_ptr()
+    if all(
+        tensor.data_ptr() == start + number * size and tensor.untyped_storage().data_ptr() == storage
+        for number, tensor in enumerate(tensors)
+    ):
+        shape = (len(tensors) * first.shape[0], *first.shape[1:])
+        return first.detach().as_strided(shape, first.stride())
+    return torch.cat([tensor.detach() for tensor in tensors])
+
+
+def make_neighbours(tensors: Sequence[Tensor]) -> None:
+    """Moves equal tensors' values into one block of memory, each to its place after the one before."""
+    block = torch.cat([tensor.detach() for tensor in tensors])
+    for tensor, part in zip(tensors, block.chunk(len(tensors)), strict=True):
+        tensor.data = part
+
+
+class AdaptedLinears(torch.autograd.Function):
+    """n linear layers of the same input, each with a low-rank update; gradients for input and adapters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, scale: float, *adapters: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Symbols: M rows of input, I features in, O out, rank r.
+
+        Args:
+            inputs: x, (..., I).
+            weight: W of all layers, frozen, (n O, I).
+            bias: b of all layers, frozen, (n O,).
+            scale: s = alpha / r.
+            adapters: A of each layer, (r, I), then B of each layer, (O, r).
+
+        Returns:
+            y of each layer, (..., O).
+        """
+        n = len(adapters) // 2
+        down, up = side_by_side(adapters[:n]), stack(adapters[n:])
+        x = inputs.reshape(-1, inputs.shape[-1])
+        y = linear(x, weight, bias)
+        hidden = scaled_product(x, down.T, scale)  # s x A^T, (M, n r)
+        by_layer(y, n).baddbmm_(by_layer(hidden, n), up.mT)
+        ctx.save_for_backward(x, hidden, weight, down, up)
+        ctx.scale, ctx.shape = scale, inputs.shape
+        return tuple(part.view(*inputs.shape[:-1], -1) for part in y.chunk(n, dim=1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, and of every A and B."""
+        x, hidden, weight, down, up = ctx.saved_tensors
+        n, scale = len(gradients), ctx.scale
+        dys = [gradient.reshape(len(x), -1) for gradient in gradients]
+        dy = torch.cat(dys, dim=1) if n > 1 else dys[0].contiguous()
+        dhidden = torch.empty_like(hidden)
+        torch.bmm(by_layer(dy, n), up, out=by_layer(dhidden, n))
+        dup = torch.bmm(by_layer(dy, n).mT, by_layer(hidden, n))
+        ddown = scaled_product(dhidden.T, x, scale)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight).addmm_(dhidden, down, alpha=scale).view(ctx.shape)
+        return (dx, None, None, None, *ddown.chunk(n), *dup)
+
+
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """(O, r) tensors as (n, O, r), a view where they are neighbours."""
+    return side_by_side(tensors).view(len(tensors), *tensors[0].shape)
+
+
+def by_layer(tensor: Tensor, n: int) -> Tensor:
+    """(M, n k) as a view (n, M, k)."""
+    return tensor.view(len(tensor), n, -1).transpose(0, 1)
+
+
+def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """The product times `scale`, in one kernel."""
+    out = left.new_empty(left.shape[0], right.shape[1])
+    return torch.addmm(out, left, right, beta=0, alpha=scale, out=out)

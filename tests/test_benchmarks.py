@@ -1,0 +1,168 @@
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from benchmarks import counts, random_sdxl, saved_sdxl, train_step
+from benchmarks.grid import combinations, gib_or_none, repeat
+from benchmarks.matmul import measure as measure_matmul
+from benchmarks.results import Configuration, publish, read_results
+from benchmarks.timing import timed
+from benchmarks.vae_encode import measure as measure_vae
+from sdxl_lora.config import load_params
+
+RECIPE = Path("recipes/sdxl-naruto-16gb.yaml")
+SMALL: Configuration = {
+    "precision": "fp32",
+    "checkpointing": "none",
+    "attention": "sdpa",
+    "optimizer": "adamw",
+    "text_encoders": "frozen",
+    "vram_gib": None,
+    "batch_size": 2,
+    "accumulation": 1,
+    "rank": 4,
+    "resolution": 64,
+}
+
+
+@pytest.fixture
+def small_sdxl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDXL's structure with few channels and layers, and a VAE as small."""
+    small = {
+        "block_out_channels": (32, 64, 64),
+        "transformer_layers_per_block": [1, 1, 1],
+        "norm_num_groups": 8,
+    }
+    monkeypatch.setattr(random_sdxl, "UNET", random_sdxl.UNET | small | {"attention_head_dim": [2, 4, 4]})
+    monkeypatch.setattr(saved_sdxl, "UNET", random_sdxl.UNET)
+    for name in ("TEXT_ENCODER", "TEXT_ENCODER_2"):
+        monkeypatch.setattr(random_sdxl, name, getattr(random_sdxl, name) | {"num_hidden_layers": 2})
+    channels = {"block_out_channels": (32, 32, 32, 32)}
+    monkeypatch.setattr(saved_sdxl, "VAE", saved_sdxl.VAE | channels)
+    monkeypatch.setattr("benchmarks.vae_encode.VAE", saved_sdxl.VAE | channels)
+
+
+def test_combinations_span_a_grid() -> None:
+    options = argparse.Namespace(precision=["fp16", "bf16"], vram_gib=[None, 14.75], rank=16)
+    grid = list(combinations(options, ("precision", "vram_gib"), ("rank",)))
+    assert [(c["precision"], c["vram_gib"]) for c in grid] == [
+        ("fp16", None),
+        ("fp16", 14.75),
+        ("bf16", None),
+        ("bf16", 14.75),
+    ]
+    assert {c["rank"] for c in grid} == {16}
+
+
+@pytest.mark.parametrize("vram_gib", [14.75, None])
+def test_a_results_command_repeats_its_configuration(
+    monkeypatch: pytest.MonkeyPatch, vram_gib: float | None
+) -> None:
+    configuration = SMALL | {"vram_gib": vram_gib, "text_encoders": "trained"}
+    words = repeat("train_step", configuration, steps=7).split()
+    assert words[:3] == ["python", "-m", "benchmarks.train_step"]
+    monkeypatch.setattr("sys.argv", words[2:])
+    options = train_step.parse()
+    assert options.steps == 7
+    assert list(combinations(options, train_step.VARIED, ())) == [configuration]
+
+
+def test_without_options_a_step_is_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train_step"])
+    (configuration,) = combinations(train_step.parse(), train_step.VARIED, ())
+    params = load_params(RECIPE)
+    assert configuration == train_step.of_recipe(params)
+    assert configuration["vram_gib"] == params.training.vram_gib
+    assert train_step.configured(params, configuration, 20).lora == params.lora
+
+
+def test_every_option_of_a_step_reaches_the_params() -> None:
+    params = load_params(RECIPE)
+    after = train_step.of_recipe(train_step.configured(params, SMALL, 20))
+    assert after == SMALL | {"resolution": params.encoding.resolution}  # the random data set's, no param's
+
+
+@pytest.mark.parametrize("text", ["none", "14.75"])
+def test_a_cap_is_a_size_or_none(text: str) -> None:
+    assert gib_or_none(text) == (None if text == "none" else 14.75)
+
+
+@pytest.mark.usefixtures("small_sdxl")
+def test_a_step_is_measured_by_the_librarys_own_loop(tmp_path: Path) -> None:
+    result = train_step.measure(SMALL, load_params(RECIPE), steps=2)
+    assert result.outcome == "ok"
+    assert len(result.seconds) == 2
+    assert result.peak_reserved_gib is None  # on a CPU nobody counts
+    assert result.figures["final_loss"] > 0
+    publish(result, tmp_path / "results" / "today.jsonl")
+    assert read_results(tmp_path / "results" / "today.jsonl") == [result]
+
+
+@pytest.mark.usefixtures("small_sdxl")
+def test_a_configuration_that_cannot_run_says_why() -> None:
+    result = train_step.measure(SMALL | {"attention": "xformers"}, load_params(RECIPE), steps=1)
+    assert result.outcome.startswith(("ValueError: ", "ImportError: ", "RuntimeError: "))
+    assert "xformers" in result.outcome
+    assert result.seconds_per_step is None
+
+
+@pytest.mark.usefixtures("small_sdxl")
+def test_a_random_sdxl_loads_as_a_pipeline(tmp_path: Path) -> None:
+    folder = saved_sdxl.save_random_sdxl(tmp_path / "sdxl", torch.device("cpu"))
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float16)
+    assert {part.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder_2)} == {torch.float16}
+    assert pipeline.tokenizer("red fox").input_ids != pipeline.tokenizer("old boat").input_ids
+    written = (folder / "model_index.json").stat().st_mtime_ns
+    saved_sdxl.save_random_sdxl(folder, torch.device("cpu"))
+    assert (folder / "model_index.json").stat().st_mtime_ns == written  # kept
+
+
+def test_time_excludes_the_warm_up() -> None:
+    calls: list[int] = []
+    assert len(timed(lambda: calls.append(1), torch.device("cpu"), repetitions=2)) == 2
+    assert len(calls) == 5
+
+
+def test_a_matrix_product_has_its_speed() -> None:
+    result = measure_matmul("fp32", 64)
+    median = sorted(result.seconds)[9:11]
+    assert result.figures["tflop_per_second"] == pytest.approx(2 * 64**3 / (sum(median) / 2) / 1e12, abs=0.05)
+
+
+@pytest.mark.usefixtures("small_sdxl")
+def test_encoding_is_timed_per_batch() -> None:
+    result = measure_vae({"precision": "fp32", "batch_size": 2, "resolution": 64}, repetitions=2)
+    assert len(result.seconds) == 2
+    assert result.samples_per_second == pytest.approx(2 / (sum(result.seconds) / 2))
+
+
+def test_a_line_that_is_no_result_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"benchmark": "train_step"}\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 1, is no result"):
+        read_results(tmp_path / "bad.jsonl")
+
+
+def test_a_file_is_of_one_machine(tmp_path: Path) -> None:
+    result = measure_matmul("fp32", 8)
+    elsewhere = result.model_copy(update={"machine": result.machine.model_copy(update={"gpu": "another"})})
+    for line in (result, elsewhere):
+        publish(line, tmp_path / "mixed.jsonl")
+    with pytest.raises(ValueError, match=r"line 2, is of another machine"):
+        read_results(tmp_path / "mixed.jsonl")
+
+
+def test_parameters_are_counted_as_published() -> None:
+    assert counts.parameters() == counts.load().parameters
+    assert counts.load().parameters["unet"] / 1e9 == pytest.approx(
+        2.6, abs=0.05
+    )  # Podell et al. 2023, table 1
+    text_encoders = [counts.load().parameters[name] for name in ("text_encoder", "text_encoder_2")]
+    assert sum(text_encoders) // 10**6 == 817
+
+
+@pytest.mark.slow
+def test_counts_are_those_of_the_code() -> None:
+    assert counts.count() == counts.load()

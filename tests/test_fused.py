@@ -1,0 +1,127 @@
+"""The fused modules against diffusers', transformers' and PEFT's own, on the demo's model."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdxl_lora.attention import AttentionShape
+from sdxl_lora.config import Params, load_params
+from sdxl_lora.denoising import Denoiser, load_denoiser
+from sdxl_lora.fused import FUSED, attention_shapes, fuse, fuse_unet
+from sdxl_lora.lora import add_adapters, lora_parameters
+from sdxl_lora.randomness import generator
+from sdxl_lora.sdxl import embed_tokens, predict
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return load_params(Path("recipes/demo.yaml"))
+
+
+def adapted(params: Params, modules: list[str], device: torch.device, dropout: float = 0.0) -> Denoiser:
+    """The demo's model in fp32, text encoders too, with random adapters whose alpha is twice the rank."""
+    model = params.model.model_copy(update={"text_encoders": "trained"})
+    changes = {"unet_modules": modules, "rank": 4, "alpha": 8.0, "dropout": dropout}
+    denoiser = load_denoiser(model, "fp32", device)
+    add_adapters(denoiser.unet, denoiser.text_encoders, params.lora.model_copy(update=changes), 0)
+    for module in denoiser.modules:
+        module.train()
+        for name, parameter in module.named_parameters():
+            if ".lora_B." in name:
+                parameter.data = (
+                    torch.randn(parameter.shape, generator=generator("B", name)).to(device) * 0.05
+                )
+    return denoiser
+
+
+def fuse_all(denoiser: Denoiser) -> None:
+    fuse_unet(denoiser.unet, "sdpa")
+    for text_encoder in denoiser.text_encoders or ():
+        fuse(text_encoder)
+
+
+def prediction(denoiser: Denoiser) -> Tensor:
+    assert denoiser.text_encoders is not None
+    token_ids = torch.randint(3, 1999, (2, 2, 77), generator=generator("tokens"))
+    token_ids[..., -1] = denoiser.text_encoders[0].config.eos_token_id
+    latents = torch.randn(2, 4, 16, 16, generator=generator("latents")).to(denoiser.device)
+    time_ids = torch.tensor([[128, 128, 0, 0, 128, 128]] * 2, device=denoiser.device)
+    embeds = embed_tokens(denoiser.text_encoders, token_ids.to(denoiser.device))
+    timesteps = torch.tensor([3, 700], device=denoiser.device)
+    return predict(denoiser.unet, latents, timesteps, *embeds, time_ids)
+
+
+def prediction_and_gradient(denoiser: Denoiser) -> tuple[Tensor, Tensor]:
+    """A prediction, and the gradient of its square by all adapters, flat."""
+    output = prediction(denoiser)
+    parameters = [p for module in denoiser.modules for p in lora_parameters(module)]
+    gradients = torch.autograd.grad(output.square().mean(), parameters)
+    return output.detach(), torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("everything", [False, True], ids=["attention", "everything"])
+def test_predictions_and_gradients_are_those_of_diffusers_and_peft(
+    params: Params, device: str, everything: bool
+) -> None:
+    modules = params.lora.unet_modules if everything else ATTENTION
+    plain, fused = (adapted(params, modules, torch.device(device)) for _ in range(2))
+    fuse_all(fused)
+    tolerance = 1e-5 if device == "cpu" else 1e-3  # a GPU's convolutions compute in tf32
+    for ours, oracle in zip(prediction_and_gradient(fused), prediction_and_gradient(plain), strict=True):
+        assert relative_error(ours, oracle) < tolerance
+
+
+def test_adapters_with_dropout_keep_pefts_arithmetic(params: Params) -> None:
+    plain, fused = (adapted(params, ATTENTION, torch.device("cpu"), dropout=0.3) for _ in range(2))
+    fuse_all(fused)
+    for module in (*plain.modules, *fused.modules):
+        module.eval()  # their draws come in another order
+    for ours, oracle in zip(prediction_and_gradient(fused), prediction_and_gradient(plain), strict=True):
+        assert relative_error(ours, oracle) < 1e-5
+
+
+def test_names_and_weights_stay(params: Params) -> None:
+    denoiser = adapted(params, params.lora.unet_modules, torch.device("cpu"))
+    before = [{name: t.clone() for name, t in m.state_dict().items()} for m in denoiser.modules]
+    fuse_all(denoiser)
+    for module, expected in zip(denoiser.modules, before, strict=True):
+        assert list(module.state_dict()) == list(expected)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in module.state_dict().items())
+
+
+def test_every_class_is_put_to_use(params: Params) -> None:
+    denoiser = adapted(params, params.lora.unet_modules, torch.device("cpu"))
+    fuse_all(denoiser)
+    classes = {type(part) for module in denoiser.modules for part in module.modules()}
+    assert set(FUSED.values()) <= classes
+    assert not classes & (set(FUSED) - {torch.nn.Conv2d})  # adapters' own convolutions are trained
+
+
+def test_attention_shapes_are_those_that_a_forward_pass_meets(
+    params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser = adapted(params, ATTENTION, torch.device("cpu"))
+    fuse_all(denoiser)
+    met: Counter[AttentionShape] = Counter()
+
+    def remember(query: Tensor, key: Tensor, *_: object) -> Tensor:
+        batch, queries, heads, width = query.shape
+        met[AttentionShape(batch, queries, key.shape[1], heads, width, 0)] += 1
+        return query
+
+    monkeypatch.setattr("sdxl_lora.fused.attend", remember)
+    prediction(denoiser)
+    shapes = attention_shapes(denoiser.unet, 2, 16, 16)
+    assert {replace(shape, count=0): shape.count for shape in shapes} == met
