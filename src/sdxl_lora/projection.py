@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, RunTag
 from PIL import Image
 
 from sdxl_lora import paths
@@ -98,13 +98,17 @@ def log_curves(client: MlflowClient, run_id: str) -> None:
 
 
 def log_reports(client: MlflowClient, run_id: str) -> None:
-    """Every number of every report, under the report's name."""
+    """Every number of every report as a metric under the report's name, every word as a tag."""
     now = int(time.time() * 1000)
     for path in paths.NUMBERS:
         prefix = "" if path == paths.METRICS else f"{path.stem}/"
-        numbers = flat(json.loads(path.read_text(encoding="utf-8")), separator="/")
-        points = [Metric(f"{prefix}{key}", float(value), now, 0) for key, value in numbers]
-        client.log_batch(run_id, metrics=points)
+        leaves = flat(json.loads(path.read_text(encoding="utf-8")), separator="/")
+        entries = {f"{prefix}{key}": value for key, value in leaves}
+        words = [RunTag(key, value) for key, value in entries.items() if isinstance(value, str)]
+        points = [
+            Metric(key, float(value), now, 0) for key, value in entries.items() if not isinstance(value, str)
+        ]
+        client.log_batch(run_id, metrics=points, tags=words)
     for path in (*sorted(paths.REPORTS.glob("*.csv")), paths.REPORT):
         client.log_artifact(run_id, str(path), "reports")
 
