@@ -2,12 +2,11 @@
 
 import shutil
 
-import pandas as pd
-
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
 from sdxl_lora.execution import run, stage
 from sdxl_lora.export import export_lora, kohya_file, model_spec
+from sdxl_lora.gates import failures
 from sdxl_lora.lineage import lineage
 from sdxl_lora.lora import WEIGHTS
 from sdxl_lora.model_card import card_pictures, model_card, picture_name
@@ -43,14 +42,13 @@ def main() -> None:
             "alpha": params.lora.alpha,
             "trigger": trigger,
         }
-        gates = pd.read_csv(paths.GATES)
         card = model_card(
             config,
             params.model,
             [(picture_name(sample), sample) for sample in samples],
             details,
             read_numbers(paths.METRICS, "evaluate_lora"),
-            gates.loc[~gates["passed"], "reason"].tolist(),
+            list(failures(paths.GATES).values()),
             facts,
         )
         paths.CARD.write_text(card, encoding="utf-8")

@@ -1,10 +1,12 @@
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sdxl_lora.config import GatesConfig
-from sdxl_lora.gates import judge, verdict
+from sdxl_lora.gates import Gate, failures, judge, verdict
+from sdxl_lora.reports import write_records
 
 GATES = GatesConfig(
     held_out_loss_change=-5.0,
@@ -66,3 +68,31 @@ def test_what_was_not_measured_fails() -> None:
     failed = [gate for gate in judge(metrics, GATES) if not gate.passed]
     assert [(gate.name, gate.value) for gate in failed] == [("style_probability", None)]
     assert failed[0].reason == "style_probability.adapter was not measured"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "failed"),
+    [
+        (GOOD, {}),
+        (
+            with_value(("diversity_kept",), 0.1),
+            {"diversity_kept": "diversity_kept is 0.1, should be at least 0.5"},
+        ),
+    ],
+    ids=["good", "bad"],
+)
+def test_table_tells_who_failed_and_why(
+    tmp_path: Path, metrics: dict[str, Any], failed: dict[str, str]
+) -> None:
+    write_records(tmp_path / "gates.csv", Gate, judge(metrics, GATES))
+    assert failures(tmp_path / "gates.csv") == failed
+
+
+def test_table_without_gates_has_no_failures(tmp_path: Path) -> None:
+    write_records(tmp_path / "gates.csv", Gate, judge(GOOD, GATES.model_copy(update=dict.fromkeys(BAD))))
+    assert failures(tmp_path / "gates.csv") == {}
+
+
+def test_missing_table_names_the_stage_to_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="dvc repro evaluate_lora"):
+        failures(tmp_path / "gates.csv")

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,11 @@ def test_figures_gates_and_lineage_are_told(html: str) -> None:
 def test_adapters_samples_are_beside_their_nearest_image_copies_marked(html: str) -> None:
     pairs = re.findall(r'<div class="pair( copied)?">.*?(\d\.\d{4}), adapter', html, re.S)
     assert pairs == [(" copied", "0.9500"), ("", "0.8500")]
+
+
+def test_run_without_gates_has_no_verdict(results: Results, folder: Path) -> None:
+    html = page("Style", replace(results, gates=results.gates.head(0)), folder, folder)
+    assert not re.findall(r"(passes|fails) \w+ ", html)
 
 
 def test_same_results_are_the_same_page(html: str, results: Results, folder: Path) -> None:

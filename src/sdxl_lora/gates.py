@@ -1,8 +1,11 @@
-"""What an adapter must reach to be promoted, and whether it does. Knows figures, no files."""
+"""What an adapter must reach to be promoted, and whether it does."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from sdxl_lora.config import GatesConfig
 
@@ -67,3 +70,16 @@ def figure_at(metrics: Mapping[str, Any], keys: tuple[str, ...]) -> float | None
 def verdict(gates: list[Gate]) -> dict[str, int]:
     """1 for what passed and 0 for what failed, by gate and in all."""
     return {"all": int(all(gate.passed for gate in gates)), **{gate.name: int(gate.passed) for gate in gates}}
+
+
+def failures(path: Path) -> dict[str, str]:
+    """Why gates failed, by gate, from the table that evaluation wrote; empty if all passed or none was asked.
+
+    Raises:
+        FileNotFoundError: nothing was evaluated.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found: run `dvc repro evaluate_lora` first")
+    gates = pd.read_csv(path)
+    failed = gates[~gates["passed"].astype(bool)]
+    return dict(zip(failed["name"], failed["reason"], strict=True))

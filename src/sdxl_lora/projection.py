@@ -16,6 +16,7 @@ from PIL import Image
 from sdxl_lora import paths
 from sdxl_lora.config import Params
 from sdxl_lora.execution import current_execution
+from sdxl_lora.gates import failures
 from sdxl_lora.lineage import training_digest
 from sdxl_lora.sources import file_digest
 from sdxl_lora.tracking import ENTRIES_A_REQUEST, TRACKING_ERRORS, Connection, chunks, connect, flat
@@ -115,10 +116,10 @@ def log_reports(client: MlflowClient, run_id: str) -> None:
 
 def log_verdict(client: MlflowClient, run_id: str) -> None:
     """Tags that say whether the adapter passed its gates, and why not: `gates` and `gates.<name>`."""
-    gates = pd.read_csv(paths.GATES)
-    client.set_tag(run_id, "gates", "passed" if gates["passed"].all() else "failed")
-    for gate in gates[~gates["passed"]].itertuples():
-        client.set_tag(run_id, f"gates.{gate.name}", gate.reason)
+    failed = failures(paths.GATES)
+    client.set_tag(run_id, "gates", "failed" if failed else "passed")
+    for name, reason in failed.items():
+        client.set_tag(run_id, f"gates.{name}", reason)
 
 
 def log_dataset(client: MlflowClient, run_id: str) -> None:

@@ -5,14 +5,13 @@ registered that fails a gate.
 """
 
 import sys
-from pathlib import Path
 
-import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from sdxl_lora import paths
+from sdxl_lora.gates import failures
 from sdxl_lora.lineage import training_digest
 from sdxl_lora.reports import read_numbers
 from sdxl_lora.tracking import EXPERIMENT, TRACKING_ERRORS, connect
@@ -28,8 +27,9 @@ def promote() -> ModelVersion:
         ValueError: the adapter fails its gates, or no MLflow run shows it; says why.
         MlflowException, OSError: the server cannot be reached or refuses.
     """
-    if failures := failed_gates(paths.GATES):
-        raise ValueError("the adapter fails its gates, nothing was registered:\n  " + "\n  ".join(failures))
+    if failed := failures(paths.GATES):
+        reasons = "\n  ".join(failed.values())
+        raise ValueError(f"the adapter fails its gates, nothing was registered:\n  {reasons}")
     pointer = read_numbers(paths.MLFLOW_POINTER, "track_run")["mlflow"]
     run_id = pointer["id"] if isinstance(pointer, dict) else None
     if run_id is None:
@@ -45,19 +45,6 @@ def promote() -> ModelVersion:
     version = version_of(client, run_id)
     client.set_registered_model_alias(EXPERIMENT, ALIAS, version.version)
     return version
-
-
-def failed_gates(path: Path) -> list[str]:
-    """Why gates failed; none if all passed.
-
-    Raises:
-        FileNotFoundError: nothing was evaluated.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: run `dvc repro evaluate_lora` first")
-    gates = pd.read_csv(path)
-    reasons: list[str] = gates.loc[~gates["passed"].astype(bool), "reason"].tolist()
-    return reasons
 
 
 def version_of(client: MlflowClient, run_id: str) -> ModelVersion:

@@ -58,7 +58,7 @@ def page(title: str, results: Results, samples: Path, images: Path) -> str:
     return environment.get_template(TEMPLATE).render(
         title=title,
         gates=results.gates.astype(object).where(results.gates.notna(), None).to_dict("records"),
-        failures=results.gates.loc[~results.gates["passed"].astype(bool), "reason"].tolist(),
+        num_failed=int((~results.gates["passed"].astype(bool)).sum()),
         strengths=[strength_name(value) for value in strengths_of(results.samples)],
         rows=sample_rows(results.samples, samples),
         figures=figures(results.metrics),
