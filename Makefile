@@ -14,7 +14,7 @@ INSTALLED := .venv/installed
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check ui promote recipe lock clean
+.PHONY: help setup demo test check plan ui promote recipe lock clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ check: setup  ## format, lint, types, direction of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(RUN) lint-imports
+
+plan: setup  ## forecast the GPU memory of params.yaml, and say which cards it fits (no GPU needed)
+	@$(BIN)/python -m sdxl_lora.plan
 
 ui: setup  ## MLflow at http://127.0.0.1:5000 (PORT=5001 chooses another port)
 	@$(BIN)/python -m sdxl_lora.ui --port $(PORT)

@@ -17,7 +17,7 @@ REFERENCE: Configuration = {
     "text_encoders": "trained",
     "vram_gib": None,
     "batch_size": 3,
-    "accumulation": 1,
+    "micro_batch_size": "auto",
     "rank": 16,
     "resolution": 1024,
 }

@@ -7,16 +7,15 @@ benchmarks/counted.json. It takes a minute, which is why the report reads the fi
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.random_sdxl import UNET, random_text_encoders
-from benchmarks.saved_sdxl import VAE
+from sdxl_lora import shapes
 from sdxl_lora.config import load_params
 from sdxl_lora.lora import add_adapters
 
+META = torch.device("meta")
 TERA = 1e12
 TEXT_TOKENS = 77
 RANK = 16  # counted with adapters of this rank
@@ -62,20 +61,17 @@ def count() -> Counted:
 
 def parameters() -> dict[str, int]:
     """Parameters of SDXL's parts."""
-    with torch.device("meta"):
-        parts = {"unet": UNet2DConditionModel(**UNET), "vae": AutoencoderKL(**VAE)}
-        parts["text_encoder"], parts["text_encoder_2"] = random_text_encoders()
+    base = shapes.SDXL_BASE
+    parts = {"unet": base.make_unet("fp32", META), "vae": base.make_vae("fp32", META)}
+    parts["text_encoder"], parts["text_encoder_2"] = base.make_text_encoders("fp32", META)
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
 
 def adapted(text_encoders: bool) -> tuple[nn.Module, ...]:
     """UNet and perhaps text encoders as training runs them: frozen, with the 16 GB recipe's adapters."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**UNET)
-        encoders = random_text_encoders() if text_encoders else None
+    unet = shapes.SDXL_BASE.make_unet("fp32", META)
+    encoders = shapes.SDXL_BASE.make_text_encoders("fp32", META) if text_encoders else None
     modules = (unet, *(encoders or ()))
-    for module in modules:
-        module.requires_grad_(False)
     config = load_params(RECIPE).lora.model_copy(update={"rank": RANK})
     add_adapters(unet, encoders, config, seed=0)
     return modules

@@ -13,6 +13,16 @@ def gib_or_none(text: str) -> float | None:
     return None if text == "none" else float(text)
 
 
+def true_or_false(text: str) -> bool:
+    """An option's value that is a truth value."""
+    return {"true": True, "false": False}[text.lower()]
+
+
+def number_or_word(text: str) -> int | str:
+    """A number, or a word such as `auto`."""
+    return int(text) if text.isdigit() else text
+
+
 def combinations(
     options: argparse.Namespace, varied: Sequence[str], fixed: Sequence[str]
 ) -> Iterator[Configuration]:

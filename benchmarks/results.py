@@ -79,7 +79,7 @@ class Result(BaseModel):
         """Training examples a second, at the median; None if nothing was timed."""
         if (seconds := self.seconds_per_step) is None:
             return None
-        samples: int = self.configuration["batch_size"] * self.configuration.get("accumulation", 1)
+        samples: int = self.configuration["batch_size"]
         return samples / seconds
 
 

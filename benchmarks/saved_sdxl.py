@@ -5,21 +5,12 @@ import random
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from benchmarks.random_sdxl import UNET, random_text_encoders
+from sdxl_lora import shapes
 
-VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 1024,
-    "scaling_factor": 0.13025,
-}
 TOKENIZER = Path("demo/base_model/tokenizer")
 WORDS = ("red", "small", "old", "round", "quiet", "fox", "tree", "boat", "house", "cloud", "girl", "lamp")
 
@@ -31,14 +22,9 @@ def save_random_sdxl(folder: Path, device: torch.device) -> Path:
     """
     if (folder / "model_index.json").is_file():  # written last
         return folder
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float16)
-    try:
-        with device:
-            unet, vae = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE)
-            text_encoder, text_encoder_2 = random_text_encoders()
-    finally:
-        torch.set_default_dtype(default)
+    base = shapes.SDXL_BASE
+    unet, vae = base.make_unet("fp16", device), base.make_vae("fp16", device)
+    text_encoder, text_encoder_2 = base.make_text_encoders("fp16", device)
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=text_encoder,

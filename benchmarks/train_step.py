@@ -6,6 +6,7 @@ JSON line as it ends; a table of them all follows.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,13 +16,14 @@ from typing import Any, get_args
 import torch
 
 from benchmarks.device_memory import DeviceMemory
-from benchmarks.grid import combinations, flags, gib_or_none, repeat
+from benchmarks.grid import combinations, flags, gib_or_none, number_or_word, repeat, true_or_false
 from benchmarks.random_sdxl import RandomDataset, random_denoiser
 from benchmarks.results import GIB, OK, Configuration, Result, now, publish, this_machine
 from benchmarks.tables import steps_table
 from sdxl_lora.config import Attention, Params, load_params
-from sdxl_lora.hardware import peak_memory_gib, reserved_device
+from sdxl_lora.hardware import deterministic, peak_memory_gib, reserved_device
 from sdxl_lora.lora import add_adapters
+from sdxl_lora.planning import Plan, choose_plan
 from sdxl_lora.training import Report, prepare, train_lora
 
 WARMUP_STEPS = 4
@@ -29,11 +31,12 @@ VARIED = (
     "precision",
     "checkpointing",
     "attention",
+    "deterministic",
     "optimizer",
     "text_encoders",
     "vram_gib",
     "batch_size",
-    "accumulation",
+    "micro_batch_size",
     "rank",
     "resolution",
 )
@@ -66,13 +69,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="append the JSON lines to this file as well")
     several = parser.add_argument_group("options that take several values; without them, the recipe's")
     several.add_argument("--precision", nargs="+", choices=["fp16", "bf16", "fp32"])
-    several.add_argument("--checkpointing", nargs="+", choices=["all", "none"])
+    several.add_argument(
+        "--checkpointing", nargs="+", type=number_or_word, help="none, all, auto, or a number of blocks"
+    )
     several.add_argument("--attention", nargs="+", choices=get_args(Attention))
+    several.add_argument("--deterministic", nargs="+", type=true_or_false, help="true or false")
     several.add_argument("--optimizer", nargs="+", choices=["adamw_8bit", "adamw"])
     several.add_argument("--text-encoders", nargs="+", choices=["frozen", "trained"])
     several.add_argument("--vram-gib", nargs="+", type=gib_or_none, help="cap of the allocator, or none")
     several.add_argument("--batch-size", nargs="+", type=int)
-    several.add_argument("--accumulation", nargs="+", type=int)
+    several.add_argument("--micro-batch-size", nargs="+", type=number_or_word, help="or auto")
     several.add_argument("--rank", nargs="+", type=int)
     several.add_argument("--resolution", nargs="+", type=int, help="pixels a side")
     options = parser.parse_args()
@@ -87,13 +93,14 @@ def of_recipe(params: Params) -> Configuration:
     training = params.training
     return {
         "precision": training.precision,
-        "checkpointing": "all" if training.gradient_checkpointing else "none",
+        "checkpointing": training.checkpointing,
         "attention": training.attention,
+        "deterministic": training.deterministic,
         "optimizer": training.optimizer,
         "text_encoders": params.model.text_encoders,
         "vram_gib": training.vram_gib,
         "batch_size": training.batch_size,
-        "accumulation": training.accumulation,
+        "micro_batch_size": training.micro_batch_size,
         "rank": params.lora.rank,
         "resolution": params.encoding.resolution,
     }
@@ -104,8 +111,7 @@ def configured(params: Params, configuration: Configuration, steps: int) -> Para
     training = {
         name: configuration[name] for name in configuration if name in type(params.training).model_fields
     }
-    training |= {"gradient_checkpointing": configuration["checkpointing"] == "all"}
-    training |= {"steps": WARMUP_STEPS + steps, "warmup_steps": 1}
+    training |= {"steps": WARMUP_STEPS + steps, "warmup_steps": 1, "preview_every": None}
     return params.model_copy(
         update={
             "training": params.training.model_copy(update=training),
@@ -119,10 +125,17 @@ def measure(configuration: Configuration, recipe: Params, steps: int) -> Result:
     """Trains for a few steps. A configuration that cannot run has its reason as outcome."""
     params = configured(recipe, configuration, steps)
     reports: list[Report] = []
-    outcome = OK
-    with reserved_device(params.training.vram_gib) as device, DeviceMemory() as memory:
+    outcome, plan = OK, None
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as stages do
+    with (
+        reserved_device(params.training.vram_gib) as device,
+        deterministic(params.training.deterministic),
+        DeviceMemory() as memory,
+    ):
         try:
-            for report in training(params, device, configuration["resolution"]):
+            dataset = RandomDataset(configuration["resolution"])
+            plan = choose_plan(params.model, params.lora, params.training, dataset.latents, device)
+            for report in training(params, plan, device, dataset):
                 reports.append(report)
         except torch.OutOfMemoryError:
             outcome = "out of memory"
@@ -142,18 +155,18 @@ def measure(configuration: Configuration, recipe: Params, steps: int) -> Result:
         peak_reserved_gib=reserved,
         peak_allocated_gib=allocated,
         peak_device_gib=memory.peak_gib,
+        forecast_gib=plan.forecast.total / GIB if plan is not None and plan.forecast is not None else None,
         figures={"final_loss": reports[-1].loss, "loss_scale": reports[-1].loss_scale} if reports else {},
     )
 
 
-def training(params: Params, device: torch.device, resolution: int) -> Iterator[Report]:
+def training(params: Params, plan: Plan, device: torch.device, dataset: Any) -> Iterator[Report]:
     """The library's own loop, on random weights and latents."""
-    trained = params.model.text_encoders == "trained"
-    denoiser = random_denoiser(params.training.precision, device, trained)
+    config, trained = plan.applied_to(params.training), params.model.text_encoders == "trained"
+    denoiser = random_denoiser(config.precision, device, trained)
     add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
-    prepare(denoiser, params.training, torch.Size((1, 4, resolution // 8, resolution // 8)))
-    dataset: Any = RandomDataset(resolution)  # acts as an EncodedDataset
-    yield from train_lora(denoiser, dataset, params.training, params.seed)
+    prepare(denoiser, config, dataset.latents, plan.checkpointed)
+    yield from train_lora(denoiser, dataset, config, params.seed)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 
 from benchmarks.grid import combinations, repeat
 from benchmarks.results import GIB, OK, Configuration, Result, now, publish, this_machine
-from benchmarks.saved_sdxl import VAE
 from benchmarks.timing import timed
+from sdxl_lora import shapes
 from sdxl_lora.config import Precision
 from sdxl_lora.hardware import peak_memory_gib, reserved_device
 from sdxl_lora.sdxl import DTYPES
@@ -41,7 +40,7 @@ def measure(configuration: Configuration, repetitions: int) -> Result:
     outcome, seconds = OK, []
     torch.cuda.empty_cache()  # of the configuration before
     with reserved_device(None) as device:
-        vae = AutoencoderKL(**VAE).to(device, DTYPES[precision]).eval()
+        vae = shapes.SDXL_BASE.make_vae(precision, device)
         pixels = torch.rand(batch_size, 3, side, side, device=device, dtype=DTYPES[precision])
         try:
             seconds = timed(lambda: vae.encode(pixels), device, repetitions)

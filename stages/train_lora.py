@@ -10,8 +10,9 @@ from sdxl_lora.config import TrainingConfig, load_params
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.denoising import load_denoiser
 from sdxl_lora.execution import run, stage
-from sdxl_lora.hardware import require_precision, reserved_device
+from sdxl_lora.hardware import deterministic, require_precision, reserved_device
 from sdxl_lora.lora import add_adapters, save_lora
+from sdxl_lora.planning import choose_plan
 from sdxl_lora.previews import Previewer
 from sdxl_lora.processes import processes
 from sdxl_lora.reports import write_numbers
@@ -21,13 +22,19 @@ from sdxl_lora.training import Report, loss_curve, mean_report, prepare, summari
 
 def main() -> None:
     params = load_params()
-    config = params.training
-    with stage("train_lora"), reserved_device(config.vram_gib) as device:
-        require_precision(device, config.precision, "training.precision")
+    with (
+        stage("train_lora"),
+        reserved_device(params.training.vram_gib) as device,
+        deterministic(params.training.deterministic),
+    ):
+        require_precision(device, params.training.precision, "training.precision")
         dataset = EncodedDataset(paths.ENCODED, "train")
+        latents = dataset[0].latents_mean.shape
+        plan = choose_plan(params.model, params.lora, params.training, latents, device)
+        config = plan.applied_to(params.training)
         denoiser = load_denoiser(params.model, config.precision, device)
         add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
-        attention = prepare(denoiser, config, dataset[0].latents_mean.shape)
+        attention = prepare(denoiser, config, latents, plan.checkpointed)
         steps = train_lora(denoiser, dataset, config, params.seed)
         if not processes().is_main_process:
             deque(steps, maxlen=0)  # helps, and leaves files and curves to the first process
@@ -39,7 +46,7 @@ def main() -> None:
             reports = list(follow(steps, config, live, previewer))
         save_lora(paths.LORA, denoiser.unet, denoiser.text_encoders)
         loss_curve(reports, config.log_every).to_csv(paths.LOSS_CURVE, index=False)
-        summary = {**summarise(reports, denoiser, config), "attention": attention}
+        summary = {**summarise(reports, denoiser, config), "attention": attention, **plan.numbers()}
         write_numbers(paths.TRAINING_REPORT, summary)
 
 

@@ -5,12 +5,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from benchmarks import counts, random_sdxl, saved_sdxl, train_step
+from benchmarks import counts, saved_sdxl, train_step
 from benchmarks.grid import combinations, gib_or_none, repeat
 from benchmarks.matmul import measure as measure_matmul
 from benchmarks.results import Configuration, publish, read_results
 from benchmarks.timing import timed
 from benchmarks.vae_encode import measure as measure_vae
+from sdxl_lora import shapes
 from sdxl_lora.config import load_params
 
 RECIPE = Path("recipes/sdxl-naruto-16gb.yaml")
@@ -18,11 +19,12 @@ SMALL: Configuration = {
     "precision": "fp32",
     "checkpointing": "none",
     "attention": "sdpa",
+    "deterministic": True,
     "optimizer": "adamw",
     "text_encoders": "frozen",
     "vram_gib": None,
     "batch_size": 2,
-    "accumulation": 1,
+    "micro_batch_size": "auto",
     "rank": 4,
     "resolution": 64,
 }
@@ -31,18 +33,21 @@ SMALL: Configuration = {
 @pytest.fixture
 def small_sdxl(monkeypatch: pytest.MonkeyPatch) -> None:
     """SDXL's structure with few channels and layers, and a VAE as small."""
-    small = {
-        "block_out_channels": (32, 64, 64),
+    base = shapes.SDXL_BASE
+    unet = {
+        "block_out_channels": [32, 64, 64],
         "transformer_layers_per_block": [1, 1, 1],
+        "attention_head_dim": [2, 4, 4],
         "norm_num_groups": 8,
     }
-    monkeypatch.setattr(random_sdxl, "UNET", random_sdxl.UNET | small | {"attention_head_dim": [2, 4, 4]})
-    monkeypatch.setattr(saved_sdxl, "UNET", random_sdxl.UNET)
-    for name in ("TEXT_ENCODER", "TEXT_ENCODER_2"):
-        monkeypatch.setattr(random_sdxl, name, getattr(random_sdxl, name) | {"num_hidden_layers": 2})
-    channels = {"block_out_channels": (32, 32, 32, 32)}
-    monkeypatch.setattr(saved_sdxl, "VAE", saved_sdxl.VAE | channels)
-    monkeypatch.setattr("benchmarks.vae_encode.VAE", saved_sdxl.VAE | channels)
+    layers, channels = {"num_hidden_layers": 2}, {"block_out_channels": [32, 32, 32, 32]}
+    small = shapes.Shapes(
+        unet={**base.unet, **unet},
+        vae={**base.vae, **channels},
+        text_encoder={**base.text_encoder, **layers},
+        text_encoder_2={**base.text_encoder_2, **layers},
+    )
+    monkeypatch.setattr(shapes, "SDXL_BASE", small)
 
 
 def test_combinations_span_a_grid() -> None:

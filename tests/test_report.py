@@ -48,7 +48,7 @@ FAST = measured("train_step", 0.2, 25.0, checkpointing="none")
 def test_the_median_step_is_reported() -> None:
     assert SLOW.seconds_per_step == 0.25
     assert SLOW.samples_per_second == 3 / 0.25
-    assert measured("train_step", 1.0, accumulation=4).samples_per_second == 12.0
+    assert measured("train_step", 1.0, micro_batch_size=1).samples_per_second == 3.0
     assert measured("train_step", None).samples_per_second is None
 
 

@@ -51,6 +51,7 @@ def test_run_shows_params_curves_numbers_pictures_and_the_adapter(params: Params
     history = client().get_metric_history(run.info.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(10, 0.5), (20, 0.25)]
     assert run.data.metrics["training/group/value"] == 2.0
+    assert run.data.tags["training/attention"] == "sdpa"
     assert run.data.tags["stage.train_lora"] == "executed"
     assert run.data.tags["stage.encode_dataset"] == "cached"
     assert run.data.tags["gates"] == "passed"

@@ -1,4 +1,6 @@
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +9,13 @@ import torch
 from encoded import write_encoded_dataset
 from torch import Tensor
 
+from sdxl_lora.checkpointing import find_units
 from sdxl_lora.config import LoraConfig, ModelConfig, Params, TrainingConfig, load_params
-from sdxl_lora.dataset import EncodedDataset
+from sdxl_lora.cuda_graph import Recorder
+from sdxl_lora.dataset import EncodedDataset, example_order
 from sdxl_lora.denoising import Denoiser, load_denoiser
-from sdxl_lora.lora import add_adapters, lora_parameters
+from sdxl_lora.hardware import deterministic
+from sdxl_lora.lora import add_adapters, lora_parameters, named_parts
 from sdxl_lora.randomness import generator
 from sdxl_lora.training import (
     Report,
@@ -54,7 +59,7 @@ def config(params: Params) -> TrainingConfig:
         update={
             "steps": 4,
             "batch_size": 2,
-            "accumulation": 1,
+            "micro_batch_size": "auto",
             "optimizer": "adamw",
             "learning_rate": 1e-2,
             "text_encoder_learning_rate": 1e-3,
@@ -161,23 +166,116 @@ def test_same_seed_same_adapter_to_the_bit(
     assert all(torch.equal(a, b) for a, b in zip(weights(first), weights(second), strict=True))
 
 
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A GPU that repeats itself to the bit."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    with deterministic(True):
+        yield torch.device("cuda")
+
+
+def trained_on_gpu(
+    model: ModelConfig,
+    lora: LoraConfig,
+    dataset: EncodedDataset,
+    config: TrainingConfig,
+    device: torch.device,
+    checkpointing: bool = False,
+    recorded: bool = True,
+) -> tuple[Denoiser, list[Report]]:
+    denoiser = load_denoiser(model, config.precision, device)
+    add_adapters(denoiser.unet, denoiser.text_encoders, lora, SEED)
+    units = find_units(named_parts(denoiser.unet, denoiser.text_encoders)) if checkpointing else ()
+    prepare(denoiser, config, LATENTS, units)
+    with monkeypatched_recorder(recorded):
+        return denoiser, list(train_lora(denoiser, dataset, config, SEED))
+
+
+@contextmanager
+def monkeypatched_recorder(recorded: bool) -> Iterator[None]:
+    """Makes the engine run eagerly on a GPU, too, unless `recorded`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not recorded:
+            patch.setattr(Recorder, "knows", lambda *_: True)
+            patch.setattr(Recorder, "replay", lambda self, inputs: self._function(inputs.to(self._device)))
+        yield
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_replayed_steps_are_the_eager_ones_to_the_bit(
+    model: ModelConfig,
+    lora: LoraConfig,
+    dataset: EncodedDataset,
+    config: TrainingConfig,
+    cuda: torch.device,
+    precision: str,
+    checkpointing: bool,
+) -> None:
+    config = with_(config, precision=precision, optimizer="adamw_8bit")
+    eager, reports = trained_on_gpu(model, lora, dataset, config, cuda, checkpointing, recorded=False)
+    replayed, again = trained_on_gpu(model, lora, dataset, config, cuda, checkpointing)
+    twice, _ = trained_on_gpu(model, lora, dataset, config, cuda, checkpointing)
+    assert [(r.loss, r.grad_norm) for r in reports] == [(r.loss, r.grad_norm) for r in again]
+    for other in (replayed, twice):
+        assert all(torch.equal(a, b) for a, b in zip(weights(eager), weights(other), strict=True))
+    assert {weight.dtype for weight in weights(eager)} == {torch.float32}
+
+
+@pytest.mark.gpu
+def test_two_hundred_steps_follow_mixed_precision_training_as_usually_done(
+    params: Params, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig, cuda: torch.device
+) -> None:
+    """Against autocast, fp32 adapters in PEFT's own layers, a gradient scaler and torch's AdamW."""
+    model = params.model.model_copy(update={"text_encoders": "trained"})
+    config = with_(config, steps=200, precision="fp16", learning_rate=1e-3, warmup_steps=10)
+    _, reports = trained_on_gpu(model, lora, dataset, config, cuda)
+    denoiser = load_denoiser(model, "fp16", cuda)
+    add_adapters(denoiser.unet, denoiser.text_encoders, lora, SEED)
+    assert denoiser.text_encoders is not None
+    rates = [config.learning_rate, *[config.text_encoder_learning_rate] * 2]
+    groups = [{"params": lora_parameters(m)} for m in denoiser.modules]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay)
+    parameters = [p for group in groups for p in group["params"]]
+    scaler = torch.amp.GradScaler("cuda")
+    alphas, losses = denoiser.noise_schedule.alphas_cumprod, []
+    for step in range(config.steps):
+        indices = list(islice(example_order(len(dataset), SEED, 2 * step), 2))
+        random = draw(dataset.batch(indices), 2 * step, 1000, config.caption_dropout, SEED).to(cuda)
+        with torch.autocast("cuda", torch.float16):
+            errors = denoiser.errors(
+                dataset.batch(indices).to(cuda),
+                random.latents,
+                random.noise,
+                random.timesteps,
+                random.captioned,
+            )
+        weight = (5.0 * (1 - alphas) / alphas).clamp(max=1.0)[random.timesteps]
+        loss = (weight * errors).mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * learning_rate_factor(step, config)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    ours = torch.tensor([report.loss for report in reports]).view(10, 20).mean(1)
+    theirs = torch.tensor(losses).view(10, 20).mean(1)
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.0)
+    assert ours[-1] < 0.8 * ours[0]
+
+
 def test_accumulation_equals_a_larger_batch(
     model: ModelConfig, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig
 ) -> None:
     once, reports = trained(model, lora, dataset, with_(config, batch_size=4))
-    parts, part_reports = trained(model, lora, dataset, with_(config, batch_size=2, accumulation=2))
+    parts, part_reports = trained(model, lora, dataset, with_(config, batch_size=4, micro_batch_size=2))
     assert [r.learning_rate for r in reports] == [r.learning_rate for r in part_reports]
     assert [r.loss for r in part_reports] == pytest.approx([r.loss for r in reports], rel=1e-4)
     assert relative_difference(weights(parts), weights(once), weights(adapted(model, lora))) < 5e-3
-
-
-def test_gradient_checkpointing_changes_nothing(
-    model: ModelConfig, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig
-) -> None:
-    config = with_(config, steps=2, gradient_checkpointing=True)
-    denoiser, _ = trained(model, lora, dataset, config)
-    plain, _ = trained(model, lora, dataset, with_(config, gradient_checkpointing=False))
-    assert all(torch.equal(a, b) for a, b in zip(weights(denoiser), weights(plain), strict=True))
 
 
 def test_loss_falls_on_examples_seen_again_and_again(

@@ -125,9 +125,9 @@ class TrainingConfig(Section):
     steps: PositiveInt
     """Optimizer steps."""
     batch_size: PositiveInt
-    """Examples of one forward and backward pass."""
-    accumulation: PositiveInt
-    """Passes whose gradients are averaged into one optimizer step."""
+    """Examples of one optimizer step."""
+    micro_batch_size: Literal["auto"] | PositiveInt
+    """Examples of one forward and backward pass, a divisor of batch_size; `auto`: what vram_gib allows."""
     precision: Precision
     """Arithmetic and storage of the frozen weights; fp16 with loss scaling. Adapters are always fp32."""
     optimizer: Literal["adamw_8bit", "adamw"]
@@ -150,10 +150,13 @@ class TrainingConfig(Section):
     """Cap of Min-SNR loss weighting (Hang et al. 2023, arXiv:2303.09556); null: no weighting."""
     caption_dropout: Fraction
     """Share of the examples trained without their caption, for classifier-free guidance."""
-    gradient_checkpointing: bool
-    """Recompute activations in the backward pass: 14 GiB less at 1024 px and batch 3, a third slower."""
+    checkpointing: Literal["auto", "none", "all"] | NonNegativeInt
+    """Blocks whose activations the backward pass computes again: a number of them, those first that free the
+    most memory for the arithmetic; `auto`: as few as vram_gib demands."""
     attention: Attention
     """Kernels of the UNet's attention: `auto` measures and takes the fastest, `sdpa` is PyTorch's choice."""
+    deterministic: bool
+    """Use only kernels that repeat to the bit on the same GPU and software: 23 % slower on an H100."""
     ema_decay: OpenFraction | None
     """Save an exponential moving average of the adapters with this decay a step; null: the last weights."""
     vram_gib: PositiveFloat | None
@@ -171,6 +174,20 @@ class TrainingConfig(Section):
                 "lower the first or raise the second"
             )
         return self
+
+    @model_validator(mode="after")
+    def micro_batches_fill_a_batch(self) -> Self:
+        if self.micro_batch_size != "auto" and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"training.micro_batch_size ({self.micro_batch_size}) must divide training.batch_size "
+                f"({self.batch_size}): set it to one of {divisors(self.batch_size)}, or to auto"
+            )
+        return self
+
+    @property
+    def accumulation(self) -> int:
+        """Passes whose gradients are averaged into one optimizer step; 1 while it is left to the planner."""
+        return 1 if self.micro_batch_size == "auto" else self.batch_size // self.micro_batch_size
 
 
 class SamplingConfig(Section):
@@ -269,6 +286,11 @@ class Params(Section):
     sampling: SamplingConfig
     evaluation: EvaluationConfig
     export: ExportConfig
+
+
+def divisors(number: int) -> list[int]:
+    """All that divide `number`, ascending."""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 
 def explain(error: ValidationError, path: Path) -> str:

@@ -1,6 +1,8 @@
 """A function's GPU kernels, recorded once per shape of its input and replayed without Python or launches."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Generic, Protocol, Self, TypeVar
 
 import torch
@@ -46,7 +48,7 @@ class Recorder(Generic[Inputs]):
                 self._function(static)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with undisturbed(), torch.cuda.graph(graph):
             self._function(static)
         self._recordings[shapes(inputs)] = (static, graph)
 
@@ -56,6 +58,19 @@ class Recorder(Generic[Inputs]):
         for buffer, tensor in zip(static.tensors(), inputs.tensors(), strict=True):
             buffer.copy_(tensor)
         graph.replay()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Keeps the garbage collector away: what it destroys on the GPU, an older graph say, ends a recording."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def shapes(inputs: Tensors) -> tuple[torch.Size, ...]:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -55,6 +56,23 @@ def reserved_device(vram_gib: float | None) -> Iterator[torch.device]:
             torch.cuda.set_per_process_memory_fraction(min(fraction, 1.0), device)
         torch.cuda.reset_peak_memory_stats(device)
         yield device
+
+
+@contextmanager
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Lets PyTorch use only kernels that repeat to the bit, while the block runs.
+
+    On a GPU, CUBLAS_WORKSPACE_CONFIG has to be set to :4096:8 before CUDA starts; stages do that.
+    """
+    options: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), options.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(enabled)
+    options.fill_uninitialized_memory = False  # a debugging aid that costs a pass over all memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        options.fill_uninitialized_memory = before[1]
 
 
 def require_gpu(device: torch.device, vram_gib: float) -> None:

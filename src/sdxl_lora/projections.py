@@ -58,12 +58,13 @@ def is_mergeable(layer: nn.Module) -> bool:
 
 def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
     """Equal tensors as one along their first dimension: a view where they are neighbours in memory."""
-    first, size = tensors[0], tensors[0].numel() * tensors[0].element_size()
+    first = tensors[0]
     if len(tensors) == 1:
         return first
-    start, storage = first.data_ptr(), first.untyped_storage().data_ptr()
+    start, storage = first.storage_offset(), first.untyped_storage()._cdata
     if all(
-        tensor.data_ptr() == start + number * size and tensor.untyped_storage().data_ptr() == storage
+        tensor.storage_offset() == start + number * first.numel()
+        and tensor.untyped_storage()._cdata == storage
         for number, tensor in enumerate(tensors)
     ):
         shape = (len(tensors) * first.shape[0], *first.shape[1:])

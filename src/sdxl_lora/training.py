@@ -5,23 +5,20 @@ a step does not depend on the steps before it but through the weights.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import count, islice
 from statistics import fmean
 from time import perf_counter
-from typing import Any, Self
+from typing import Self
 
 import pandas as pd
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from sdxl_lora.attention import choose_attention
+from sdxl_lora.checkpointing import checkpoint_units
 from sdxl_lora.config import AttentionBackend, TrainingConfig
 from sdxl_lora.dataset import Batch, EncodedDataset, example_order
 from sdxl_lora.denoising import Denoiser
@@ -29,7 +26,7 @@ from sdxl_lora.diffusion import min_snr_weight
 from sdxl_lora.engine import Engine, Group, Update
 from sdxl_lora.fused import attention_shapes, fuse, fuse_unet
 from sdxl_lora.hardware import peak_memory_gib
-from sdxl_lora.lora import lora_parameters
+from sdxl_lora.lora import lora_parameters, named_parts
 from sdxl_lora.processes import processes
 from sdxl_lora.randomness import generator
 from sdxl_lora.sdxl import DTYPES
@@ -136,26 +133,25 @@ def make_engine(denoiser: Denoiser, config: TrainingConfig) -> Engine[Examples]:
     )
 
 
-def prepare(denoiser: Denoiser, config: TrainingConfig, latents: torch.Size) -> AttentionBackend:
+def prepare(
+    denoiser: Denoiser, config: TrainingConfig, latents: torch.Size, checkpointed: Iterable[str] = ()
+) -> AttentionBackend:
     """Sets up the base model's modules to train as `config` says; returns the attention that was chosen.
 
     Args:
         latents: shape of an example's latents, (1, 4, H/8, W/8).
+        checkpointed: names of the units that compute their activations twice.
 
     Raises:
         ValueError: the attention cannot run here.
     """
-    shapes = attention_shapes(denoiser.unet, config.batch_size, *latents[2:])
+    size = config.batch_size // config.accumulation
+    shapes = attention_shapes(denoiser.unet, size, *latents[2:])
     backend = choose_attention(config.attention, shapes, DTYPES[config.precision], denoiser.device)
     fuse_unet(denoiser.unet, backend)
     for text_encoder in denoiser.text_encoders or ():
         fuse(text_encoder)
-    if config.gradient_checkpointing:
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": has_dropout(denoiser)}
-        for module in denoiser.modules:
-            for block in module.modules():
-                if isinstance(block, BasicTransformerBlock | ResnetBlock2D | CLIPEncoderLayer):
-                    block.forward = partial(checkpoint, block.forward, **options)
+    checkpoint_units(named_parts(denoiser.unet, denoiser.text_encoders), checkpointed)
     return backend
 
 
@@ -173,9 +169,10 @@ def draw_examples(
     Processes take turns in the sequence of examples: two with a batch each train on what one would with both.
     """
     num_timesteps = len(denoiser.noise_schedule.alphas_cumprod)
+    size = config.batch_size // config.accumulation
     for micro_step in count(processes().process_index, processes().num_processes):
-        start = micro_step * config.batch_size
-        indices = list(islice(example_order(len(dataset), seed, start), config.batch_size))
+        start = micro_step * size
+        indices = list(islice(example_order(len(dataset), seed, start), size))
         batch = dataset.batch(indices)
         draws = draw(batch, start, num_timesteps, config.caption_dropout, seed)
         images = [dataset.examples[index].image for index in indices]
@@ -262,7 +259,7 @@ def loss_curve(reports: Sequence[Report], every: int) -> pd.DataFrame:
 def summarise(reports: Sequence[Report], denoiser: Denoiser, config: TrainingConfig) -> dict[str, float]:
     """The whole run in a few numbers."""
     seconds = sum(report.seconds for report in reports)
-    examples = len(reports) * config.batch_size * config.accumulation * processes().num_processes
+    examples = len(reports) * config.batch_size * processes().num_processes
     last_tenth = reports[-max(1, len(reports) // 10) :]
     return {
         "steps": len(reports),

@@ -53,14 +53,12 @@ def test_every_output_that_dvc_expects_is_written(recipe: dict[str, Any], previe
     assert previews == (["step-000002.png"] if preview_every else [])
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_train_what_one_does_with_twice_the_batch(
-    recipe: dict[str, Any], accumulation: int
-) -> None:
-    write_params(recipe, batch_size=4, accumulation=accumulation, optimizer="adamw")
+@pytest.mark.parametrize("passes", [1, 2])
+def test_two_processes_train_what_one_does_with_twice_the_batch(recipe: dict[str, Any], passes: int) -> None:
+    write_params(recipe, batch_size=4 * passes, micro_batch_size=4, optimizer="adamw")
     train_lora.main()
     alone, losses = load_file(saved_lora(paths.LORA)), pd.read_csv(paths.LOSS_CURVE)["loss"].tolist()
-    write_params(recipe, batch_size=2)
+    write_params(recipe, batch_size=2 * passes, micro_batch_size=2)
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     command = [sys.executable, *launch, "-m", "stages.train_lora"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,144 @@
+"""PyTorch's CUDA caching allocator as arithmetic: how much GPU memory a program reserves for what it holds.
+
+The rules are those of c10/cuda/CUDACachingAllocator.cpp in its default settings. Knows no tensor, no GPU.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Hashable
+from dataclasses import dataclass
+from math import inf
+from typing import Self
+
+MIB = 2**20
+ROUNDING = 512
+SMALL_REQUEST = MIB  # up to here requests share segments of SMALL_SEGMENT, with each other alone
+SMALL_SEGMENT = 2 * MIB
+LARGE_REQUEST = 10 * MIB  # below it requests share segments of LARGE_SEGMENT, above it they get their own
+LARGE_SEGMENT = 20 * MIB
+SEGMENT_ROUNDING = 2 * MIB
+
+
+@dataclass(eq=False, slots=True)
+class Block:
+    """A stretch of a segment."""
+
+    place: int
+    """Address of its first byte, on a line on which segments never touch."""
+    size: int
+    small: bool
+    """Whether it lies in a segment for small requests."""
+    free: bool = True
+    before: Self | None = None
+    """The neighbour in the same segment."""
+    after: Self | None = None
+
+
+class CachingAllocator:
+    """Serves requests from cached segments where one fits, and asks the GPU for another where none does."""
+
+    def __init__(self, limit: float = inf) -> None:
+        """Starts empty.
+
+        Args:
+            limit: the most bytes to take from the GPU.
+        """
+        self.limit = limit
+        self.allocated = 0
+        """Bytes in use, each request rounded up to 512."""
+        self.reserved = 0
+        """Bytes taken from the GPU."""
+        self.peak_allocated = 0
+        self.peak_reserved = 0
+        self._blocks: dict[Hashable, Block] = {}
+        self._free: dict[bool, list[tuple[int, int]]] = {
+            True: [],
+            False: [],
+        }  # by small: (size, place), sorted
+        self._free_blocks: dict[int, Block] = {}
+        self._next_place = 0
+
+    def allocate(self, key: Hashable, size: int) -> None:
+        """Finds `size` bytes for the request `key`: the smallest free block that holds them, split if large.
+
+        Raises:
+            MemoryError: none does, and there is no room below the limit for another segment.
+        """
+        size = max(ROUNDING, rounded(size, ROUNDING))
+        small = size <= SMALL_REQUEST
+        candidates = self._free[small]
+        index = bisect_left(candidates, (size, 0))
+        block = self._take(candidates[index]) if index < len(candidates) else self._new_segment(size, small)
+        rest = block.size - size
+        if rest >= ROUNDING if small else rest > SMALL_REQUEST:
+            remainder = Block(block.place + size, rest, small, before=block, after=block.after)
+            if block.after is not None:
+                block.after.before = remainder
+            block.after, block.size = remainder, size
+            self._give(remainder)
+        block.free = False
+        self._blocks[key] = block
+        self.allocated += block.size
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+
+    def release(self, key: Hashable) -> None:
+        """Returns the memory of the request `key` to the cache, joined with free neighbours."""
+        block = self._blocks.pop(key)
+        self.allocated -= block.size
+        if block.before is not None and block.before.free:
+            block = join(self._take((block.before.size, block.before.place)), block)
+        if block.after is not None and block.after.free:
+            block = join(block, self._take((block.after.size, block.after.place)))
+        self._give(block)
+
+    def empty_cache(self) -> None:
+        """Returns every segment that is free as a whole to the GPU."""
+        for block in list(self._free_blocks.values()):
+            if block.before is None and block.after is None:
+                self._take((block.size, block.place))
+                self.reserved -= block.size
+
+    def _new_segment(self, size: int, small: bool) -> Block:
+        size = segment_size(size)
+        if self.reserved + size > self.limit:
+            self.empty_cache()
+        if self.reserved + size > self.limit:
+            raise MemoryError(f"{self.reserved + size} bytes are needed, {self.limit} are allowed")
+        block = Block(self._next_place, size, small)
+        self._next_place += size + 1
+        self.reserved += size
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        return block
+
+    def _give(self, block: Block) -> None:
+        block.free = True
+        insort(self._free[block.small], (block.size, block.place))
+        self._free_blocks[block.place] = block
+
+    def _take(self, entry: tuple[int, int]) -> Block:
+        block = self._free_blocks.pop(entry[1])
+        candidates = self._free[block.small]
+        del candidates[bisect_left(candidates, entry)]
+        return block
+
+
+def rounded(size: int, multiple: int) -> int:
+    """`size`, up to the next multiple."""
+    return -(-size // multiple) * multiple
+
+
+def segment_size(size: int) -> int:
+    """Bytes that the GPU is asked for when `size`, a multiple of 512, fits nowhere."""
+    if size <= SMALL_REQUEST:
+        return SMALL_SEGMENT
+    if size < LARGE_REQUEST:
+        return LARGE_SEGMENT
+    return rounded(size, SEGMENT_ROUNDING)
+
+
+def join(first: Block, second: Block) -> Block:
+    """Two free neighbours as one block, in place of `first`."""
+    first.size += second.size
+    first.after = second.after
+    if second.after is not None:
+        second.after.before = first
+    return first

@@ -1,0 +1,61 @@
+"""What encoding and sampling do to GPU memory, traced as for training: without weights, on a CPU."""
+
+import torch
+
+from sdxl_lora.config import Params, SamplingConfig
+from sdxl_lora.encoding import embed_captions, encode_images
+from sdxl_lora.forecast import META, InferenceTrace, trace_inference
+from sdxl_lora.lora import add_adapters, lora_parameters
+from sdxl_lora.sdxl import DTYPES, embed_tokens, predict
+from sdxl_lora.shapes import Shapes
+
+
+def trace_encoding(shapes: Shapes, params: Params) -> InferenceTrace:
+    """What the stage encode_dataset takes for one batch."""
+    config = params.encoding
+    vae = shapes.make_vae(config.vae_precision, META)
+    frozen = params.model.text_encoders == "frozen"
+    text_encoders = shapes.make_text_encoders(config.text_precision, META) if frozen else None
+
+    def run() -> None:
+        encode_images(vae, torch.zeros(config.batch_size, 3, config.resolution, config.resolution))
+        embed_captions(text_encoders, torch.zeros(config.batch_size, 2, 77, dtype=torch.long))
+
+    return trace_inference([vae, *(text_encoders or ())], [], run)
+
+
+def trace_sampling(shapes: Shapes, params: Params) -> InferenceTrace:
+    """What the stage sample_images takes for one batch: its pipeline embeds, denoises and decodes."""
+    config = params.sampling
+    unet = shapes.make_unet(config.precision, META)
+    text_encoders = shapes.make_text_encoders(config.precision, META)
+    vae = shapes.make_vae(config.precision, META)
+    adapted = text_encoders if params.model.text_encoders == "trained" else None
+    add_adapters(unet, adapted, params.lora, seed=0)
+    adapters = [p for module in (unet, *text_encoders) for p in lora_parameters(module)]
+    for parameter in adapters:
+        parameter.data = parameter.data.to(DTYPES[config.precision])
+
+    def run() -> None:
+        embed_tokens(text_encoders, torch.zeros(config.batch_size, 2, 77, dtype=torch.long, device=META))
+        size = config.batch_size * (2 if config.guidance_scale > 1 else 1)  # with and without the prompt
+        latents = denoised(shapes, unet, config, size)[: config.batch_size]
+        if vae.dtype == torch.float16 and vae.config.force_upcast:
+            vae.to(torch.float32)  # as diffusers does
+        torch.cat([vae.decode(latent[None].to(vae.dtype)).sample for latent in latents])
+
+    return trace_inference([unet, *text_encoders, vae], adapters, run)
+
+
+def denoised(shapes: Shapes, unet: torch.nn.Module, config: SamplingConfig, size: int) -> torch.Tensor:
+    """What the UNet makes of a batch of `size`."""
+    dtype, side = DTYPES[config.precision], config.resolution // shapes.pixels_per_latent
+    width, pooled_width = shapes.embedding_widths
+    return predict(
+        unet,
+        torch.empty(size, 4, side, side, dtype=dtype, device=META),
+        torch.empty(size, dtype=torch.long, device=META),
+        torch.empty(size, 77, width, dtype=dtype, device=META),
+        torch.empty(size, pooled_width, dtype=dtype, device=META),
+        torch.empty(size, 6, device=META),
+    )

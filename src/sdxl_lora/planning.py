@@ -1,0 +1,198 @@
+"""The fastest way to train within a memory budget: how many examples at once, how many blocks computed twice.
+
+Chosen by forecast before any weight is loaded. Faster means fewer operations done again, then larger
+micro-batches: recomputing costs arithmetic, a smaller micro-batch only efficiency.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from math import ceil, inf
+
+import torch
+
+from sdxl_lora.config import LoraConfig, ModelConfig, TrainingConfig, divisors
+from sdxl_lora.forecast import Forecast, Rehearsal, Workload, forecast_training
+from sdxl_lora.hardware import GIB
+from sdxl_lora.shapes import read_shapes
+
+STEPS_A_GIB = 10  # how finely the least budget is sought
+MOST_GIB = 1024
+SMALLER_SIDES = (112, 96, 80, 64, 48, 32)  # latents a side that a refusal may propose
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How training is done."""
+
+    micro_batch_size: int
+    """Examples of one forward and backward pass."""
+    checkpointed: tuple[str, ...]
+    """Units that compute their activations twice."""
+    recomputed: float
+    """Arithmetic done again, as a share of that of a step without."""
+    forecast: Forecast | None
+    """Peak memory; None where nobody needs it: on a CPU."""
+
+    def applied_to(self, config: TrainingConfig) -> TrainingConfig:
+        """`config` with the plan in place of `auto`: written into params.yaml, it gives this plan again."""
+        choices = {"micro_batch_size": self.micro_batch_size, "checkpointing": len(self.checkpointed)}
+        return config.model_copy(update=choices)
+
+    def numbers(self) -> dict[str, object]:
+        """For the report."""
+        plan = {
+            "micro_batch_size": self.micro_batch_size,
+            "checkpointing": len(self.checkpointed),
+            "recomputed": self.recomputed,
+        }
+        return {"plan": plan, **({} if self.forecast is None else {"forecast_gib": self.forecast.gib()})}
+
+
+class Planner:
+    """Plans for one workload. Traces each micro-batch size once, when it is first asked about it: seconds."""
+
+    def __init__(self, work: Workload) -> None:
+        self._work = work
+        self._rehearsal = cache(lambda: Rehearsal(work))
+        self._trace = cache(lambda size: self._rehearsal().step(size))
+        self._preview = cache(lambda: self._rehearsal().preview())
+        self._unlimited = cache(
+            lambda size, count: forecast_training(self._trace(size), self._preview(), count)
+        )
+
+    def micro_batch_sizes(self) -> list[int]:
+        """Those that params allow, the largest first."""
+        config = self._work.config
+        return (
+            divisors(config.batch_size)[::-1]
+            if config.micro_batch_size == "auto"
+            else [config.micro_batch_size]
+        )
+
+    def fastest(self, budget: float) -> Plan | None:
+        """The fastest plan that takes at most `budget` bytes; None if there is none."""
+        plans: list[Plan] = []
+        for size in self.micro_batch_sizes():
+            counts = self._counts(size)
+            index = bisect_left(counts, True, key=lambda count: self._plan(size, count, budget) is not None)
+            if index < len(counts) and (plan := self._plan(size, counts[index], budget)):
+                plans.append(plan)
+                if plan.recomputed == 0:
+                    break
+        return min(plans, key=lambda plan: (plan.recomputed, -plan.micro_batch_size), default=None)
+
+    def smallest(self) -> Plan:
+        """The plan that takes the least memory."""
+        size = self.micro_batch_sizes()[-1]
+        count = self._counts(size)[-1]
+        budgets = range(1, MOST_GIB * STEPS_A_GIB)
+        index = bisect_left(
+            budgets, True, key=lambda steps: self._plan(size, count, steps * GIB / STEPS_A_GIB) is not None
+        )
+        plan = self._plan(size, count, budgets[index] * GIB / STEPS_A_GIB)
+        assert plan is not None
+        return plan
+
+    def exact(self, plan: Plan, budget: float) -> Plan:
+        """`plan` with the forecast of a step that really checkpoints: the allocator's gaps come out right.
+
+        Where these come out a little too large the forecast stays: PyTorch returns what is cached first.
+        """
+        if not plan.checkpointed:
+            return plan
+        rehearsal = Rehearsal(self._work, plan.checkpointed)
+        try:
+            step, preview = rehearsal.step(plan.micro_batch_size), rehearsal.preview()
+            return replace(plan, forecast=forecast_training(step, preview, 0, budget))
+        except MemoryError:
+            return plan
+
+    def _counts(self, size: int) -> Sequence[int]:
+        """Numbers of checkpointed units that params allow, ascending."""
+        num_units = len(self._trace(size).units)
+        match self._work.config.checkpointing:
+            case "auto":
+                return range(num_units + 1)
+            case "none":
+                return [0]
+            case "all":
+                return [num_units]
+            case count:
+                return [min(count, num_units)]
+
+    def _plan(self, size: int, count: int, budget: float) -> Plan | None:
+        """Micro-batches of `size` with `count` checkpointed units, if that fits."""
+        trace = self._trace(size)
+        chosen = trace.units[:count]
+        forecast = self._unlimited(size, count)
+        if forecast.total > budget:
+            try:
+                forecast = forecast_training(trace, self._preview(), count, budget)
+            except MemoryError:
+                return None
+        recomputed = sum(unit.flops for unit in chosen) / trace.flops
+        return Plan(size, tuple(unit.name for unit in chosen), recomputed, forecast)
+
+
+def choose_plan(
+    model: ModelConfig, lora: LoraConfig, config: TrainingConfig, latents: torch.Size, device: torch.device
+) -> Plan:
+    """The fastest plan within training.vram_gib, or without one, the fastest; in seconds, without weights.
+
+    Args:
+        latents: shape of an example's, (1, 4, H/8, W/8).
+        device: where training will run; a CPU needs no forecast.
+
+    Raises:
+        ValueError: no plan fits; names the nearest that do.
+    """
+    work = Workload(read_shapes(model), model.text_encoders == "trained", lora, config, latents)
+    planner = Planner(work)
+    if config.vram_gib is None and device.type == "cpu":
+        if config.checkpointing in ("auto", "none"):
+            return Plan(planner.micro_batch_sizes()[0], (), 0.0, None)
+        plan = planner.fastest(inf)
+        assert plan is not None
+        return replace(plan, forecast=None)
+    budget = inf if config.vram_gib is None else config.vram_gib * GIB
+    plan = planner.fastest(budget)
+    if plan is None:
+        raise ValueError(refusal(work, planner.smallest()))
+    return planner.exact(plan, budget)
+
+
+def refusal(work: Workload, smallest: Plan) -> str:
+    """Why nothing fits, and what would."""
+    config = work.config
+    assert config.vram_gib is not None
+    assert smallest.forecast is not None
+    needed = ceil(smallest.forecast.total / GIB * 10) / 10
+    ways = [f"training.vram_gib {needed}", *(key for key, plan in alternatives(work) if plan is not None)]
+    return (
+        f"training.vram_gib is {config.vram_gib:g}, and training takes {needed} GiB at least (micro-batches "
+        f"of {smallest.micro_batch_size}, {len(smallest.checkpointed)} blocks checkpointed). "
+        f"Any of these would do: {'; '.join(ways)}"
+    )
+
+
+def alternatives(work: Workload) -> Iterator[tuple[str, Plan | None]]:
+    """Changes of params that need less memory, with the plan that each allows."""
+    config, budget = work.config, (work.config.vram_gib or inf) * GIB
+    free = {"checkpointing": "auto", "micro_batch_size": "auto"}
+    if any(getattr(config, key) != value for key, value in free.items()):
+        freed = replace(work, config=config.model_copy(update=free))
+        yield "training.checkpointing auto and training.micro_batch_size auto", Planner(freed).fastest(budget)
+    if work.trains_text_encoders:
+        yield "model.text_encoders frozen", Planner(replace(work, trains_text_encoders=False)).fastest(budget)
+    if config.preview_every:
+        bare = replace(work, config=config.model_copy(update={"preview_every": None}))
+        yield "training.preview_every null", Planner(bare).fastest(budget)
+    for side in SMALLER_SIDES:
+        if side < work.latents[-1]:
+            smaller = torch.Size((*work.latents[:2], side, side))
+            plan = Planner(replace(work, latents=smaller)).fastest(budget)
+            if plan is not None:
+                yield f"encoding.resolution {side * work.shapes.pixels_per_latent}", plan
+                return
