@@ -14,7 +14,7 @@ INSTALLED := .venv/installed
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check plan ui recipe lock rebuild clean
+.PHONY: help setup demo test check plan ui promote recipe lock rebuild clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ plan: setup  ## forecast the GPU memory of params.yaml, and say which cards it f
 
 ui: setup  ## MLflow at http://127.0.0.1:5000 (PORT=5001 chooses another port)
 	@$(BIN)/python -m sdxl_lora.ui --port $(PORT)
+
+promote: setup  ## register the adapter in MLflow as champion, if it passed all of its gates
+	@$(BIN)/python -m sdxl_lora.registry
 
 recipe: setup  ## select a recipe: NAME=demo; without NAME list them (FORCE=1 replaces edits)
 	@$(BIN)/python -m sdxl_lora.recipe $(NAME) $(if $(FORCE),--force)

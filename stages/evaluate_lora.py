@@ -1,24 +1,29 @@
-"""Stage evaluate_lora: held-out loss and CLIP scores, base model against adapter."""
+"""Stage evaluate_lora: adapter and samples -> what they are worth, base model against adapter."""
 
 from tqdm import tqdm
 
 from sdxl_lora import paths
+from sdxl_lora.clip import ImageTextScorer
 from sdxl_lora.config import load_params
+from sdxl_lora.copying import Match
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.denoising import load_denoiser
 from sdxl_lora.evaluation import (
-    ImageTextScorer,
+    LOSS_COLUMNS,
+    Pictures,
+    evaluate_samples,
     held_out_errors,
     held_out_jobs,
     held_out_loss,
     loss_by_timestep,
-    score_samples,
 )
 from sdxl_lora.execution import run, stage
+from sdxl_lora.gates import Gate, judge, verdict
 from sdxl_lora.hardware import require_precision, reserved_device
 from sdxl_lora.lora import WEIGHTS, load_lora
-from sdxl_lora.reports import write_numbers, write_table
+from sdxl_lora.reports import write_numbers, write_records, write_table
 from sdxl_lora.samples import load_table
+from sdxl_lora.scores import INTERVAL_COLUMNS
 
 
 def main() -> None:
@@ -26,22 +31,25 @@ def main() -> None:
     config = params.evaluation
     with stage("evaluate_lora"), reserved_device(None) as device:
         require_precision(device, config.precision, "evaluation.precision")
-        dataset = EncodedDataset(paths.ENCODED, "held_out")
+        held_out, training = (EncodedDataset(paths.ENCODED, split) for split in ("held_out", "train"))
         denoiser = load_denoiser(params.model, config.precision, device)
         load_lora(paths.LORA, denoiser.unet, denoiser.text_encoders)
         errors = []
-        with tqdm(total=len(held_out_jobs(dataset, config)), desc="held-out loss", unit="draw") as progress:
-            for batch in held_out_errors(denoiser, dataset, config):
+        with tqdm(total=len(held_out_jobs(held_out, config)), desc="held-out loss", unit="draw") as progress:
+            for batch in held_out_errors(denoiser, held_out, config):
                 errors += batch
                 progress.update(len(batch))
         scorer = ImageTextScorer(config, device)
-        metrics = {
-            "held_out_loss": held_out_loss(errors),
-            **score_samples(load_table(paths.SAMPLE_TABLE), paths.SAMPLES, scorer, config.style),
-            "adapter_bytes": (paths.LORA / WEIGHTS).stat().st_size,
-        }
-        write_numbers(paths.METRICS, metrics)
-        write_table(paths.LOSS_BY_TIMESTEP, loss_by_timestep(errors), ["timestep", "base", "adapter"])
+        pictures = Pictures(paths.SAMPLES, paths.RAW_IMAGES, held_out.images, training.images)
+        samples = evaluate_samples(load_table(paths.SAMPLE_TABLE), pictures, scorer, config)
+        size = (paths.LORA / WEIGHTS).stat().st_size
+        metrics = {"held_out_loss": held_out_loss(errors, config), **samples.figures, "adapter_bytes": size}
+        gates = judge(metrics, config.gates)
+        write_numbers(paths.METRICS, {**metrics, "gates": verdict(gates)})
+        write_records(paths.GATES, Gate, gates)
+        write_records(paths.COPIES, Match, samples.matches)
+        write_table(paths.INTERVALS, samples.intervals, INTERVAL_COLUMNS)
+        write_table(paths.LOSS_BY_TIMESTEP, loss_by_timestep(errors, config), LOSS_COLUMNS)
 
 
 if __name__ == "__main__":

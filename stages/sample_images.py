@@ -7,7 +7,7 @@ from sdxl_lora.config import load_params
 from sdxl_lora.execution import run, stage
 from sdxl_lora.hardware import require_precision, reserved_device
 from sdxl_lora.samples import save_sample, save_table
-from sdxl_lora.sampling import grid, load_adapter, sample_images
+from sdxl_lora.sampling import generation_settings, grid, load_adapter, sample_images
 from sdxl_lora.sdxl import load_pipeline
 
 
@@ -18,12 +18,13 @@ def main() -> None:
         require_precision(device, config.precision, "sampling.precision")
         pipeline = load_pipeline(params.model, config.precision, device)
         load_adapter(pipeline, paths.LORA)
+        settings = generation_settings(config, params.model)
         pictures = []
         total = len(config.prompts) * len(config.seeds) * len(config.strengths)
         for sample, image in tqdm(
             sample_images(pipeline, config), total=total, desc="sample_images", unit="image"
         ):
-            save_sample(paths.SAMPLES, sample, image, config)
+            save_sample(paths.SAMPLES, sample, image, settings)
             pictures.append((sample, image))
         save_table(paths.SAMPLE_TABLE, [sample for sample, _ in pictures])
         grid(pictures).save(paths.SAMPLE_GRID)

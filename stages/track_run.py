@@ -3,8 +3,8 @@
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
 from sdxl_lora.execution import run, stage
+from sdxl_lora.projection import track_run
 from sdxl_lora.reports import write_numbers
-from sdxl_lora.tracking import track_run
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from project import REPOSITORY, TIMEOUT, Project, create_project
 
-TRAIN_AND_BELOW = ["train_lora", "sample_images", "evaluate_lora", "track_run"]
+TRAIN_AND_BELOW = ["train_lora", "sample_images", "evaluate_lora", "export_lora", "report_run", "track_run"]
 UPSTREAM = ["download_dataset", "clean_captions", "encode_dataset"]
 
 

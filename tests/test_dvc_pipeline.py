@@ -23,9 +23,12 @@ PIPELINE = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())
 STAGES = PIPELINE["stages"]
 
 # They check, locate and record what a stage does, and cannot change what it computes.
-INERT = {"__init__", "config", "paths", "execution", "tracking"}
+INERT = {"__init__", "config", "paths", "execution", "tracking", "projection"}
 
 WHOLE_FILE = "params.yaml:"
+
+
+FROM_EVALUATION = {"evaluate_lora", "export_lora", "report_run", "track_run"}
 
 
 def name_of(entry: str | dict[str, Any]) -> str:
@@ -41,7 +44,11 @@ def declared_params(stage: str) -> set[str]:
 
 def inputs_of(stage: str) -> set[str]:
     """Files and folders, code apart, that the stage reads."""
-    return {dep for dep in STAGES[stage]["deps"] if not dep.endswith(".py")}
+    return set(STAGES[stage]["deps"]) - declared_code(stage)
+
+
+def declared_code(stage: str) -> set[str]:
+    return {dep for dep in STAGES[stage]["deps"] if dep.endswith((".py", ".jinja"))}
 
 
 def outputs_of(stage: str) -> set[str]:
@@ -82,13 +89,13 @@ def imported_names(file: Path) -> Iterator[str]:
 
 
 def code_behind(script: Path) -> set[str]:
-    """`script` and all the project files it imports, directly or not, but for the inert ones."""
+    """`script`, the project files that it imports, directly or not, and their templates; no inert ones."""
     found: set[Path] = set()
     pending = [script]
     while pending:
         file = pending.pop()
         if file not in found and file.stem not in INERT:
-            found.add(file)
+            found |= {file, *file.parent.glob(f"{file.stem}.*.jinja")}
             pending += [path for name in imported_names(file) if (path := source_file(name))]
     return {str(file.relative_to(REPOSITORY)) for file in found}
 
@@ -149,8 +156,7 @@ def receivers_of_all_params(script: Path) -> set[str]:
 @pytest.mark.parametrize("stage", STAGES)
 class TestStage:
     def test_declares_its_code(self, stage: str) -> None:
-        declared = {dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")}
-        assert declared == code_behind(script_of(stage))
+        assert declared_code(stage) == code_behind(script_of(stage))
 
     def test_declares_its_params(self, stage: str) -> None:
         declared = declared_params(stage)
@@ -162,7 +168,8 @@ class TestStage:
     def test_gives_all_params_to_nothing_but_tracking(self, stage: str) -> None:
         imported = set(imported_names(script_of(stage)))
         receivers = receivers_of_all_params(script_of(stage))
-        assert {f"sdxl_lora.tracking.{receiver}" for receiver in receivers} <= imported
+        views = {f"sdxl_lora.{module}.{r}" for r in receivers for module in ("tracking", "projection")}
+        assert len(views & imported) == len(receivers)
 
     def test_knows_no_other_stage(self, stage: str) -> None:
         code = code_behind(script_of(stage))
@@ -251,9 +258,10 @@ def stale_stages() -> set[str]:
 @pytest.mark.parametrize(
     ("old", "new", "stale"),
     [
-        ("  rank: 16", "  rank: 8", {"train_lora", "sample_images", "evaluate_lora", "track_run"}),
-        ("guidance_scale: 7.0", "guidance_scale: 5.0", {"sample_images", "evaluate_lora", "track_run"}),
-        ("  noises: 2", "  noises: 4", {"evaluate_lora", "track_run"}),
+        ("  rank: 16", "  rank: 8", {"train_lora", "sample_images", *FROM_EVALUATION}),
+        ("guidance_scale: 7.0", "guidance_scale: 5.0", {"sample_images", *FROM_EVALUATION}),
+        ("  noises: 2", "  noises: 4", FROM_EVALUATION),
+        ("  title: Naruto style", "  title: Another", FROM_EVALUATION - {"evaluate_lora"}),
         ("  min_words: 2", "  min_words: 3", set(STAGES) - {"download_dataset"}),
         ("# words that BLIP makes up", "# another comment", set()),
     ],

@@ -1,4 +1,3 @@
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -6,29 +5,23 @@ import pytest
 import torch
 from adapters import write_adapter
 from encoded import write_encoded_dataset
-from PIL import Image
-from torch import Tensor
-from transformers import CLIPModel, CLIPProcessor
+from scipy.stats import bootstrap
 
-from sdxl_lora.config import EvaluationConfig, ModelConfig, Params, StyleConfig, load_params
+from sdxl_lora.config import EvaluationConfig, ModelConfig, Params, load_params
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.denoising import load_denoiser
 from sdxl_lora.evaluation import (
+    LOSS_COLUMNS,
     HeldOutError,
-    ImageTextScorer,
     held_out_errors,
     held_out_jobs,
     held_out_loss,
     loss_by_timestep,
-    score_samples,
-    style_candidates,
 )
 from sdxl_lora.lora import load_lora
 from sdxl_lora.randomness import generator
-from sdxl_lora.samples import Sample
 
 CPU = torch.device("cpu")
-STYLE = StyleConfig(target="fluent 3d style", others=["noto style", "twemoji style"])
 
 
 @pytest.fixture(scope="module")
@@ -115,115 +108,39 @@ def test_at_most_max_examples_are_measured(
     assert len(held_out_jobs(dataset, limited)) == jobs
 
 
-def test_losses_are_means_in_all_and_by_timestep() -> None:
-    errors = [HeldOutError(600, 0.2, 0.1), HeldOutError(50, 1.0, 0.5), HeldOutError(50, 0.6, 0.6)]
-    assert held_out_loss(errors) == pytest.approx({"base": 0.6, "adapter": 0.4, "change_percent": -100 / 3})
-    assert loss_by_timestep(errors) == [
-        {"timestep": 50, "base": 0.8, "adapter": 0.55},
-        {"timestep": 600, "base": 0.2, "adapter": 0.1},
+def test_losses_are_means_in_all_and_by_timestep(config: EvaluationConfig) -> None:
+    errors = [
+        HeldOutError("a", 600, 0.2, 0.1),
+        HeldOutError("a", 50, 1.0, 0.5),
+        HeldOutError("a", 50, 0.6, 0.6),
     ]
+    loss = held_out_loss(errors, config)
+    assert (loss["base"], loss["adapter"]) == pytest.approx((0.6, 0.4))
+    assert loss["change_percent"] == pytest.approx(-100 / 3)
+    rows = loss_by_timestep(errors, config)
+    assert [set(row) for row in rows] == [set(LOSS_COLUMNS)] * 2
+    assert [row["timestep"] for row in rows] == [50, 600]
+    assert [row["base"] for row in rows] == pytest.approx([0.8, 0.2])
+    assert [row["adapter"] for row in rows] == pytest.approx([0.55, 0.1])
 
 
-@pytest.fixture(scope="module")
-def emoji() -> list[tuple[str, Image.Image]]:
-    """Real captions and pictures of the demo's data set."""
-    names = ["alien-monster", "antenna-bars", "articulated-lorry"]
-    images = [Image.open(f"demo/dataset/images/{name}.webp").convert("RGB") for name in names]
-    return list(zip((f"{name.replace('-', ' ')}, fluent 3d style" for name in names), images, strict=True))
-
-
-@pytest.fixture(scope="module")
-def scorer(config: EvaluationConfig) -> ImageTextScorer:
-    return ImageTextScorer(config.model_copy(update={"batch_size": 2}), CPU)
-
-
-@torch.no_grad()
-def logits_by_transformers(images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
-    """CLIPModel's own logits, (images, texts)."""
-    model = CLIPModel.from_pretrained("demo/evaluator", dtype=torch.float32).eval()
-    processor = CLIPProcessor.from_pretrained("demo/evaluator")
-    return model(
-        **processor(text=list(texts), images=list(images), return_tensors="pt", padding=True)
-    ).logits_per_image
-
-
-def write_samples(folder: Path, pictures: Sequence[tuple[str, Image.Image]], strength: float) -> list[Sample]:
-    samples = []
-    for number, (prompt, image) in enumerate(pictures):
-        samples.append(Sample(f"{strength:g}-{number}.png", prompt, 0, strength))
-        image.save(folder / samples[-1].file)
-    return samples
-
-
-def test_scores_are_those_of_transformers(
-    scorer: ImageTextScorer, emoji: list[tuple[str, Image.Image]], tmp_path: Path
-) -> None:
-    prompts, images = [prompt for prompt, _ in emoji], [image for _, image in emoji]
-    samples = write_samples(tmp_path, emoji, 1.0)
-    scores = score_samples(samples, tmp_path, scorer, STYLE)
-    cosines = logits_by_transformers(images, prompts) / scorer.logit_scale
-    assert scores["clip_score"]["adapter"] == pytest.approx(100 * cosines.diag().mean().item(), rel=1e-4)
-    assert (
-        scores["retrieval_at_1"]["adapter"] == (cosines.argmax(-1) == torch.arange(3)).float().mean().item()
-    )
-    styles = ["fluent 3d style", "noto style", "twemoji style"]
-    probabilities = [
-        logits_by_transformers([image], [prompt.replace(styles[0], style) for style in styles]).softmax(-1)
-        for prompt, image in emoji
-    ]
-    expected = torch.cat(probabilities)[:, 0].mean().item()
-    assert scores["style_probability"]["adapter"] == pytest.approx(expected, rel=1e-3)
-
-
-def test_each_strength_is_scored_apart(
-    scorer: ImageTextScorer, emoji: list[tuple[str, Image.Image]], tmp_path: Path
-) -> None:
-    prompts, images = [prompt for prompt, _ in emoji], [image for _, image in emoji]
-    swapped = list(zip(prompts, [*images[1:], images[0]], strict=True))
-    samples = [
-        *write_samples(tmp_path, swapped, 0.0),
-        *write_samples(tmp_path, emoji, 0.5),
-        *write_samples(tmp_path, emoji, 1.0),
-    ]
-    scores = score_samples(samples, tmp_path, scorer, None)
-    assert set(scores) == {"clip_score", "retrieval_at_1"}
-    assert set(scores["clip_score"]) == {"base", "strength_0.5", "adapter"}
-    assert scores["clip_score"]["base"] < scores["clip_score"]["adapter"]
-    assert scores["clip_score"]["strength_0.5"] == scores["clip_score"]["adapter"]
-    assert scores["retrieval_at_1"] == {"base": 0.0, "strength_0.5": 1.0, "adapter": 1.0}
-
-
-def test_prompts_in_other_styles_are_scored_for_their_own(
-    scorer: ImageTextScorer, emoji: list[tuple[str, Image.Image]], tmp_path: Path
-) -> None:
-    """A model that draws all in the trained style has forgotten the others, and the score shows it."""
-    asked_for_noto = [(prompt.replace(STYLE.target, "noto style"), image) for prompt, image in emoji]
-    kept = score_samples(write_samples(tmp_path, emoji, 1.0), tmp_path, scorer, STYLE)
-    forgotten = score_samples(write_samples(tmp_path, asked_for_noto, 1.0), tmp_path, scorer, STYLE)
-    assert "style_probability" not in forgotten
-    assert "other_style_probability" not in kept
-    assert forgotten["other_style_probability"]["adapter"] < 0.5 < kept["style_probability"]["adapter"]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "candidates"),
-    [
-        ("pizza, fluent 3d style", ["fluent 3d style", "noto style", "twemoji style"]),
-        ("pizza, twemoji style", ["twemoji style", "fluent 3d style", "noto style"]),
-    ],
-)
-def test_style_competes_with_all_others_own_first(prompt: str, candidates: list[str]) -> None:
-    assert style_candidates(prompt, STYLE) == [f"pizza, {style}" for style in candidates]
-
-
-def test_prompt_without_a_style_is_left_out() -> None:
-    assert style_candidates("pizza", STYLE) == []
-
-
-def test_long_prompt_is_cut_rather_than_refused(scorer: ImageTextScorer) -> None:
-    assert scorer.text_features(["pizza " * 200]).shape[0] == 1
-
-
-def test_missing_evaluator_names_its_key(config: EvaluationConfig) -> None:
-    with pytest.raises(FileNotFoundError, match=r"evaluation\.clip_model"):
-        ImageTextScorer(config.model_copy(update={"clip_model": "./nowhere"}), CPU)
+def test_interval_of_the_change_is_scipys_over_examples(config: EvaluationConfig) -> None:
+    """Draws of one example are alike: resampling them one by one would claim twice the certainty."""
+    random = generator("losses")
+    base = torch.rand(30, generator=random, dtype=torch.float64) + 0.5
+    adapter = base * (0.8 + 0.2 * torch.randn(30, generator=random, dtype=torch.float64))
+    rows = enumerate(zip(base.tolist(), adapter.tolist(), strict=True))
+    errors = [HeldOutError(str(n), timestep, *row) for n, row in rows for timestep in (50, 300, 600, 900)]
+    many = config.model_copy(update={"resamples": 4000})
+    loss = held_out_loss(errors, many)
+    expected = bootstrap(
+        (base.numpy(), adapter.numpy()),
+        lambda b, a, axis: 100 * (a.mean(axis) / b.mean(axis) - 1),
+        paired=True,
+        method="percentile",
+        n_resamples=4000,
+        rng=0,
+    ).confidence_interval
+    assert loss["change_percent_low"] == pytest.approx(expected.low, abs=0.5)
+    assert loss["change_percent_high"] == pytest.approx(expected.high, abs=0.5)
+    assert held_out_loss(errors, many) == loss

@@ -15,7 +15,8 @@ from tracked import write_results
 
 from sdxl_lora.config import load_params
 from sdxl_lora.execution import stage
-from sdxl_lora.tracking import live_run, track_run
+from sdxl_lora.projection import track_run
+from sdxl_lora.tracking import live_run
 from sdxl_lora.ui import HOST, address
 
 CHROMIUM = shutil.which("chromium")

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from PIL.Image import Image
 
 from sdxl_lora.config import Params, SamplingConfig, load_params
 from sdxl_lora.samples import Sample, load_table, save_sample, save_table, strength_name
-from sdxl_lora.sampling import grid, initial_noise, load_adapter, sample_images
+from sdxl_lora.sampling import generation_settings, grid, initial_noise, load_adapter, sample_images
 from sdxl_lora.sdxl import load_pipeline
 
 CPU = torch.device("cpu")
@@ -179,14 +181,53 @@ def test_picture_that_is_not_finite_is_refused(
         bias.data.copy_(before)
 
 
-def test_png_says_what_it_was_drawn_from(tmp_path: Path, config: SamplingConfig) -> None:
-    sample = Sample("strength-0.5/00-seed-3.png", "naïve 寿司", 3, 0.5)
-    save_sample(tmp_path, sample, Images.new("RGB", (8, 8), "red"), config)
+def test_png_says_what_it_was_drawn_from(tmp_path: Path, params: Params, config: SamplingConfig) -> None:
+    sample = Sample("strength-0.5/07-seed-3.png", "naïve 寿司", 3, 0.5)
+    model = params.model.model_copy(update={"base": str(Path("demo/base_model").resolve())})
+    settings = generation_settings(config, model)
+    save_sample(tmp_path, sample, Images.new("RGB", (8, 8), "red"), settings)
     with Images.open(tmp_path / sample.file) as image:
         settings = json.loads(image.info["parameters"])
     assert settings["prompt"] == "naïve 寿司"
     assert settings["strength"] == 0.5
     assert settings["num_inference_steps"] == config.num_inference_steps
+    assert settings["noise_key"] == ["sample", 7, 3]
+    assert settings["revision"] == params.model.revision
+    assert str(Path.cwd()) not in str(settings)
+
+
+REDRAW = """
+import json, sys, torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from sdxl_lora.randomness import generator
+
+base, adapter, picture, target = sys.argv[1:]
+said = json.loads(Image.open(picture).info["parameters"])
+pipeline = StableDiffusionXLPipeline.from_pretrained(base, dtype=torch.float32)
+pipeline.load_lora_weights(adapter, weight_name="pytorch_lora_weights.safetensors", adapter_name="a")
+pipeline.set_adapters("a", said["strength"])
+side = said["resolution"]
+noise = torch.randn(1, 4, side // 8, side // 8, generator=generator(*said["noise_key"]))
+options = {name: said[name] for name in ("negative_prompt", "num_inference_steps", "guidance_scale")}
+pipeline(said["prompt"], latents=noise, height=side, width=side, **options).images[0].save(target)
+"""
+
+
+def test_another_process_draws_a_sample_again_from_its_png_the_adapter_and_the_base_model(
+    params: Params, config: SamplingConfig, tmp_path: Path
+) -> None:
+    """Within 2 of 255 grey levels, by diffusers alone but for the noise."""
+    write_adapter(tmp_path, params.model, params.lora)
+    pipeline = load_pipeline(params.model, "fp32", CPU)
+    load_adapter(pipeline, tmp_path)
+    drawn = [pair for pair in sample_images(pipeline, config) if pair[0].strength == 0.5][-1]
+    save_sample(tmp_path, *drawn, generation_settings(config, params.model))
+    again = tmp_path / "again.png"
+    files = [params.model.base, tmp_path, tmp_path / drawn[0].file, again]
+    subprocess.run([sys.executable, "-c", REDRAW, *map(str, files)], check=True)
+    with Images.open(again) as image:
+        assert difference(image, drawn[1]) <= 2
 
 
 def test_table_is_read_as_it_was_written(tmp_path: Path) -> None:

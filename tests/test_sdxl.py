@@ -68,6 +68,13 @@ def test_models_are_frozen(model: ModelConfig) -> None:
     assert {parameter.dtype for parameter in unet.parameters()} == {torch.bfloat16}
 
 
+def test_pipeline_is_frozen(pipeline: StableDiffusionXLPipeline) -> None:
+    """Or its pictures would change, by rounding, once an adapter freezes the base model."""
+    modules = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae)
+    assert not any(parameter.requires_grad for module in modules for parameter in module.parameters())
+    assert not any(module.training for module in modules)
+
+
 def test_sizes_that_half_precision_cannot_hold_reach_the_unet_whole(model: ModelConfig) -> None:
     """In fp16, 4001 is 4000 and 70000 is infinite."""
     unet = load_unet(model, "bf16", CPU)

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
-from tracked import write_results
+from tracked import write_gates, write_results
 
+from sdxl_lora import paths
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.execution import Execution, current_execution, machine_digest, stage
-from sdxl_lora.tracking import EXPERIMENT, connect, live_run, track_run
+from sdxl_lora.lineage import training_digest
+from sdxl_lora.projection import track_run
+from sdxl_lora.sources import file_digest
+from sdxl_lora.tracking import EXPERIMENT, connect, live_run
 
 REPOSITORY = Path(__file__).parents[1]
 CLOSED = "http://127.0.0.1:9"
@@ -50,10 +54,24 @@ def test_run_shows_params_curves_numbers_pictures_and_the_adapter(params: Params
     assert run.data.tags["training/attention"] == "sdpa"
     assert run.data.tags["stage.train_lora"] == "executed"
     assert run.data.tags["stage.encode_dataset"] == "cached"
+    assert run.data.tags["gates"] == "passed"
+    assert run.data.tags["dvc.train_lora"] == training_digest(paths.LOCK)
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith("# An adapter\n\n![Samples](get-artifact?path=grid.png&run_uuid=")
+    dataset = run.inputs.dataset_inputs[0].dataset
+    assert (dataset.name, dataset.digest) == ("owner/pictures", file_digest(paths.ENCODED_INDEX)[:36])
     artifacts = {item.path for item in client().list_artifacts(run.info.run_id)}
     assert {"adapter", "dvc", "grid.png", "images", "reports", "samples.json"} <= artifacts
     reports = {item.path for item in client().list_artifacts(run.info.run_id, "reports")}
-    assert reports == {"reports/captions.html", "reports/loss.csv"}
+    expected = {"captions.html", "gates.csv", "index.html", "loss.csv"}
+    assert reports == {f"reports/{name}" for name in expected}
+
+
+def test_run_of_an_adapter_that_fails_says_why(params: Params) -> None:
+    write_gates("copied.adapter is 1, should be at most 0.1")
+    tags = client().get_run(str(track_run(params)["mlflow"]["id"])).data.tags
+    assert tags["gates"] == "failed"
+    assert tags["gates.copied"] == "copied.adapter is 1, should be at most 0.1"
 
 
 def test_live_curve_is_not_drawn_twice(params: Params) -> None:

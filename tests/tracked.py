@@ -1,5 +1,6 @@
 """A project in which every stage but track_run has run, with small results."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -25,10 +26,22 @@ def write_results() -> None:
     paths.CAPTION_PAGE.write_text("<!doctype html><title>Captions</title><h1>Captions</h1>", encoding="utf-8")
     curve = pd.DataFrame({"step": [10, 20], "loss": [0.5, 0.25]})
     curve.to_csv(paths.LOSS_CURVE, index=False)
-    paths.LORA.mkdir()
-    (paths.LORA / "adapter.safetensors").write_bytes(b"weights")
+    paths.EXPORT.mkdir()
+    (paths.EXPORT / "adapter.safetensors").write_bytes(b"weights")
+    paths.CARD.write_text("---\nlicense: mit\n---\n# An adapter\n\n![Samples](grid.png)\n")
+    for path in (paths.RAW_SOURCE, paths.ENCODED_INDEX):
+        path.parent.mkdir()
+        path.write_text(json.dumps({"repository": "owner/pictures", "revision": "c0ffee", "examples": 9}))
+    paths.REPORT.write_text("<!doctype html>")
+    write_gates(None)
     sample = Sample("strength-1/00-seed-0.png", "red apple", 0, 1.0)
     (paths.SAMPLES / sample.file).parent.mkdir(parents=True)
     Image.new("RGB", (64, 64), "red").save(paths.SAMPLES / sample.file)
     Image.new("RGB", (64, 64), "red").save(paths.SAMPLE_GRID)
     save_table(paths.SAMPLE_TABLE, [sample])
+
+
+def write_gates(failure: str | None) -> None:
+    """One gate, `copied`, that passed or failed for this reason."""
+    gate = {"name": ["copied"], "passed": [failure is None], "reason": [failure]}
+    pd.DataFrame(gate).to_csv(paths.GATES, index=False)

@@ -225,6 +225,23 @@ class StyleConfig(Section):
     """Phrases put in its place for the styles that it competes with."""
 
 
+class GatesConfig(Section):
+    """What an adapter must reach to be promoted; null: not asked."""
+
+    held_out_loss_change: float | None
+    """Percent. The upper end of the held-out loss's change must not be above it; below 0: surely better."""
+    style_distance_change: float | None
+    """The upper end of the style distance's change must not be above it; 0: surely nearer to real images."""
+    style_probability: Fraction | None
+    """The adapter's style probability must not be below it."""
+    clip_score_change: float | None
+    """The CLIP score's change must not be below it: how far the samples may stray from their prompts."""
+    diversity_kept: Fraction | None
+    """The adapter's diversity as a share of the base model's must not be below it."""
+    copied: Fraction | None
+    """Share of the adapter's samples that may be taken for copies of training images."""
+
+
 class EvaluationConfig(Section):
     timesteps: Annotated[list[Timestep], Field(min_length=1)]
     """Noise levels at which the held-out denoising loss is measured, 0 (clean) to 999 (noise)."""
@@ -244,6 +261,20 @@ class EvaluationConfig(Section):
     """Its commit, tag or branch on the Hub; `sha256:...` for a folder."""
     style: StyleConfig | None
     """Styles that CLIP tells apart; null: no style probability."""
+    resamples: PositiveInt
+    """Bootstrap samples behind each interval."""
+    confidence: OpenFraction
+    """Share of the bootstrap samples that an interval holds."""
+    copy_quantile: OpenFraction
+    """Share of the held-out images that the copying check must not take for copies: sets its threshold."""
+    gates: GatesConfig
+
+
+class ExportConfig(Section):
+    title: str
+    """What the adapter is called; in small letters, with `-` for spaces, the name of ComfyUI's file."""
+    license: str
+    """Licence of the adapter, as the Hub abbreviates it."""
 
 
 class Params(Section):
@@ -259,6 +290,7 @@ class Params(Section):
     training: TrainingConfig
     sampling: SamplingConfig
     evaluation: EvaluationConfig
+    export: ExportConfig
 
 
 def divisors(number: int) -> list[int]:

@@ -130,6 +130,11 @@ class EncodedDataset:
             )
         return batch
 
+    @property
+    def images(self) -> list[str]:
+        """File names of the images, in the examples' order."""
+        return [example.image for example in self.examples]
+
     def batch(self, indices: Iterable[int]) -> Batch:
         return Batch.cat([self[index] for index in indices])
 

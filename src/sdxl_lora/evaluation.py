@@ -8,28 +8,31 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from statistics import fmean
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.nn.functional import normalize
-from transformers import CLIPModel, CLIPProcessor
 
-from sdxl_lora.config import EvaluationConfig, StyleConfig
+from sdxl_lora.clip import ImageTextScorer
+from sdxl_lora.config import EvaluationConfig
+from sdxl_lora.copying import Match, copied_share, copy_threshold, matches
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.denoising import Denoiser
+from sdxl_lora.images import decode_image
 from sdxl_lora.lora import strength
-from sdxl_lora.metrics import clip_score, retrieval_at_1, zero_shot_probability
+from sdxl_lora.metrics import interval, resamples
 from sdxl_lora.randomness import generator
-from sdxl_lora.samples import Sample, strength_name
-from sdxl_lora.sources import open_repository
+from sdxl_lora.samples import Sample
+from sdxl_lora.scores import as_numbers, interval_rows, measure, sample_metrics
+
+LOSS_COLUMNS = ("timestep", "base", "adapter", "change_percent", "change_percent_low", "change_percent_high")
 
 
 @dataclass(frozen=True)
 class HeldOutError:
     """Mean squared error of one held-out example under one draw of noise."""
 
+    example: str
+    """Its id."""
     timestep: int
     base: float
     adapter: float
@@ -52,7 +55,8 @@ def held_out_errors(
         for name, value in (("base", 0.0), ("adapter", 1.0)):
             with strength(denoiser.modules, value):
                 errors[name] = denoiser.errors(batch, latents, noise.to(denoiser.device), timesteps).tolist()
-        columns = zip(timesteps.tolist(), errors["base"], errors["adapter"], strict=True)
+        ids = [example for example, _, _ in keys]
+        columns = zip(ids, timesteps.tolist(), errors["base"], errors["adapter"], strict=True)
         yield [HeldOutError(*column) for column in columns]
 
 
@@ -67,112 +71,92 @@ def evaluation_noise(shape: torch.Size, seed: int, example: str, timestep: int, 
     return torch.randn(shape, generator=generator(seed, "evaluation", example, timestep, number))
 
 
-def held_out_loss(errors: Sequence[HeldOutError]) -> dict[str, float]:
-    """Means over all draws, and by how much the adapter changes the base model's, percent."""
-    base, adapter = fmean(error.base for error in errors), fmean(error.adapter for error in errors)
-    return {"base": base, "adapter": adapter, "change_percent": 100 * (adapter / base - 1)}
+def held_out_loss(errors: Sequence[HeldOutError], config: EvaluationConfig) -> dict[str, float]:
+    """Means over all draws, and by how much the adapter changes the base model's, percent, with its interval.
+
+    The bootstrap (Efron & Tibshirani 1993) resamples examples, not draws: an example's draws are alike.
+    """
+    means = example_means(errors)
+    key = (config.seed, "bootstrap", "held_out_loss")
+    indices = resamples(len(means), config.resamples, generator(*key))
+    base, adapter = means.mean(0).tolist()
+    drawn = change_percent(*means[indices].mean(1).unbind(-1))
+    low, high = interval(drawn, config.confidence)
+    return {
+        "base": base,
+        "adapter": adapter,
+        "change_percent": 100 * (adapter / base - 1),
+        "change_percent_low": low,
+        "change_percent_high": high,
+    }
 
 
-def loss_by_timestep(errors: Sequence[HeldOutError]) -> list[dict[str, float]]:
-    """Means at each timestep."""
+def change_percent(base: Tensor, adapter: Tensor) -> Tensor:
+    return 100 * (adapter / base - 1)
+
+
+def example_means(errors: Sequence[HeldOutError]) -> Tensor:
+    """Mean error of each example with base model and adapter, fp64, (N, 2)."""
+    by_example: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for error in errors:
+        by_example[error.example].append((error.base, error.adapter))
+    return torch.stack([torch.tensor(e, dtype=torch.float64).mean(0) for e in by_example.values()])
+
+
+def loss_by_timestep(errors: Sequence[HeldOutError], config: EvaluationConfig) -> list[dict[str, float]]:
+    """`held_out_loss` at each timestep."""
     groups: dict[int, list[HeldOutError]] = defaultdict(list)
     for error in errors:
         groups[error.timestep].append(error)
     return [
-        {
-            "timestep": timestep,
-            "base": fmean(e.base for e in group),
-            "adapter": fmean(e.adapter for e in group),
-        }
-        for timestep, group in sorted(groups.items())
+        {"timestep": timestep, **held_out_loss(group, config)} for timestep, group in sorted(groups.items())
     ]
 
 
-class ImageTextScorer:
-    """CLIP: images and texts as vectors that can be compared."""
+@dataclass(frozen=True)
+class Pictures:
+    """Samples and the real images that they are held against, on disk."""
 
-    def __init__(self, config: EvaluationConfig, device: torch.device) -> None:
-        """Loads the CLIP that `config` names in fp32, from safetensors. Raises as `open_repository`."""
-        patterns = ["*.json", "*.txt", "model.safetensors"]
-        folder = open_repository(config.clip_model, config.clip_revision, "evaluation.clip_model", patterns)
-        self._model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        self._model.to(device).eval()
-        self._processor = CLIPProcessor.from_pretrained(folder)
-        self._batch_size = config.batch_size
-
-    @property
-    def logit_scale(self) -> float:
-        """The inverse of CLIP's temperature."""
-        return self._model.logit_scale.exp().item()
-
-    @torch.no_grad()
-    def image_features(self, images: Sequence[Image.Image]) -> Tensor:
-        """(N, D), each of length 1, on the CPU."""
-        batches = []
-        for start in range(0, len(images), self._batch_size):
-            batch = list(images[start : start + self._batch_size])
-            inputs = self._processor.image_processor(images=batch, return_tensors="pt")
-            batches.append(self._model.get_image_features(**inputs.to(self._model.device)).pooler_output)
-        return normalize(torch.cat(batches), dim=-1).cpu()
-
-    @torch.no_grad()
-    def text_features(self, texts: Sequence[str]) -> Tensor:
-        """(N, D), each of length 1, on the CPU. Texts are cut at what the model can read."""
-        length = self._model.config.text_config.max_position_embeddings
-        inputs = self._processor.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"
-        )
-        return normalize(
-            self._model.get_text_features(**inputs.to(self._model.device)).pooler_output, dim=-1
-        ).cpu()
+    samples: Path
+    """Folder of the samples."""
+    images: Path
+    """Folder of the data set's images."""
+    held_out: Sequence[str]
+    """File names of the held-out images."""
+    training: Sequence[str]
+    """File names of the images trained on."""
 
 
-def score_samples(
-    samples: Sequence[Sample], folder: Path, scorer: ImageTextScorer, style: StyleConfig | None
-) -> dict[str, dict[str, float]]:
-    """CLIP's verdict on the samples at each strength.
+@dataclass(frozen=True)
+class Verdict:
+    """What the samples are worth."""
 
-    Returns:
-        By metric and strength (`base`, `adapter`, else as `strength_0.5`): `clip_score`, `retrieval_at_1`
-        among the prompts of that strength, and, if there are styles, `style_probability` of prompts in the
-        trained style and `other_style_probability` of prompts in the others, each for the style that the
-        prompt asks for. The last falls where the adapter makes the model forget.
+    figures: dict[str, object]
+    """Those that `sample_metrics` names, their changes, the share of `copied` samples and its threshold."""
+    intervals: list[dict[str, object]]
+    """Rows of INTERVAL_COLUMNS."""
+    matches: list[Match]
+    """Each sample with the training image that it is nearest to."""
+
+
+def evaluate_samples(
+    samples: Sequence[Sample], pictures: Pictures, scorer: ImageTextScorer, config: EvaluationConfig
+) -> Verdict:
+    """Scores the samples and holds them against the data set's images.
+
+    Raises:
+        FileNotFoundError: a picture is missing.
     """
-    scores: dict[str, dict[str, float]] = defaultdict(dict)
-    for value in dict.fromkeys(sample.strength for sample in samples):
-        chosen = [sample for sample in samples if sample.strength == value]
-        prompts = [sample.prompt for sample in chosen]
-        images = scorer.image_features([Image.open(folder / sample.file).convert("RGB") for sample in chosen])
-        texts = scorer.text_features(prompts)
-        name = strength_name(value).replace(" ", "_")
-        scores["clip_score"][name] = clip_score(images, texts).mean().item()
-        scores["retrieval_at_1"][name] = retrieval_at_1(images, texts, prompts)
-        for metric, probability in style_probabilities(prompts, images, scorer, style).items():
-            scores[metric][name] = probability
-    return dict(scores)
-
-
-def style_probabilities(
-    prompts: Sequence[str], images: Tensor, scorer: ImageTextScorer, style: StyleConfig | None
-) -> dict[str, float]:
-    """Mean probability of the style that each prompt asks for, apart for the trained style and the others."""
-    if style is None:
-        return {}
-    found: dict[str, list[float]] = defaultdict(list)
-    for prompt, image in zip(prompts, images, strict=True):
-        candidates = style_candidates(prompt, style)
-        if candidates:
-            texts = scorer.text_features(candidates)
-            probability = zero_shot_probability(image[None], texts[None], scorer.logit_scale).item()
-            metric = "style_probability" if style.target in prompt else "other_style_probability"
-            found[metric].append(probability)
-    return {metric: fmean(values) for metric, values in found.items()}
-
-
-def style_candidates(prompt: str, style: StyleConfig) -> list[str]:
-    """The prompt, and the prompt with each other style in place of its own; nothing if it names no style."""
-    styles = [style.target, *style.others]
-    own = next((name for name in styles if name in prompt), None)
-    if own is None:
-        return []
-    return [prompt, *(prompt.replace(own, name) for name in styles if name != own)]
+    features = scorer.image_features(
+        decode_image((pictures.samples / sample.file).read_bytes()) for sample in samples
+    )
+    held_out, training = (
+        scorer.image_features(decode_image((pictures.images / name).read_bytes()) for name in names)
+        for names in (pictures.held_out, pictures.training)
+    )
+    metrics = sample_metrics(samples, features, held_out, scorer, config.style)
+    measurements = [measure(metric, config) for metric in metrics]
+    threshold = copy_threshold(held_out, training, config.copy_quantile)
+    found = matches(samples, features, pictures.training, training, threshold)
+    copying = {"copied": copied_share(found), "copy_threshold": threshold}
+    return Verdict({**as_numbers(measurements), **copying}, interval_rows(measurements), found)

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 import uuid
@@ -108,6 +109,12 @@ def project_root() -> Path:
 
 def scratch_root() -> Path:
     return project_root() / ".dvc" / "tmp" / "mlflow"
+
+
+def git_commit() -> str:
+    """The commit that is checked out; empty outside a repository."""
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,14 +16,14 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from sdxl_lora.config import LoraConfig
 from sdxl_lora.randomness import generator
 from sdxl_lora.sdxl import TextEncoders
+from sdxl_lora.tensor_files import read_header, write_tensors
 
 ADAPTER = "default"
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -112,13 +113,11 @@ def save_lora(
     parts = named_parts(unet, text_encoders)
     layers = {f"{name}_lora_layers": adapter_weights(name, module) for name, module in parts.items()}
     headers = {f"{name}_lora_adapter_metadata": portable_config(module) for name, module in parts.items()}
-    partial = folder.with_name(f"{folder.name}.partial")
-    StableDiffusionXLPipeline.save_lora_weights(partial, **layers, **headers)
-    if metadata:
-        add_to_header(partial / WEIGHTS, metadata)
     folder.mkdir(parents=True, exist_ok=True)
-    (partial / WEIGHTS).replace(folder / WEIGHTS)
-    partial.rmdir()
+    with TemporaryDirectory(dir=folder.parent) as partial:
+        StableDiffusionXLPipeline.save_lora_weights(partial, **layers, **headers)
+        path = Path(partial, WEIGHTS)
+        write_tensors(folder / WEIGHTS, load_file(path), {**read_header(path), **(metadata or {})})
 
 
 def saved_lora(folder: Path) -> Path:
@@ -141,9 +140,7 @@ def load_lora(folder: Path, unet: UNet2DConditionModel, text_encoders: TextEncod
         ValueError: the file's adapters are not for these modules, or not for just their layers.
     """
     path = saved_lora(folder)
-    with safe_open(path, "pt") as file:
-        header = json.loads(file.metadata()["lora_adapter_metadata"])
-    weights, configs = by_part(load_file(path)), by_part(header)
+    weights, configs = by_part(load_file(path)), by_part(peft_header(path))
     parts = named_parts(unet, text_encoders)
     if set(weights) != set(parts):
         raise ValueError(
@@ -163,6 +160,12 @@ def load_lora(folder: Path, unet: UNet2DConditionModel, text_encoders: TextEncod
             )
         set_peft_model_state_dict(module, own_names, ADAPTER)
         module.eval()  # PEFT adds dropout switched on
+
+
+def peft_header(path: Path) -> dict[str, Any]:
+    """PEFT's configurations in a file's header, under keys such as `unet.r`."""
+    header: dict[str, Any] = json.loads(read_header(path)["lora_adapter_metadata"])
+    return header
 
 
 def named_parts(unet: UNet2DConditionModel, text_encoders: TextEncoders | None) -> dict[str, Any]:
@@ -195,14 +198,11 @@ def own_name(key: str, module: nn.Module) -> str:
 
 
 def portable_config(module: Any) -> dict[str, Any]:
-    """PEFT's configuration without the place that the base model was loaded from."""
-    return {**module.peft_config[ADAPTER].to_dict(), "base_model_name_or_path": None}
-
-
-def add_to_header(path: Path, metadata: dict[str, str]) -> None:
-    """Adds entries to the header of a safetensors file."""
-    with safe_open(path, "pt") as file:
-        header = dict(file.metadata())
-    extended = path.with_suffix(".extended")  # the tensors may still be read from the file itself
-    save_file(load_file(path), extended, {**header, **metadata})
-    extended.replace(path)
+    """PEFT's configuration as others need it: in a fixed order, without dropout and local paths."""
+    config = module.peft_config[ADAPTER]
+    return {
+        **config.to_dict(),
+        "base_model_name_or_path": None,
+        "lora_dropout": 0.0,  # diffusers leaves it switched on when it draws
+        "target_modules": sorted(config.target_modules),  # a set: another order in every process
+    }

@@ -24,6 +24,7 @@ CAPTION_REJECTIONS = REPORTS / "caption_rejections.csv"
 ENCODED = DATA / "encoded"
 DATASET_CARD = REPORTS / "dataset.md"
 ENCODED_STORE = Path(".dvc/tmp/encoded")
+ENCODED_INDEX = ENCODED / "index.jsonl"
 ENCODING_REPORT = REPORTS / "encoding.json"
 IMAGE_FINDINGS = REPORTS / "image_findings.csv"
 
@@ -38,6 +39,14 @@ SAMPLE_TABLE = SAMPLES / "samples.jsonl"
 
 METRICS = REPORTS / "metrics.json"
 LOSS_BY_TIMESTEP = REPORTS / "loss_by_timestep.csv"
+INTERVALS = REPORTS / "intervals.csv"
+COPIES = REPORTS / "copies.csv"
+GATES = REPORTS / "gates.csv"
+
+EXPORT = DATA / "export"
+CARD = EXPORT / "README.md"
+EXPORTED_WEIGHTS = EXPORT / "pytorch_lora_weights.safetensors"
+REPORT = REPORTS / "index.html"
 
 MLFLOW_POINTER = REPORTS / "mlflow.json"
 

@@ -19,7 +19,8 @@ def trace_encoding(shapes: Shapes, params: Params) -> InferenceTrace:
 
     def run() -> None:
         encode_images(vae, torch.zeros(config.batch_size, 3, config.resolution, config.resolution))
-        embed_captions(text_encoders, torch.zeros(config.batch_size, 2, 77, dtype=torch.long))
+        if text_encoders is not None:
+            embed_captions(text_encoders, torch.zeros(config.batch_size, 2, 77, dtype=torch.long))
 
     return trace_inference([vae, *(text_encoders or ())], [], run)
 

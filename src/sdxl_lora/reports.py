@@ -2,9 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
@@ -24,6 +29,13 @@ def write_table(path: Path, rows: Sequence[Mapping[str, object]], columns: Seque
 def as_text(value: object) -> object:
     """Puts an apostrophe before text that a spreadsheet would compute (OWASP, "CSV Injection")."""
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
+
+
+def write_records(
+    path: Path, kind: "type[DataclassInstance]", records: "Sequence[DataclassInstance]"
+) -> None:
+    """Records of one dataclass as CSV with its fields as columns, also if there are none."""
+    write_table(path, [asdict(record) for record in records], [field.name for field in fields(kind)])
 
 
 def read_numbers(path: Path, stage: str) -> dict[str, object]:

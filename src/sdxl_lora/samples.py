@@ -1,14 +1,12 @@
 """Pictures on disk and what each was drawn from: what sampling writes and evaluation reads."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
-
-from sdxl_lora.config import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -28,11 +26,26 @@ def strength_name(value: float) -> str:
     return {0.0: "base", 1.0: "adapter"}.get(value, f"strength {value:g}")
 
 
-def save_sample(folder: Path, sample: Sample, image: Image, config: SamplingConfig) -> None:
-    """Writes the picture as a PNG whose text chunk `parameters` says in JSON what it was drawn from."""
-    settings = config.model_dump(include={"negative_prompt", "num_inference_steps", "guidance_scale"})
+def sample_file(number: int, seed: int, strength: float) -> str:
+    """Where the picture of the prompt at place `number` lies below the folder of samples."""
+    return f"strength-{strength:g}/{number:02d}-seed-{seed}.png"
+
+
+def prompt_number(file: str) -> int:
+    """The place of the prompt that a file of `sample_file` was drawn from."""
+    return int(Path(file).name.split("-")[0])
+
+
+def save_sample(folder: Path, sample: Sample, image: Image, settings: Mapping[str, object]) -> None:
+    """Writes the picture as a PNG whose text chunk `parameters` says in JSON what it was drawn from.
+
+    With the adapter and the base model that is enough to draw it again: `noise_key` are the words that
+    `randomness.generator` makes its noise from.
+    """
+    key = ["sample", prompt_number(sample.file), sample.seed]
     info = PngInfo()
-    info.add_itxt("parameters", json.dumps({**asdict(sample), **settings}, ensure_ascii=False))
+    parameters = {**asdict(sample), "noise_key": key, **settings}
+    info.add_itxt("parameters", json.dumps(parameters, ensure_ascii=False))
     path = folder / sample.file
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, pnginfo=info)

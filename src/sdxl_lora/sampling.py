@@ -13,10 +13,11 @@ from PIL import ImageDraw, ImageFont
 from PIL.Image import Image, Resampling
 from torch import Tensor, nn
 
-from sdxl_lora.config import SamplingConfig
+from sdxl_lora.config import ModelConfig, SamplingConfig
 from sdxl_lora.lora import saved_lora, strength
 from sdxl_lora.randomness import generator
-from sdxl_lora.samples import Sample, strength_name
+from sdxl_lora.samples import Sample, sample_file, strength_name
+from sdxl_lora.sources import public_name
 
 MARGIN = 8  # pixels between the pictures of a grid
 SMALLEST_CELL, LARGEST_CELL = 192, 384  # pixels a side that a picture takes in the grid
@@ -41,8 +42,18 @@ def sample_images(
                 noise = [initial_noise(pipeline, config, number, seed) for number, _, seed in batch]
                 images = draw(pipeline, config, [prompt for _, prompt, _ in batch], torch.stack(noise))
                 for (number, prompt, seed), image in zip(batch, images, strict=True):
-                    file = f"strength-{value:g}/{number:02d}-seed-{seed}.png"
-                    yield Sample(file, prompt, seed, value), image
+                    yield Sample(sample_file(number, seed, value), prompt, seed, value), image
+
+
+def generation_settings(config: SamplingConfig, model: ModelConfig) -> dict[str, object]:
+    """What all samples have in common, for their files: no place on this machine."""
+    drawn_with = {
+        "base": public_name(model.base),
+        "revision": model.revision,
+        "vae": None if model.vae is None else public_name(model.vae),
+        "vae_revision": model.vae_revision,
+    }
+    return {**drawn_with, **config.model_dump(exclude={"prompts", "seeds", "strengths", "batch_size"})}
 
 
 def load_adapter(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
@@ -54,7 +65,7 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
     path = saved_lora(folder)  # diffusers would look for a missing file on the Hub
     pipeline.load_lora_weights(path.parent, weight_name=path.name)
     for module in adapted_modules(pipeline):
-        module.eval()  # the adapters' dropout arrives switched on
+        module.eval()  # adapters arrive in training mode
 
 
 def adapted_modules(pipeline: StableDiffusionXLPipeline) -> tuple[nn.Module, ...]:

@@ -14,11 +14,12 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from sdxl_lora.config import ModelConfig, Precision
 from sdxl_lora.diffusion import PredictionType
-from sdxl_lora.sources import open_repository
+from sdxl_lora.sources import file_digest, open_repository
 
 TextEncoders = tuple[CLIPTextModel, CLIPTextModelWithProjection]
 Tokenizers = tuple[CLIPTokenizer, CLIPTokenizer]
 
+VAE_FILE = "diffusion_pytorch_model.safetensors"
 DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -39,6 +40,20 @@ def open_base(config: ModelConfig) -> Path:
     patterns += [f"{part}/*.json" for part in parts]
     patterns += [f"{part}/{weights}" for part in parts if part != "vae" or config.vae is None]
     return open_repository(config.base, config.revision, "model.base", patterns)
+
+
+def open_vae(config: ModelConfig) -> Path:
+    """The folder of the replacement VAE that `config` names."""
+    patterns = ["config.json", VAE_FILE]
+    return open_repository(str(config.vae), str(config.vae_revision), "model.vae", patterns)
+
+
+def weight_digests(config: ModelConfig) -> dict[str, str]:
+    """SHA-256 of the files that each part's weights are in; reads them all, at SDXL's size some seconds."""
+    base, name = open_base(config), f"*.{config.variant}.safetensors" if config.variant else "*.safetensors"
+    files = {part: sorted((base / part).glob(name)) for part in ("unet", "text_encoder", "text_encoder_2")}
+    files["vae"] = sorted((base / "vae").glob(name)) if config.vae is None else [open_vae(config) / VAE_FILE]
+    return {part: ",".join(file_digest(path) for path in paths) for part, paths in files.items()}
 
 
 def load_tokenizers(config: ModelConfig) -> Tokenizers:
@@ -62,8 +77,7 @@ def load_vae(config: ModelConfig, precision: Precision, device: torch.device) ->
     if config.vae is None:
         folder, variant = open_base(config) / "vae", config.variant
     else:
-        patterns = ["config.json", "diffusion_pytorch_model.safetensors"]
-        folder, variant = open_repository(config.vae, str(config.vae_revision), "model.vae", patterns), None
+        folder, variant = open_vae(config), None
     options = {"dtype": DTYPES[precision], "variant": variant, "use_safetensors": True}
     return frozen(AutoencoderKL.from_pretrained(folder, **options), device)
 
@@ -77,7 +91,11 @@ def load_unet(config: ModelConfig, precision: Precision, device: torch.device) -
 def load_pipeline(
     config: ModelConfig, precision: Precision, device: torch.device
 ) -> StableDiffusionXLPipeline:
-    """The whole pipeline with the VAE that `config` names; decodes one image at a time."""
+    """The whole pipeline, frozen, with the VAE that `config` names; decodes one image at a time.
+
+    Frozen, because torch rounds the product with a weight that asks for gradients otherwise than with one
+    that does not, also where no gradient is taken: it folds a batch into rows for the former alone.
+    """
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         open_base(config),
         dtype=DTYPES[precision],
@@ -85,10 +103,18 @@ def load_pipeline(
         vae=load_vae(config, precision, device),
         use_safetensors=True,
         add_watermarker=False,
-    ).to(device)
+    )
+    for module in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
+        frozen(module, device)
     pipeline.vae.enable_slicing()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def layers_per_block(config: ModelConfig) -> int:
+    """Resnets in a block of the UNet's way down."""
+    number: int = UNet2DConditionModel.load_config(open_base(config) / "unet")["layers_per_block"]
+    return number
 
 
 def load_noise_schedule(config: ModelConfig) -> NoiseSchedule:

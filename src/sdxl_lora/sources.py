@@ -42,6 +42,11 @@ def is_folder(repository: str) -> bool:
     return repository.startswith(("./", "../", "/"))
 
 
+def public_name(repository: str) -> str:
+    """A repository's name; of a folder outside the project only its own, since its path is private."""
+    return Path(repository).name if is_folder(repository) and repository.startswith("/") else repository
+
+
 def folder_digest(folder: Path) -> str:
     """`sha256:` and the hash of a folder's files: their paths and contents, hidden files apart."""
     digest = hashlib.sha256()

@@ -1,34 +1,27 @@
-"""MLflow as a view of what DVC records, live while training runs and complete afterwards; it can be rebuilt.
+"""MLflow while training runs: the project's experiment there, its runs, and live curves.
 
-The only module that knows MLflow. What goes wrong with the tracking server never stops a stage: results are
-files, and `dvc repro -sf track_run` shows them when the server is back.
+Here, in `projection` and in `registry` alone is MLflow known. What goes wrong with the tracking server never
+stops a stage: results are files, and `dvc repro -sf track_run` shows them when the server is back.
 """
 
-import hashlib
-import json
 import logging
 import os
 import sqlite3
-import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
-import yaml
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from PIL import Image
 
-from sdxl_lora import paths
 from sdxl_lora.config import Params
-from sdxl_lora.execution import Execution, current_execution, parse_execution, project_root
+from sdxl_lora.execution import Execution, current_execution, git_commit, parse_execution, project_root
 
 TRACKING_ERRORS = (MlflowException, OSError)  # requests' errors are OSErrors
 EXPERIMENT = "sdxl-lora"
@@ -182,133 +175,6 @@ def live_run(params: Params) -> Iterator[LiveRun]:
         run.end("FAILED")
         raise
     run.end(None)
-
-
-def track_run(params: Params) -> dict[str, dict[str, str | None]]:
-    """Shows the pipeline's present results in MLflow as one complete run.
-
-    Results that DVC restored, and that a run shows already, are linked to that run instead.
-
-    Returns:
-        The pointer to that run, {"mlflow": {"run": name, "id": id}}; nulls if the server cannot be reached.
-    """
-    try:
-        connection = connect()
-        run_id = show_results(connection, params)
-        name = connection.client.get_run(run_id).info.run_name
-    except TRACKING_ERRORS as error:
-        logger.warning(
-            "MLflow cannot be reached (%s): results are safe in their files. When it is back: "
-            "`dvc repro -sf track_run`",
-            type(error).__name__,
-        )
-        return {"mlflow": {"run": None, "id": None}}
-    logger.info("MLflow run %s (%s): `make ui` shows it", name, run_id)
-    return {"mlflow": {"run": name, "id": run_id}}
-
-
-def show_results(connection: Connection, params: Params) -> str:
-    """Completes this execution's run, or finds the one that shows the same results; its id."""
-    client, execution = connection.client, current_execution()
-    records = {name: record for name, record in execution.records().items() if name != "track_run"}
-    content = content_id()
-    shown = connection.run_of_content(content)
-    if shown is not None and not records:
-        also = client.get_run(shown).data.tags.get("dvc.also", "")
-        names = set(also.split(",")) | {os.environ.get("DVC_EXP_NAME") or "repro"}
-        client.set_tag(shown, "dvc.also", ",".join(sorted(names - {""})))
-        return shown
-    run_id = connection.new_run(execution, params, {} if records else {"dvc.origin": "restored"})
-    log_curves(client, run_id)
-    log_reports(client, run_id)
-    log_pictures(client, run_id)
-    for name in pipeline_stages():
-        client.set_tag(run_id, f"stage.{name}", records[name].status if name in records else "cached")
-        if name in records:
-            client.log_metric(run_id, f"seconds/{name}", records[name].seconds)
-    client.log_artifacts(run_id, str(paths.LORA), "adapter")
-    for file in (paths.PARAMS, paths.PIPELINE, paths.LOCK):
-        client.log_artifact(run_id, str(file), "dvc")
-    client.set_tag(run_id, "mlflow.note.content", description(run_id))
-    client.set_tag(run_id, "dvc.content", content)
-    client.set_terminated(run_id, "FINISHED")
-    return run_id
-
-
-def log_curves(client: MlflowClient, run_id: str) -> None:
-    """The training curves from their file, unless the live run drew them to their end."""
-    curve = pd.read_csv(paths.LOSS_CURVE)
-    drawn = client.get_metric_history(run_id, "train/loss")
-    if drawn and max(point.step for point in drawn) == curve["step"].iloc[-1]:
-        return
-    now = int(time.time() * 1000)
-    steps = curve.pop("step").tolist()
-    points = [
-        Metric(f"train/{name}", value, now, step)
-        for name, values in curve.items()
-        for step, value in zip(steps, values.tolist(), strict=True)
-    ]
-    for chunk in chunks(points, ENTRIES_A_REQUEST):
-        client.log_batch(run_id, metrics=chunk)
-
-
-def log_reports(client: MlflowClient, run_id: str) -> None:
-    """Every number of every report as a metric under the report's name, every word as a tag."""
-    now = int(time.time() * 1000)
-    for path in paths.NUMBERS:
-        prefix = "" if path == paths.METRICS else f"{path.stem}/"
-        entries = {
-            f"{prefix}{key}": value
-            for key, value in flat(json.loads(path.read_text(encoding="utf-8")), separator="/")
-        }
-        words = [RunTag(key, value) for key, value in entries.items() if isinstance(value, str)]
-        points = [
-            Metric(key, float(value), now, 0) for key, value in entries.items() if not isinstance(value, str)
-        ]
-        client.log_batch(run_id, metrics=points, tags=words)
-    for path in sorted(paths.REPORTS.iterdir()):
-        if path.suffix in (".csv", ".html", ".md"):
-            client.log_artifact(run_id, str(path), "reports")
-
-
-def log_pictures(client: MlflowClient, run_id: str) -> None:
-    """The grid, every sample under its own name, and a table of what each was drawn from."""
-    client.log_artifact(run_id, str(paths.SAMPLE_GRID))
-    samples = pd.read_json(paths.SAMPLE_TABLE, lines=True)
-    client.log_table(run_id, samples, "samples.json")
-    for row in samples.itertuples():
-        place, seed = Path(str(row.file)).stem.split("-seed-")
-        step = round(100 * float(str(row.strength)))  # the slider of MLflow's image grid: strength in percent
-        with Image.open(paths.SAMPLES / str(row.file)) as image:
-            client.log_image(run_id, image, key=f"sample {place} seed {seed}", step=step)
-
-
-def description(run_id: str) -> str:
-    """What a run's page opens with, in Markdown: the grid of samples, as MLflow's server hands it out."""
-    address = f"get-artifact?path={paths.SAMPLE_GRID.name}&run_uuid={run_id}"
-    return f"![Samples: a row a prompt, a column a strength of the adapter]({address})"
-
-
-def content_id() -> str:
-    """A hash of all results but the pointer to MLflow, and of the params that they came from."""
-    stages = yaml.safe_load(paths.LOCK.read_text(encoding="utf-8"))["stages"]
-    results = {
-        name: [{out["path"]: out.get("md5") for out in entry.get("outs", [])}, entry.get("params")]
-        for name, entry in stages.items()
-        if name != "track_run"
-    }
-    return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def pipeline_stages() -> list[str]:
-    """The stages whose results a run shows."""
-    stages = yaml.safe_load(paths.PIPELINE.read_text(encoding="utf-8"))["stages"]
-    return [name for name in stages if name != "track_run"]
-
-
-def git_commit() -> str:
-    command = ["git", "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def flat(tree: dict[str, Any], separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:

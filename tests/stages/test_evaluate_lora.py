@@ -34,7 +34,22 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         with Image.open("demo/dataset/images/alien-monster.webp") as image:
             image.convert("RGB").save(paths.SAMPLES / sample.file)
     save_table(paths.SAMPLE_TABLE, samples)
+    write_raw_images()
     return tmp_path
+
+
+def write_raw_images() -> None:
+    """Pictures under the names that the encoded data set has; 2.png is the alien monster."""
+    names = sorted(path.name for path in Path("demo/dataset/images").iterdir() if "alien" not in path.name)
+    paths.RAW_IMAGES.mkdir(parents=True)
+    for number, name in enumerate(names[:9]):
+        source = "alien-monster.webp" if number == 2 else name
+        with Image.open(f"demo/dataset/images/{source}") as image:
+            image.convert("RGB").save(paths.RAW_IMAGES / f"{number}.png")
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
 
 
 @pytest.mark.usefixtures("project")
@@ -48,14 +63,31 @@ def test_metrics_and_loss_by_timestep_are_written() -> None:
         "clip_score",
         "retrieval_at_1",
         "style_probability",
+        "change",
+        "copied",
+        "copy_threshold",
         "adapter_bytes",
+        "gates",
     }
     loss = metrics["held_out_loss"]
     assert loss["change_percent"] == pytest.approx(100 * (loss["adapter"] / loss["base"] - 1))
     assert metrics["retrieval_at_1"] == {"base": 1.0, "adapter": 1.0}
     assert metrics["style_probability"]["adapter"] > 0.5
     assert metrics["adapter_bytes"] == (paths.LORA / WEIGHTS).stat().st_size
-    rows = list(csv.DictReader(paths.LOSS_BY_TIMESTEP.read_text(encoding="utf-8").splitlines()))
+    assert metrics["copied"] == {"base": 1.0, "adapter": 1.0}  # the samples are a training image
+    copies = read_csv(paths.COPIES)
+    assert [(row["file"], row["training_image"], row["copied"]) for row in copies] == [
+        ("0.png", "2.png", "True"),
+        ("1.png", "2.png", "True"),
+    ]
+    intervals = read_csv(paths.INTERVALS)
+    assert ("style_probability", "adapter") in [(row["metric"], row["strength"]) for row in intervals]
+    assert all(float(row["low"]) <= float(row["high"]) for row in intervals)
+    gates = {row["name"]: row for row in read_csv(paths.GATES)}
+    assert metrics["gates"]["all"] == metrics["gates"]["copied"] == 0
+    assert gates["copied"]["reason"] == "copied.adapter is 1, should be at most 0.2"
+    assert gates["style_probability"]["passed"] == "True"
+    rows = read_csv(paths.LOSS_BY_TIMESTEP)
     assert [row["timestep"] for row in rows] == ["100", "900"]
     assert float(rows[0]["base"]) + float(rows[1]["base"]) == pytest.approx(2 * loss["base"])
     assert float(rows[0]["adapter"]) + float(rows[1]["adapter"]) == pytest.approx(2 * loss["adapter"])

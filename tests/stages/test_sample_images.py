@@ -41,6 +41,7 @@ def test_pictures_table_and_grid_are_written(project: Path) -> None:
     ]
     pictures = [Image.open(paths.SAMPLES / row["file"]) for row in rows]
     assert [picture.size for picture in pictures] == [(64, 64), (64, 64)]
+    assert json.loads(pictures[1].info["parameters"])["noise_key"] == ["sample", 0, 3]
     assert pictures[0].tobytes() != pictures[1].tobytes()
     assert Image.open(paths.SAMPLE_GRID).width > 2 * 192
     assert project == Path.cwd()

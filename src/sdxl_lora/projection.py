@@ -1,0 +1,174 @@
+"""The pipeline's results as one complete MLflow run: a view of what DVC records, which can be rebuilt."""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+import pandas as pd
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, RunTag
+from PIL import Image
+
+from sdxl_lora import paths
+from sdxl_lora.config import Params
+from sdxl_lora.execution import current_execution
+from sdxl_lora.gates import failures
+from sdxl_lora.lineage import training_digest
+from sdxl_lora.sources import file_digest
+from sdxl_lora.tracking import ENTRIES_A_REQUEST, TRACKING_ERRORS, Connection, chunks, connect, flat
+
+DIGEST_LENGTH = 36  # characters that MLflow has for a data set's digest
+NOTE_LENGTH = 8000  # characters that MLflow has for a tag
+
+logger = logging.getLogger(__name__)
+
+
+def track_run(params: Params) -> dict[str, dict[str, str | None]]:
+    """Shows the pipeline's present results in MLflow as one complete run.
+
+    Results that DVC restored, and that a run shows already, are linked to that run instead.
+
+    Returns:
+        The pointer to that run, {"mlflow": {"run": name, "id": id}}; nulls if the server cannot be reached.
+    """
+    try:
+        connection = connect()
+        run_id = show_results(connection, params)
+        name = connection.client.get_run(run_id).info.run_name
+    except TRACKING_ERRORS as error:
+        logger.warning(
+            "MLflow cannot be reached (%s): results are safe in their files. When it is back: "
+            "`dvc repro -sf track_run`",
+            type(error).__name__,
+        )
+        return {"mlflow": {"run": None, "id": None}}
+    logger.info("MLflow run %s (%s): `make ui` shows it", name, run_id)
+    return {"mlflow": {"run": name, "id": run_id}}
+
+
+def show_results(connection: Connection, params: Params) -> str:
+    """Completes this execution's run, or finds the one that shows the same results; its id."""
+    client, execution = connection.client, current_execution()
+    records = {name: record for name, record in execution.records().items() if name != "track_run"}
+    content = content_id()
+    shown = connection.run_of_content(content)
+    if shown is not None and not records:
+        also = client.get_run(shown).data.tags.get("dvc.also", "")
+        names = set(also.split(",")) | {os.environ.get("DVC_EXP_NAME") or "repro"}
+        client.set_tag(shown, "dvc.also", ",".join(sorted(names - {""})))
+        return shown
+    run_id = connection.new_run(execution, params, {} if records else {"dvc.origin": "restored"})
+    log_curves(client, run_id)
+    log_reports(client, run_id)
+    log_pictures(client, run_id)
+    log_verdict(client, run_id)
+    log_dataset(client, run_id)
+    for name in pipeline_stages():
+        client.set_tag(run_id, f"stage.{name}", records[name].status if name in records else "cached")
+        if name in records:
+            client.log_metric(run_id, f"seconds/{name}", records[name].seconds)
+    client.log_artifacts(run_id, str(paths.EXPORT), "adapter")
+    for file in (paths.PARAMS, paths.PIPELINE, paths.LOCK):
+        client.log_artifact(run_id, str(file), "dvc")
+    client.set_tag(run_id, "mlflow.note.content", description(run_id))
+    client.set_tag(run_id, "dvc.content", content)
+    client.set_tag(run_id, "dvc.train_lora", training_digest(paths.LOCK))
+    client.set_terminated(run_id, "FINISHED")
+    return run_id
+
+
+def log_curves(client: MlflowClient, run_id: str) -> None:
+    """The training curves from their file, unless the live run drew them to their end."""
+    curve = pd.read_csv(paths.LOSS_CURVE)
+    drawn = client.get_metric_history(run_id, "train/loss")
+    if drawn and max(point.step for point in drawn) == curve["step"].iloc[-1]:
+        return
+    now = int(time.time() * 1000)
+    steps = curve.pop("step").tolist()
+    points = [
+        Metric(f"train/{name}", value, now, step)
+        for name, values in curve.items()
+        for step, value in zip(steps, values.tolist(), strict=True)
+    ]
+    for chunk in chunks(points, ENTRIES_A_REQUEST):
+        client.log_batch(run_id, metrics=chunk)
+
+
+def log_reports(client: MlflowClient, run_id: str) -> None:
+    """Every number of every report as a metric under the report's name, every word as a tag."""
+    now = int(time.time() * 1000)
+    for path in paths.NUMBERS:
+        prefix = "" if path == paths.METRICS else f"{path.stem}/"
+        leaves = flat(json.loads(path.read_text(encoding="utf-8")), separator="/")
+        entries = {f"{prefix}{key}": value for key, value in leaves}
+        words = [RunTag(key, value) for key, value in entries.items() if isinstance(value, str)]
+        points = [
+            Metric(key, float(value), now, 0) for key, value in entries.items() if not isinstance(value, str)
+        ]
+        client.log_batch(run_id, metrics=points, tags=words)
+    for path in sorted(paths.REPORTS.iterdir()):
+        if path.suffix in (".csv", ".html", ".md"):
+            client.log_artifact(run_id, str(path), "reports")
+
+
+def log_verdict(client: MlflowClient, run_id: str) -> None:
+    """Tags that say whether the adapter passed its gates, and why not: `gates` and `gates.<name>`."""
+    failed = failures(paths.GATES)
+    client.set_tag(run_id, "gates", "failed" if failed else "passed")
+    for name, reason in failed.items():
+        client.set_tag(run_id, f"gates.{name}", reason)
+
+
+def log_dataset(client: MlflowClient, run_id: str) -> None:
+    """The data set that the adapter was trained on, with the digest of its images and captions."""
+    record = json.loads(paths.RAW_SOURCE.read_text(encoding="utf-8"))
+    digest = file_digest(paths.ENCODED_INDEX)
+    dataset = Dataset(
+        name=record["repository"],
+        digest=digest[:DIGEST_LENGTH],
+        source_type="dvc",
+        source=json.dumps(record),
+        profile=json.dumps({"sha256": digest, "examples": record["examples"]}),
+    )
+    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+
+def log_pictures(client: MlflowClient, run_id: str) -> None:
+    """The grid, every sample under its own name, and a table of what each was drawn from."""
+    client.log_artifact(run_id, str(paths.SAMPLE_GRID))
+    samples = pd.read_json(paths.SAMPLE_TABLE, lines=True)
+    client.log_table(run_id, samples, "samples.json")
+    for row in samples.itertuples():
+        place, seed = Path(str(row.file)).stem.split("-seed-")
+        step = round(100 * float(str(row.strength)))  # the slider of MLflow's image grid: strength in percent
+        with Image.open(paths.SAMPLES / str(row.file)) as image:
+            client.log_image(run_id, image, key=f"sample {place} seed {seed}", step=step)
+
+
+def description(run_id: str) -> str:
+    """What a run's page opens with: the model card, its pictures as MLflow's server hands them out."""
+    card = paths.CARD.read_text(encoding="utf-8")
+    _, _, text = card.removeprefix("---").partition("\n---\n")  # the Hub's header is not for readers
+    grid = paths.SAMPLE_GRID.name
+    return text.strip().replace(f"]({grid})", f"](get-artifact?path={grid}&run_uuid={run_id})")[:NOTE_LENGTH]
+
+
+def content_id() -> str:
+    """A hash of all results but the pointer to MLflow, and of the params that they came from."""
+    stages = yaml.safe_load(paths.LOCK.read_text(encoding="utf-8"))["stages"]
+    results = {
+        name: [{out["path"]: out.get("md5") for out in entry.get("outs", [])}, entry.get("params")]
+        for name, entry in stages.items()
+        if name != "track_run"
+    }
+    return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def pipeline_stages() -> list[str]:
+    """The stages whose results a run shows."""
+    stages = yaml.safe_load(paths.PIPELINE.read_text(encoding="utf-8"))["stages"]
+    return [name for name in stages if name != "track_run"]

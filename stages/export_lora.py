@@ -1,0 +1,58 @@
+"""Stage export_lora: adapter, samples and figures -> a folder that others can use, as the Hub wants it."""
+
+import shutil
+
+from sdxl_lora import paths
+from sdxl_lora.config import load_params
+from sdxl_lora.execution import run, stage
+from sdxl_lora.export import export_lora, kohya_file, model_spec
+from sdxl_lora.gates import failures
+from sdxl_lora.lineage import lineage
+from sdxl_lora.lora import WEIGHTS
+from sdxl_lora.model_card import card_pictures, model_card, picture_name
+from sdxl_lora.reports import read_numbers
+from sdxl_lora.samples import load_table
+from sdxl_lora.sdxl import layers_per_block, load_noise_schedule, weight_digests
+
+PICTURES = 6
+
+
+def main() -> None:
+    params = load_params()
+    config = params.export
+    with stage("export_lora"):
+        trigger = params.captions.trigger
+        prediction_type = load_noise_schedule(params.model).prediction_type
+        weights = weight_digests(params.model)
+        facts = lineage(params.model, weights, paths.RAW_SOURCE, paths.ENCODED_INDEX, paths.LOCK)
+        spec = model_spec(config, trigger, params.encoding.resolution, prediction_type)
+        export_lora(paths.LORA, paths.EXPORT, config, {**facts, **spec}, layers_per_block(params.model))
+
+        samples = card_pictures(load_table(paths.SAMPLE_TABLE), PICTURES)
+        for sample in samples:
+            target = paths.EXPORT / picture_name(sample)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(paths.SAMPLES / sample.file, target)
+        shutil.copy(paths.SAMPLE_GRID, paths.EXPORT)
+        details = {
+            "grid": paths.SAMPLE_GRID.name,
+            "weights": WEIGHTS,
+            "kohya": kohya_file(config),
+            "rank": params.lora.rank,
+            "alpha": params.lora.alpha,
+            "trigger": trigger,
+        }
+        card = model_card(
+            config,
+            params.model,
+            [(picture_name(sample), sample) for sample in samples],
+            details,
+            read_numbers(paths.METRICS, "evaluate_lora"),
+            list(failures(paths.GATES).values()),
+            facts,
+        )
+        paths.CARD.write_text(card, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)
