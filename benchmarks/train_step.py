@@ -90,7 +90,7 @@ def of_recipe(params: Params) -> Configuration:
         "checkpointing": "all" if training.gradient_checkpointing else "none",
         "attention": training.attention,
         "optimizer": training.optimizer,
-        "text_encoders": params.model.text_encoders,
+        "text_encoders": "frozen" if params.model.text_encoders == "frozen" else "trained",
         "vram_gib": training.vram_gib,
         "batch_size": training.batch_size,
         "accumulation": training.accumulation,
@@ -105,7 +105,7 @@ def configured(params: Params, configuration: Configuration, steps: int) -> Para
         name: configuration[name] for name in configuration if name in type(params.training).model_fields
     }
     training |= {"gradient_checkpointing": configuration["checkpointing"] == "all"}
-    training |= {"steps": WARMUP_STEPS + steps, "warmup_steps": 1}
+    training |= {"steps": WARMUP_STEPS + steps, "warmup_steps": 1, "text_encoder_steps": None}
     return params.model_copy(
         update={
             "training": params.training.model_copy(update=training),

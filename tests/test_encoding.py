@@ -174,8 +174,9 @@ def test_latents_that_are_not_finite_are_refused(images: Path, tmp_path: Path) -
     assert not (tmp_path / "encoded").exists()
 
 
-def test_trained_text_encoders_leave_tokens_alone(images: Path, tmp_path: Path) -> None:
-    model: ModelConfig = PARAMS.model.model_copy(update={"text_encoders": "trained"})
+@pytest.mark.parametrize("text_encoders", ["trained", "trained_then_frozen"])
+def test_trained_text_encoders_leave_tokens_alone(images: Path, tmp_path: Path, text_encoders: str) -> None:
+    model: ModelConfig = PARAMS.model.model_copy(update={"text_encoders": text_encoders})
     encode(images, rows_of(images), load_encoders(model, CONFIG, CPU), tmp_path / "encoded")
     batch = EncodedDataset(tmp_path / "encoded", "train")[0]
     assert batch.prompt_embeds is None
