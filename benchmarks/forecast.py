@@ -69,7 +69,7 @@ def measure(params: Params) -> dict[str, object]:
         plan = plan_of(params, device)
         config = plan.applied_to(params.training)
         dataset: Any = RandomDataset(params.encoding.resolution)  # acts as an EncodedDataset
-        denoiser = random_denoiser(config.precision, device, params.model.text_encoders == "trained")
+        denoiser = random_denoiser(config.precision, device, params.model.text_encoders != "frozen")
         add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
         prepare(denoiser, config, dataset.latents, plan.checkpointed)
         seconds = [report.seconds for report in train_lora(denoiser, dataset, config, params.seed)]

@@ -97,7 +97,7 @@ def of_recipe(params: Params) -> Configuration:
         "attention": training.attention,
         "deterministic": training.deterministic,
         "optimizer": training.optimizer,
-        "text_encoders": params.model.text_encoders,
+        "text_encoders": "frozen" if params.model.text_encoders == "frozen" else "trained",
         "vram_gib": training.vram_gib,
         "batch_size": training.batch_size,
         "micro_batch_size": training.micro_batch_size,
@@ -111,7 +111,8 @@ def configured(params: Params, configuration: Configuration, steps: int) -> Para
     training = {
         name: configuration[name] for name in configuration if name in type(params.training).model_fields
     }
-    training |= {"steps": WARMUP_STEPS + steps, "warmup_steps": 1, "preview_every": None}
+    fixed = {"warmup_steps": 1, "text_encoder_steps": None, "preview_every": None}
+    training |= {"steps": WARMUP_STEPS + steps, **fixed}
     return params.model_copy(
         update={
             "training": params.training.model_copy(update=training),
@@ -162,7 +163,7 @@ def measure(configuration: Configuration, recipe: Params, steps: int) -> Result:
 
 def training(params: Params, plan: Plan, device: torch.device, dataset: Any) -> Iterator[Report]:
     """The library's own loop, on random weights and latents."""
-    config, trained = plan.applied_to(params.training), params.model.text_encoders == "trained"
+    config, trained = plan.applied_to(params.training), params.model.text_encoders != "frozen"
     denoiser = random_denoiser(config.precision, device, trained)
     add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
     prepare(denoiser, config, dataset.latents, plan.checkpointed)

@@ -90,6 +90,21 @@ def test_every_option_of_a_step_reaches_the_params() -> None:
     assert after == SMALL | {"resolution": params.encoding.resolution}  # the random data set's, no param's
 
 
+def test_text_encoders_that_freeze_later_are_timed_while_they_are_trained() -> None:
+    params = load_params(RECIPE)
+    freezing = params.model_copy(
+        update={
+            "model": params.model.model_copy(update={"text_encoders": "trained_then_frozen"}),
+            "training": params.training.model_copy(update={"text_encoder_steps": 5}),
+        }
+    )
+    configuration = train_step.of_recipe(freezing)
+    assert configuration == train_step.of_recipe(params)
+    assert train_step.configured(freezing, configuration, 20) == train_step.configured(
+        params, configuration, 20
+    )
+
+
 @pytest.mark.parametrize("text", ["none", "14.75"])
 def test_a_cap_is_a_size_or_none(text: str) -> None:
     assert gib_or_none(text) == (None if text == "none" else 14.75)

@@ -138,6 +138,26 @@ def test_no_key_has_a_default(section: type[BaseModel]) -> None:
             "  warmup_steps: 2000",
             "training.warmup_steps (2000) must be below training.steps",
         ),
+        (
+            "  text_encoders: trained #",
+            "  text_encoders: trained_then_frozen #",
+            "model.text_encoders is 'trained_then_frozen' but training.text_encoder_steps is None: set the",
+        ),
+        (
+            "  text_encoder_steps: null",
+            "  text_encoder_steps: 500",
+            "model.text_encoders is 'trained' but training.text_encoder_steps is 500: set the first to",
+        ),
+        (
+            "  text_encoder_steps: null",
+            "  text_encoder_steps: 2000",
+            "training.text_encoder_steps (2000) must be below training.steps (2000): lower the first",
+        ),
+        (
+            "  text_encoder_steps: null",
+            "  text_encoder_steps: 0",
+            "text_encoder_steps: Input should be greater",
+        ),
         ("  vae_revision: 207b116dae70ace3637169f1ddd2434b91b3a8cd", "  vae_revision: null", "set both"),
         ("  rank: 16", "  rank: [16", "is not valid YAML"),
     ],
@@ -171,6 +191,15 @@ def test_exponent_without_a_point_is_the_number_that_dvc_reads(tmp_path: Path) -
     """PyYAML reads 1e-4 as a string."""
     path = changed(tmp_path, "  learning_rate: 0.0001", "  learning_rate: 1e-4")
     assert load_params(path).training.learning_rate == 0.0001
+
+
+def test_text_encoders_trained_for_fewer_steps_than_the_unet_are_accepted(tmp_path: Path) -> None:
+    path = changed(tmp_path, "  text_encoder_steps: null", "  text_encoder_steps: 1999")
+    path.write_text(
+        path.read_text().replace("  text_encoders: trained #", "  text_encoders: trained_then_frozen #")
+    )
+    params = load_params(path)
+    assert (params.model.text_encoders, params.training.text_encoder_steps) == ("trained_then_frozen", 1999)
 
 
 def test_params_cannot_be_changed() -> None:

@@ -49,6 +49,24 @@ def test_examples_come_back_whole_from_any_shard_in_any_order(tmp_path: Path, em
             assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_other_embeddings_keep_to_their_examples(tmp_path: Path, on_disk: bool) -> None:
+    """Those of the data set that they were put into stay as they were."""
+    write_shard(tmp_path, "a.safetensors", numbered([0, 1, 2], embeds=on_disk))
+    write_index(tmp_path, [Example(str(n), f"{n}.png", "", "train", "a.safetensors", n) for n in range(3)])
+    dataset = EncodedDataset(tmp_path, "train")
+    prompt_embeds, pooled_prompt_embeds = torch.randn(3, 77, 8), torch.randn(3, 8)
+    before, batch = (
+        data.batch([2, 0]) for data in (dataset, dataset.with_embeddings(prompt_embeds, pooled_prompt_embeds))
+    )
+    assert batch.prompt_embeds is not None
+    assert batch.pooled_prompt_embeds is not None
+    assert torch.equal(batch.prompt_embeds, prompt_embeds[[2, 0]])
+    assert torch.equal(batch.pooled_prompt_embeds, pooled_prompt_embeds[[2, 0]])
+    assert torch.equal(batch.latents_mean, before.latents_mean)
+    assert (before.prompt_embeds is None) != on_disk
+
+
 def test_empty_split_names_the_key(tmp_path: Path) -> None:
     write_shard(tmp_path, "a.safetensors", numbered([0], embeds=False))
     write_index(tmp_path, [Example("0", "0.png", "", "train", "a.safetensors", 0)])

@@ -265,10 +265,11 @@ def test_batch_that_does_not_fit_names_the_key(
         encode(rows, images, full, tmp_path / "encoded")
 
 
+@pytest.mark.parametrize("text_encoders", ["trained", "trained_then_frozen"])
 def test_trained_text_encoders_leave_tokens_alone(
-    images: Path, rows: list[CaptionedImage], tmp_path: Path
+    images: Path, rows: list[CaptionedImage], tmp_path: Path, text_encoders: str
 ) -> None:
-    model: ModelConfig = PARAMS.model.model_copy(update={"text_encoders": "trained"})
+    model: ModelConfig = PARAMS.model.model_copy(update={"text_encoders": text_encoders})
     encode(rows, images, load_encoders(model, CONFIG, CPU), tmp_path / "encoded")
     batch = EncodedDataset(tmp_path / "encoded", "train")[0]
     assert batch.prompt_embeds is None

@@ -84,6 +84,10 @@ def trainable(model: nn.Sequential) -> list[Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def copies(module: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
 def distance(ours: nn.Sequential, theirs: nn.Sequential) -> float:
     """Euclidean, between all weights, over their norm."""
     mine, other = (torch.cat([p.detach().flatten() for p in trainable(model)]) for model in (ours, theirs))
@@ -118,6 +122,46 @@ def test_twenty_steps_are_those_of_torch(config: TrainingConfig, optimizer: str,
         assert update.grad_norm == pytest.approx(norm.item(), rel=1e-4)
     # 8-bit moments share a scale by blocks of 256, and the engine's blocks run on across layers.
     assert distance(ours, theirs) < (1e-6 if optimizer == "adamw" else 1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_restricted_engine_goes_on_as_torch_with_the_others_frozen(
+    config: TrainingConfig, optimizer: str, ema_decay: float | None
+) -> None:
+    """Against the textbook: what needs no gradient has no momentum, no decay and no share in clipping."""
+    config = with_(config, optimizer=optimizer, ema_decay=ema_decay, weight_decay=0.1)
+    exact = optimizer == "adamw"
+    ours, theirs = network(), network()
+    engine, loss = make(ours, config), loss_of(theirs)
+    kind = torch.optim.AdamW if exact else bitsandbytes.optim.AdamW8bit
+    rates = dict(zip((0, 2), PEAK_RATES, strict=True))
+    groups = [{"params": list(theirs[layer].parameters()), "lr": rate} for layer, rate in rates.items()]
+    reference = kind(groups, betas=config.betas, weight_decay=config.weight_decay)
+    average = copies(theirs[0])
+    for step in range(20):
+        if step == 10:
+            engine.restrict(1, loss_of(ours))
+            theirs[2].requires_grad_(False)
+            frozen = copies(ours[2])
+        batches = [pairs(2 * step), pairs(2 * step + 1)]
+        for batch in batches:
+            engine.accumulate(batch)
+        update = engine.update(1.0)
+        reference.zero_grad()
+        mean_loss = torch.stack([loss(batch) for batch in batches]).mean()
+        mean_loss.backward()
+        norm = nn.utils.clip_grad_norm_(trainable(theirs), config.max_grad_norm)
+        reference.step()
+        decay = min(ema_decay or 0.0, (step + 1) / (step + 10))
+        average = [decay * a + (1 - decay) * w for a, w in zip(average, copies(theirs[0]), strict=True)]
+        assert update.loss == pytest.approx(mean_loss.item(), rel=1e-4 if exact else 1e-3)
+        assert update.grad_norm == pytest.approx(norm.item(), rel=1e-4 if exact else 1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(frozen, copies(ours[2]), strict=True))
+    engine.finish()
+    assert all(torch.equal(a, b) for a, b in zip(frozen, copies(ours[2]), strict=True))
+    mine, other = (torch.cat([tensor.flatten() for tensor in part]) for part in (copies(ours[0]), average))
+    assert (mine - other).norm() / other.norm() < (1e-6 if exact else 3e-3)  # 8 bits: as above
 
 
 def test_half_precision_weights_follow_an_fp32_master(config: TrainingConfig) -> None:
@@ -190,7 +234,7 @@ def test_parameters_are_views_of_one_tensor(config: TrainingConfig) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_replayed_graph_is_the_eager_step_to_the_bit(config: TrainingConfig, dtype: torch.dtype) -> None:
-    """With two shapes of input, one of them first met in the middle of an accumulation."""
+    """With two shapes of input, one first met in the middle of an accumulation; then with one group alone."""
     device = torch.device("cuda")
     results = []
     for recorded in (True, False):
@@ -200,6 +244,8 @@ def test_replayed_graph_is_the_eager_step_to_the_bit(config: TrainingConfig, dty
             engine._recorder = None
         updates = []
         for step in range(6):
+            if step == 4:
+                engine.restrict(1, loss_of(model))
             engine.accumulate(pairs(2 * step))
             engine.accumulate(pairs(2 * step + 1, size=3))
             updates.append(engine.update(1.0))

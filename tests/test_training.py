@@ -9,13 +9,14 @@ import torch
 from encoded import write_encoded_dataset
 from torch import Tensor
 
+from sdxl_lora import training
 from sdxl_lora.checkpointing import find_units
 from sdxl_lora.config import LoraConfig, ModelConfig, Params, TrainingConfig, load_params
 from sdxl_lora.cuda_graph import Recorder
 from sdxl_lora.dataset import EncodedDataset, example_order
-from sdxl_lora.denoising import Denoiser, load_denoiser
+from sdxl_lora.denoising import Denoiser, load_denoiser, with_captions_embedded
 from sdxl_lora.hardware import deterministic
-from sdxl_lora.lora import add_adapters, lora_parameters, named_parts
+from sdxl_lora.lora import add_adapters, load_lora, lora_parameters, named_parts, save_lora
 from sdxl_lora.randomness import generator
 from sdxl_lora.training import (
     Report,
@@ -49,6 +50,11 @@ def model(params: Params, request: pytest.FixtureRequest) -> ModelConfig:
 
 
 @pytest.fixture
+def freezing(params: Params) -> ModelConfig:
+    return params.model.model_copy(update={"text_encoders": "trained_then_frozen"})
+
+
+@pytest.fixture
 def lora(params: Params) -> LoraConfig:
     return params.lora.model_copy(update={"rank": 4, "alpha": 8.0, "dropout": 0.0})
 
@@ -69,6 +75,7 @@ def config(params: Params) -> TrainingConfig:
             "max_grad_norm": 0.1,
             "min_snr_gamma": 5.0,
             "caption_dropout": 0.5,
+            "text_encoder_steps": None,
         }
     )
 
@@ -102,20 +109,40 @@ def relative_difference(ours: list[Tensor], theirs: list[Tensor], start: list[Te
     return float((distance / way) ** 0.5)
 
 
+def embeds(dataset: EncodedDataset) -> list[Tensor]:
+    """Prompt embeddings and pooled ones of all examples."""
+    batch = dataset.batch(range(len(dataset)))
+    assert batch.prompt_embeds is not None
+    assert batch.pooled_prompt_embeds is not None
+    return [batch.prompt_embeds, batch.pooled_prompt_embeds]
+
+
 def frozen_weights(denoiser: Denoiser) -> Iterator[Tensor]:
     for module in denoiser.modules:
         yield from (p.detach() for p in module.parameters() if not p.requires_grad)
 
 
+@pytest.mark.parametrize(
+    ("text_encoders", "text_encoder_steps"),
+    [("frozen", None), ("trained", None), ("trained_then_frozen", 1), ("trained_then_frozen", 2)],
+)
 def test_step_is_that_of_torch_alone(
-    model: ModelConfig, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig
+    params: Params,
+    lora: LoraConfig,
+    dataset: EncodedDataset,
+    config: TrainingConfig,
+    text_encoders: str,
+    text_encoder_steps: int | None,
 ) -> None:
-    """Against the textbook: PEFT's modules, torch's AdamW, the loss written out."""
+    """Against the textbook: PEFT's modules, torch's AdamW, the loss written out, text encoders always run."""
+    model = params.model.model_copy(update={"text_encoders": text_encoders})
+    config = with_(config, text_encoder_steps=text_encoder_steps)
+    ours, reports = trained(model, lora, dataset, config)
     denoiser = adapted(model, lora)
-    unet, text_encoders = denoiser.unet, denoiser.text_encoders or ()
+    unet = denoiser.unet
+    adapted_text = [p for module in denoiser.text_encoders or () for p in lora_parameters(module)]
     optimizer = torch.optim.AdamW(
-        [{"params": lora_parameters(unet), "lr": 0.0}]
-        + [{"params": lora_parameters(text_encoder), "lr": 0.0} for text_encoder in text_encoders],
+        [{"params": part, "lr": 0.0} for part in (lora_parameters(unet), adapted_text) if part],
         betas=config.betas,
         weight_decay=config.weight_decay,
     )
@@ -123,8 +150,11 @@ def test_step_is_that_of_torch_alone(
     order = torch.randperm(8, generator=generator(SEED, "order", 0))
     alphas = denoiser.noise_schedule.alphas_cumprod
     for step in range(config.steps):
+        if step == text_encoder_steps:
+            for parameter in adapted_text:
+                parameter.requires_grad_(False)
         factor = learning_rate_factor(step, config)
-        for group, rate in zip(optimizer.param_groups, [1e-2, 1e-3, 1e-3], strict=False):
+        for group, rate in zip(optimizer.param_groups, [1e-2, 1e-3], strict=False):
             group["lr"] = factor * rate
         batch = dataset.batch(order[2 * step : 2 * step + 2].tolist())
         random = draw(batch, 2 * step, 1000, config.caption_dropout, SEED)
@@ -141,9 +171,10 @@ def test_step_is_that_of_torch_alone(
         loss = (weight * (prediction - random.noise) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
-    ours, _ = trained(model, lora, dataset, config)
+        assert reports[step].loss == pytest.approx(loss.item(), rel=1e-5)
+        assert reports[step].grad_norm == pytest.approx(norm.item(), rel=1e-4)
     assert relative_difference(weights(ours), weights(denoiser), weights(adapted(model, lora))) < 3e-3
 
 
@@ -312,6 +343,65 @@ def test_moving_average_is_saved_in_place_of_the_last_weights(
         average = [decay * a + (1 - decay) * w for a, w in zip(average, trajectory[-1], strict=True)]
     torch.testing.assert_close(weights(denoiser), average)
     assert not torch.equal(weights(denoiser)[0], trajectory[-1][0])
+
+
+def test_text_encoders_train_to_their_last_step_as_if_never_to_be_frozen(
+    params: Params, freezing: ModelConfig, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig
+) -> None:
+    config, runs = with_(config, optimizer="adamw_8bit", ema_decay=0.9), []
+    for model, steps in ((params.model.model_copy(update={"text_encoders": "trained"}), None), (freezing, 2)):
+        denoiser = adapted(model, lora)
+        reports = islice(train_lora(denoiser, dataset, with_(config, text_encoder_steps=steps), SEED), 2)
+        losses = [(report.loss, report.grad_norm) for report in reports]
+        runs.append((losses, weights(denoiser)))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_frozen_text_encoders_keep_the_adapters_that_embedded_the_captions(
+    freezing: ModelConfig,
+    lora: LoraConfig,
+    dataset: EncodedDataset,
+    config: TrainingConfig,
+    ema_decay: float | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where an average is saved, in half precision, with dropout: what is loaded embeds them alike."""
+    embedded: list[EncodedDataset] = []
+
+    def spy(denoiser: Denoiser, dataset: EncodedDataset) -> EncodedDataset:
+        embedded.append(with_captions_embedded(denoiser, dataset))
+        return embedded[0]
+
+    monkeypatch.setattr(training, "with_captions_embedded", spy)
+    config = with_(config, text_encoder_steps=2, ema_decay=ema_decay, precision="bf16", micro_batch_size=1)
+    denoiser = load_denoiser(freezing, "bf16", CPU)
+    add_adapters(denoiser.unet, denoiser.text_encoders, lora.model_copy(update={"dropout": 0.2}), SEED)
+    path = [weights(denoiser) for _ in train_lora(denoiser, dataset, config, SEED)]
+    num_unet = len(lora_parameters(denoiser.unet))
+    assert not any(torch.equal(a, b) for a, b in zip(path[0], path[1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(path[1][num_unet:], path[3][num_unet:], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(path[1][:num_unet], path[3][:num_unet], strict=True))
+    save_lora(tmp_path, denoiser.unet, denoiser.text_encoders)
+    loaded = load_denoiser(freezing, "bf16", CPU)
+    load_lora(tmp_path, loaded.unet, loaded.text_encoders)
+    again = with_captions_embedded(loaded, dataset)
+    assert len(embedded) == 1
+    assert all(torch.equal(a, b) for a, b in zip(embeds(embedded[0]), embeds(again), strict=True))
+    assert not any(torch.equal(a.float(), b) for a, b in zip(embeds(again), embeds(dataset), strict=True))
+
+
+def test_no_example_and_no_draw_shifts_when_the_text_encoders_freeze(
+    freezing: ModelConfig, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig
+) -> None:
+    """Nothing moves: the learning rates are 0, so losses are those of text encoders that never freeze."""
+    still = with_(config, steps=5, micro_batch_size=1, learning_rate=0.0, text_encoder_learning_rate=0.0)
+    _, reports = trained(freezing, lora, dataset, still)
+    _, frozen_reports = trained(freezing, lora, dataset, with_(still, text_encoder_steps=3))
+    assert [r.loss for r in frozen_reports] == pytest.approx([r.loss for r in reports], rel=1e-5)
+    assert len({r.loss for r in reports}) == 5
 
 
 def test_loss_that_is_not_finite_stops_and_names_the_images(

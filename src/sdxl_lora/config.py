@@ -78,8 +78,10 @@ class ModelConfig(Section):
     """Replacement VAE, named as `base`; null: the base model's own."""
     vae_revision: str | None
     """Revision of the replacement VAE; null exactly if `vae` is null."""
-    text_encoders: Literal["frozen", "trained"]
-    """`trained` puts adapters on both text encoders; `frozen` reads embeddings from the encoded data set."""
+    text_encoders: Literal["frozen", "trained", "trained_then_frozen"]
+    """`trained` puts adapters on both text encoders, `trained_then_frozen` trains these for
+    training.text_encoder_steps and then embeds each caption once; `frozen` reads embeddings from the encoded
+    data set."""
 
     @model_validator(mode="after")
     def vae_comes_with_its_revision(self) -> Self:
@@ -123,7 +125,7 @@ class LoraConfig(Section):
     unet_modules: ModuleNames
     """Names of the UNet's layers that get an adapter, matched at the end of their path."""
     text_encoder_modules: ModuleNames
-    """The same for both text encoders; used if model.text_encoders is `trained`."""
+    """The same for both text encoders; used unless model.text_encoders is `frozen`."""
 
 
 class TrainingConfig(Section):
@@ -141,6 +143,8 @@ class TrainingConfig(Section):
     """Peak learning rate of the UNet's adapters."""
     text_encoder_learning_rate: NonNegativeFloat
     """Peak learning rate of the text encoders' adapters."""
+    text_encoder_steps: PositiveInt | None
+    """Optimizer steps after which `trained_then_frozen` text encoders are frozen; null for all others."""
     schedule: Literal["cosine", "constant"]
     """Learning rate after the warm-up: down to 0 at the last step along a cosine, or constant."""
     warmup_steps: NonNegativeInt
@@ -186,6 +190,15 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"training.micro_batch_size ({self.micro_batch_size}) must divide training.batch_size "
                 f"({self.batch_size}): set it to one of {divisors(self.batch_size)}, or to auto"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def text_encoders_freeze_before_training_ends(self) -> Self:
+        if self.text_encoder_steps is not None and self.text_encoder_steps >= self.steps:
+            raise ValueError(
+                f"training.text_encoder_steps ({self.text_encoder_steps}) must be below training.steps "
+                f"({self.steps}): lower the first, or set it to null and model.text_encoders to trained"
             )
         return self
 
@@ -291,6 +304,20 @@ class Params(Section):
     sampling: SamplingConfig
     evaluation: EvaluationConfig
     export: ExportConfig
+
+    @model_validator(mode="after")
+    def freezing_comes_with_its_step(self) -> Self:
+        kind, steps = self.model.text_encoders, self.training.text_encoder_steps
+        if (kind == "trained_then_frozen") != (steps is not None):
+            remedy = (
+                "set the second to the steps after which they are frozen"
+                if steps is None
+                else "set the first to trained_then_frozen, or the second to null"
+            )
+            raise ValueError(
+                f"model.text_encoders is {kind!r} but training.text_encoder_steps is {steps!r}: {remedy}"
+            )
+        return self
 
 
 def divisors(number: int) -> list[int]:

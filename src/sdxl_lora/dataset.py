@@ -8,6 +8,7 @@ save, nothing to restart wrongly on a resume.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -54,9 +55,9 @@ class Batch:
     time_ids: Tensor
     """Original (h, w), crop (top, left), target (h, w), pixels, int32, (B, 6)."""
     prompt_embeds: Tensor | None
-    """(B, 77, 2048), if the text encoders are frozen."""
+    """(B, 77, 2048), once the text encoders are frozen."""
     pooled_prompt_embeds: Tensor | None
-    """(B, 1280), if the text encoders are frozen."""
+    """(B, 1280), once the text encoders are frozen."""
 
     def __len__(self) -> int:
         return len(self.latents_mean)
@@ -105,6 +106,7 @@ class EncodedDataset:
             raise ValueError(f"{folder}/ has no {split} example: add images, or change encoding.held_out")
         shards = {example.shard for example in self.examples}
         self._shards: dict[str, Any] = {name: safe_open(folder / name, "pt") for name in shards}
+        self._embeddings: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -128,7 +130,7 @@ class EncodedDataset:
                 f"{example.shard}: row {example.row} ({example.image}) is not what was encoded: "
                 "run `dvc checkout data/encoded`, or `dvc repro -f encode_dataset`"
             )
-        return batch
+        return replace(batch, **{name: tensor[[index]] for name, tensor in self._embeddings.items()})
 
     @property
     def images(self) -> list[str]:
@@ -137,6 +139,12 @@ class EncodedDataset:
 
     def batch(self, indices: Iterable[int]) -> Batch:
         return Batch.cat([self[index] for index in indices])
+
+    def with_embeddings(self, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Self:
+        """The same examples with these embeddings, a row each, in place of any on disk."""
+        dataset = copy(self)
+        dataset._embeddings = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+        return dataset
 
 
 def example_order(num_examples: int, seed: int, start: int) -> Iterator[int]:

@@ -7,7 +7,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from sdxl_lora.config import ModelConfig, Precision
-from sdxl_lora.dataset import Batch
+from sdxl_lora.dataset import Batch, EncodedDataset
 from sdxl_lora.diffusion import add_noise, prediction_target, squared_error
 from sdxl_lora.sdxl import (
     DTYPES,
@@ -19,6 +19,8 @@ from sdxl_lora.sdxl import (
     load_unet,
     predict,
 )
+
+EMBEDDED_AT_ONCE = 16  # captions, whose hidden states are 0.12 GiB in a half precision
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,25 @@ class Denoiser:
         return prompt_embeds * captioned[:, None, None], pooled_prompt_embeds * captioned[:, None]
 
 
+@torch.no_grad()
+def with_captions_embedded(denoiser: Denoiser, dataset: EncodedDataset) -> EncodedDataset:
+    """The examples with what the text encoders, as they are now, make of their captions.
+
+    The embeddings are on the CPU, in the text encoders' precision: 0.3 MB an example in a half one.
+    """
+    assert denoiser.text_encoders is not None
+    embeds = []
+    for start in range(0, len(dataset), EMBEDDED_AT_ONCE):
+        batch = dataset.batch(range(start, min(start + EMBEDDED_AT_ONCE, len(dataset))))
+        rows = embed_tokens(denoiser.text_encoders, batch.token_ids.to(denoiser.device))
+        embeds.append([tensor.cpu() for tensor in rows])
+    return dataset.with_embeddings(*(torch.cat(column) for column in zip(*embeds, strict=True)))
+
+
 def load_denoiser(config: ModelConfig, precision: Precision, device: torch.device) -> Denoiser:
-    """The base model's UNet, frozen, and its text encoders if `config` has them trained."""
-    text_encoders = (
-        load_text_encoders(config, precision, device) if config.text_encoders == "trained" else None
-    )
+    """The base model's UNet, frozen, and its text encoders unless `config` has no adapters on them."""
+    frozen = config.text_encoders == "frozen"
+    text_encoders = None if frozen else load_text_encoders(config, precision, device)
     schedule = load_noise_schedule(config)
     schedule = NoiseSchedule(schedule.alphas_cumprod.to(device), schedule.prediction_type)
     return Denoiser(load_unet(config, precision, device), text_encoders, schedule, precision)

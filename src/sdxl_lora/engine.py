@@ -118,6 +118,20 @@ class Engine(Generic[Inputs]):
         self._micro_batches = 0
         return report
 
+    def restrict(self, num_groups: int, loss: Callable[[Inputs], Tensor]) -> None:
+        """Goes on, from a step to the next, with the first groups alone and a loss of theirs.
+
+        The other parameters keep the values that they have now, in `finish` too: no moving average of theirs.
+        A recording is given up with its memory.
+        """
+        assert self._micro_batches == 0, "a step is under way"
+        self._loss = loss
+        self._adapters.restrict(num_groups)
+        if self._average is not None:
+            self._average.settle(self._adapters.gradient.numel())
+        if self._recorder is not None:
+            self._recorder = Recorder(self._forward_and_backward, self._device)
+
     def finish(self) -> None:
         """Gives the parameters their values in fp32: the last ones, or their moving average."""
         self._adapters.bind(self._adapters.master if self._average is None else self._average.value)
@@ -127,18 +141,29 @@ class FlatAdapters:
     """Parameters side by side in one tensor, with an fp32 master copy and an fp32 gradient alike."""
 
     def __init__(self, groups: Sequence[Sequence[Parameter]], dtype: torch.dtype) -> None:
-        self.parameters = [parameter for group in groups for parameter in group]
-        self.master = torch.cat([parameter.detach().flatten().float() for parameter in self.parameters])
-        self.sums = self.master.new_zeros(len(self.master) + 1)
-        """The gradient and, last, the loss: what processes add up, in one go."""
-        self.gradient, self.loss = self.sums[:-1], self.sums[-1]
+        self._groups = groups
+        self.master = torch.cat([p.detach().flatten().float() for group in groups for p in group])
         self._weights = self.master.to(dtype)  # the master itself, if that is fp32
         sizes = [sum(parameter.numel() for parameter in group) for group in groups]
         self.masters = [Parameter(part) for part in self.master.split(sizes)]
         """What the optimizer moves: the master of each group, with its gradient."""
-        for master, gradient in zip(self.masters, self.gradient.split(sizes), strict=True):
-            master.grad = gradient
+        self.restrict(len(groups))
         self.bind(self._weights)
+
+    def restrict(self, num_groups: int) -> None:
+        """Gives the first groups a gradient, all zeros, and takes it from the others.
+
+        Without one, an optimizer passes a master over: neither momentum nor weight decay moves it.
+        """
+        self.parameters = [parameter for group in self._groups[:num_groups] for parameter in group]
+        """Those that have a gradient."""
+        sizes = [len(master) for master in self.masters[:num_groups]]
+        self.sums = self.master.new_zeros(sum(sizes) + 1)
+        """The gradient and, last, the loss: what processes add up, in one go."""
+        self.gradient, self.loss = self.sums[:-1], self.sums[-1]
+        gradients = [*self.gradient.split(sizes), *(None for _ in self.masters[num_groups:])]
+        for master, gradient in zip(self.masters, gradients, strict=True):
+            master.grad = gradient
 
     def refresh(self) -> None:
         """Rounds the master into the weights that the model computes with."""
@@ -147,8 +172,9 @@ class FlatAdapters:
 
     def bind(self, flat: Tensor) -> None:
         """Makes every parameter a view of `flat`."""
-        sizes = [parameter.numel() for parameter in self.parameters]
-        for parameter, part in zip(self.parameters, flat.split(sizes), strict=True):
+        parameters = [parameter for group in self._groups for parameter in group]
+        sizes = [parameter.numel() for parameter in parameters]
+        for parameter, part in zip(parameters, flat.split(sizes), strict=True):
             parameter.data = part.view_as(parameter)
 
 
@@ -188,6 +214,10 @@ class MovingAverage:
     def update(self, step: int) -> None:
         """Moves the average towards the tensor after `step`, counted from 0."""
         self.value.lerp_(self._tensor, 1 - min(self._decay, (step + 1) / (step + 10)))
+
+    def settle(self, start: int) -> None:
+        """Forgets the past of the elements from `start` on: they are their average until they move."""
+        self.value[start:] = self._tensor[start:]
 
 
 def make_optimizer(

@@ -31,7 +31,7 @@ def trace_sampling(shapes: Shapes, params: Params) -> InferenceTrace:
     unet = shapes.make_unet(config.precision, META)
     text_encoders = shapes.make_text_encoders(config.precision, META)
     vae = shapes.make_vae(config.precision, META)
-    adapted = text_encoders if params.model.text_encoders == "trained" else None
+    adapted = text_encoders if params.model.text_encoders != "frozen" else None
     add_adapters(unet, adapted, params.lora, seed=0)
     adapters = [p for module in (unet, *text_encoders) for p in lora_parameters(module)]
     for parameter in adapters:

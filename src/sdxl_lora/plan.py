@@ -30,7 +30,7 @@ def plan_recipe(params: Params) -> Iterator[str]:
     """The forecast as text, piece by piece as it is made."""
     shapes = read_shapes(params.model)
     side = params.encoding.resolution // shapes.pixels_per_latent
-    trained = params.model.text_encoders == "trained"
+    trained = params.model.text_encoders != "frozen"
     work = Workload(shapes, trained, params.lora, params.training, torch.Size((1, 4, side, side)))
     planner, budget = Planner(work), params.training.vram_gib
     limit = inf if budget is None else budget * GIB

@@ -148,7 +148,7 @@ def choose_plan(
     Raises:
         ValueError: no plan fits; names the nearest that do.
     """
-    work = Workload(read_shapes(model), model.text_encoders == "trained", lora, config, latents)
+    work = Workload(read_shapes(model), model.text_encoders != "frozen", lora, config, latents)
     planner = Planner(work)
     if config.vram_gib is None and device.type == "cpu":
         if config.checkpointing in ("auto", "none"):

@@ -5,7 +5,7 @@ a step does not depend on the steps before it but through the weights.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import count, islice
@@ -21,7 +21,7 @@ from sdxl_lora.attention import choose_attention
 from sdxl_lora.checkpointing import checkpoint_units
 from sdxl_lora.config import AttentionBackend, TrainingConfig
 from sdxl_lora.dataset import Batch, EncodedDataset, example_order
-from sdxl_lora.denoising import Denoiser
+from sdxl_lora.denoising import Denoiser, with_captions_embedded
 from sdxl_lora.diffusion import min_snr_weight
 from sdxl_lora.engine import Engine, Group, Update
 from sdxl_lora.fused import attention_shapes, fuse, fuse_unet
@@ -41,7 +41,7 @@ class Report:
     loss: float
     """Weighted denoising loss, averaged over the step's examples."""
     grad_norm: float
-    """Euclidean norm of all adapters' gradients before clipping."""
+    """Euclidean norm, before clipping, of the gradients of all adapters that are still trained."""
     learning_rate: float
     """Of the UNet's adapters."""
     loss_scale: float
@@ -101,6 +101,10 @@ def train_lora(
     examples = next(micro_batches)
     for step in range(config.steps):
         start = perf_counter()
+        if step == config.text_encoder_steps:
+            denoiser, dataset = freeze_text_encoders(engine, denoiser, dataset, config)
+            micro_batches = draw_examples(denoiser, dataset, config, seed, step * config.accumulation)
+            examples = next(micro_batches)  # the one drawn ahead, once more: now it has its embeddings
         images = []
         for _ in range(config.accumulation):
             engine.accumulate(examples)
@@ -123,14 +127,24 @@ def make_engine(denoiser: Denoiser, config: TrainingConfig) -> Engine[Examples]:
     groups = [
         Group(lora_parameters(module), rate) for module, rate in zip(denoiser.modules, rates, strict=False)
     ]
-    draws_in_forward = has_dropout(denoiser)
-    return Engine(
-        partial(denoising_loss, denoiser, min_snr_gamma=config.min_snr_gamma, seeded=draws_in_forward),
-        groups,
-        config,
-        DTYPES[config.precision],
-        recorded=denoiser.device.type == "cuda" and not draws_in_forward,
-    )
+    recorded = denoiser.device.type == "cuda" and not has_dropout(denoiser)
+    return Engine(make_loss(denoiser, config), groups, config, DTYPES[config.precision], recorded)
+
+
+def make_loss(denoiser: Denoiser, config: TrainingConfig) -> Callable[[Examples], Tensor]:
+    """What the engine minimises."""
+    return partial(denoising_loss, denoiser, min_snr_gamma=config.min_snr_gamma, seeded=has_dropout(denoiser))
+
+
+def freeze_text_encoders(
+    engine: Engine[Examples], denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig
+) -> tuple[Denoiser, EncodedDataset]:
+    """Goes on with the UNet alone; returns it, and the examples with their captions embedded once for all."""
+    unet_alone = replace(denoiser, text_encoders=None)
+    engine.restrict(1, make_loss(unet_alone, config))  # first, as it makes room on the GPU
+    for text_encoder in denoiser.text_encoders or ():
+        text_encoder.eval()
+    return unet_alone, with_captions_embedded(denoiser, dataset)
 
 
 def prepare(
@@ -162,15 +176,16 @@ def has_dropout(denoiser: Denoiser) -> bool:
 
 
 def draw_examples(
-    denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig, seed: int
+    denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig, seed: int, first: int = 0
 ) -> Iterator[Examples]:
-    """This process's micro-batches of a training without end, on the CPU.
+    """This process's micro-batches of a training without end, from its number `first` on, on the CPU.
 
     Processes take turns in the sequence of examples: two with a batch each train on what one would with both.
     """
     num_timesteps = len(denoiser.noise_schedule.alphas_cumprod)
     size = config.batch_size // config.accumulation
-    for micro_step in count(processes().process_index, processes().num_processes):
+    rank, num_processes = processes().process_index, processes().num_processes
+    for micro_step in count(first * num_processes + rank, num_processes):
         start = micro_step * size
         indices = list(islice(example_order(len(dataset), seed, start), size))
         batch = dataset.batch(indices)

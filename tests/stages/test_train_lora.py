@@ -54,8 +54,15 @@ def test_every_output_that_dvc_expects_is_written(recipe: dict[str, Any], previe
     assert previews == (["step-000002.png"] if preview_every else [])
 
 
-@pytest.mark.parametrize("passes", [1, 2])
-def test_two_processes_train_what_one_does_with_twice_the_batch(recipe: dict[str, Any], passes: int) -> None:
+@pytest.mark.parametrize(
+    ("passes", "text_encoders", "text_encoder_steps"),
+    [(1, "frozen", None), (2, "frozen", None), (2, "trained_then_frozen", 1)],
+)
+def test_two_processes_train_what_one_does_with_twice_the_batch(
+    recipe: dict[str, Any], passes: int, text_encoders: str, text_encoder_steps: int | None
+) -> None:
+    recipe["model"]["text_encoders"] = text_encoders
+    recipe["training"]["text_encoder_steps"] = text_encoder_steps
     write_params(recipe, batch_size=4 * passes, micro_batch_size=4, optimizer="adamw")
     train_lora.main()
     alone, losses = load_file(saved_lora(paths.LORA)), pd.read_csv(paths.LOSS_CURVE)["loss"].tolist()
