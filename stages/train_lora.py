@@ -21,7 +21,7 @@ def main() -> None:
     with stage("train_lora"), reserved_device(config.vram_gib) as device, live_run(params) as live:
         require_precision(device, config.precision, "training.precision")
         dataset = EncodedDataset(paths.ENCODED, "train")
-        denoiser = load_denoiser(params.model, config.precision, device)
+        denoiser = load_denoiser(params.model, config.precision, device, config.quantization)
         add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
         attention = prepare(denoiser, config, dataset[0].latents_mean.shape)
         paths.PREVIEWS.mkdir(parents=True, exist_ok=True)  # an output, also without previews

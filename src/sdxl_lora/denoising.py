@@ -6,9 +6,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from sdxl_lora.config import ModelConfig, Precision
+from sdxl_lora.config import ModelConfig, Precision, Quantization
 from sdxl_lora.dataset import Batch
 from sdxl_lora.diffusion import add_noise, prediction_target, squared_error
+from sdxl_lora.quantization import quantize
 from sdxl_lora.sdxl import (
     DTYPES,
     NoiseSchedule,
@@ -82,11 +83,16 @@ class Denoiser:
         return prompt_embeds * captioned[:, None, None], pooled_prompt_embeds * captioned[:, None]
 
 
-def load_denoiser(config: ModelConfig, precision: Precision, device: torch.device) -> Denoiser:
+def load_denoiser(
+    config: ModelConfig, precision: Precision, device: torch.device, quantization: Quantization = "none"
+) -> Denoiser:
     """The base model's UNet, frozen, and its text encoders if `config` has them trained."""
-    text_encoders = (
-        load_text_encoders(config, precision, device) if config.text_encoders == "trained" else None
-    )
+    cpu = torch.device("cpu")  # where they lie in full until they are quantised
+    text_encoders = None
+    if config.text_encoders == "trained":
+        first, second = load_text_encoders(config, precision, cpu)
+        text_encoders = quantize(first, quantization, device), quantize(second, quantization, device)
+    unet = quantize(load_unet(config, precision, cpu), quantization, device)
     schedule = load_noise_schedule(config)
     schedule = NoiseSchedule(schedule.alphas_cumprod.to(device), schedule.prediction_type)
-    return Denoiser(load_unet(config, precision, device), text_encoders, schedule, precision)
+    return Denoiser(unet, text_encoders, schedule, precision)
