@@ -19,7 +19,7 @@ from benchmarks.grid import combinations, flags, gib_or_none, repeat
 from benchmarks.random_sdxl import RandomDataset, random_denoiser
 from benchmarks.results import GIB, OK, Configuration, Result, now, publish, this_machine
 from benchmarks.tables import steps_table
-from sdxl_lora.config import Attention, Params, load_params
+from sdxl_lora.config import Attention, Params, Quantization, load_params
 from sdxl_lora.hardware import peak_memory_gib, reserved_device
 from sdxl_lora.lora import add_adapters
 from sdxl_lora.training import Report, prepare, train_lora
@@ -27,6 +27,7 @@ from sdxl_lora.training import Report, prepare, train_lora
 WARMUP_STEPS = 4
 VARIED = (
     "precision",
+    "quantization",
     "checkpointing",
     "attention",
     "optimizer",
@@ -66,6 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="append the JSON lines to this file as well")
     several = parser.add_argument_group("options that take several values; without them, the recipe's")
     several.add_argument("--precision", nargs="+", choices=["fp16", "bf16", "fp32"])
+    several.add_argument("--quantization", nargs="+", choices=get_args(Quantization))
     several.add_argument("--checkpointing", nargs="+", choices=["all", "none"])
     several.add_argument("--attention", nargs="+", choices=get_args(Attention))
     several.add_argument("--optimizer", nargs="+", choices=["adamw_8bit", "adamw"])
@@ -87,6 +89,7 @@ def of_recipe(params: Params) -> Configuration:
     training = params.training
     return {
         "precision": training.precision,
+        "quantization": training.quantization,
         "checkpointing": "all" if training.gradient_checkpointing else "none",
         "attention": training.attention,
         "optimizer": training.optimizer,
@@ -148,12 +151,13 @@ def measure(configuration: Configuration, recipe: Params, steps: int) -> Result:
 
 def training(params: Params, device: torch.device, resolution: int) -> Iterator[Report]:
     """The library's own loop, on random weights and latents."""
+    config = params.training
     trained = params.model.text_encoders == "trained"
-    denoiser = random_denoiser(params.training.precision, device, trained)
+    denoiser = random_denoiser(config.precision, device, trained, config.quantization)
     add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
-    prepare(denoiser, params.training, torch.Size((1, 4, resolution // 8, resolution // 8)))
+    prepare(denoiser, config, torch.Size((1, 4, resolution // 8, resolution // 8)))
     dataset: Any = RandomDataset(resolution)  # acts as an EncodedDataset
-    yield from train_lora(denoiser, dataset, params.training, params.seed)
+    yield from train_lora(denoiser, dataset, config, params.seed)
 
 
 if __name__ == "__main__":
