@@ -52,7 +52,7 @@ def pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes, int8, (O I,), and scales in the weight's own precision, (O I / 64,)."""
     blocks = weight.float().reshape(-1, BLOCK)
     scales = (blocks.abs().amax(dim=1) / INT8_LEVELS).to(weight.dtype)
-    levels = (blocks / scales[:, None]).nan_to_num_()  # 0 / 0 in blocks of zeros
+    levels = blocks / scales[:, None]  # 0 / 0 in a block of zeros, where any level will do
     return levels.round_().clamp_(-INT8_LEVELS, INT8_LEVELS).to(torch.int8).flatten(), scales
 
 
