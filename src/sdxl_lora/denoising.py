@@ -86,10 +86,10 @@ class Denoiser:
 def load_denoiser(
     config: ModelConfig, precision: Precision, device: torch.device, quantization: Quantization = "none"
 ) -> Denoiser:
-    """The base model's UNet, frozen, and its text encoders if `config` has them trained."""
+    """The base model's UNet, frozen, and its text encoders unless `config` has them frozen."""
     cpu = torch.device("cpu")  # where they lie in full until they are quantised
     text_encoders = None
-    if config.text_encoders == "trained":
+    if config.text_encoders != "frozen":
         first, second = load_text_encoders(config, precision, cpu)
         text_encoders = quantize(first, quantization, device), quantize(second, quantization, device)
     unet = quantize(load_unet(config, precision, cpu), quantization, device)
