@@ -11,6 +11,7 @@ from benchmarks.results import OK, Benchmark, Configuration, Result, differing, 
 
 REFERENCE: Configuration = {
     "precision": "fp16",
+    "quantization": "none",
     "checkpointing": "all",
     "attention": "sdpa",
     "optimizer": "adamw_8bit",

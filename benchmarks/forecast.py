@@ -37,6 +37,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "fp32, micro-batches of 1": FULL | {"precision": "fp32", "micro_batch_size": 1},
     "AdamW in fp32, rank 64": FULL | {"optimizer": "adamw", "rank": 64},
     "moving average": FULL | {"ema_decay": 0.999},
+    "8-bit weights, all checkpointed": FULL | {"quantization": "int8", "checkpointing": "all"},
+    "4-bit weights, all checkpointed": FULL | {"quantization": "nf4", "checkpointing": "all"},
     "768 px": FULL | {"resolution": 768},
     "512 px, batch 8": FULL | {"resolution": 512, "batch_size": 8, "micro_batch_size": 8},
     "14.5 GiB, planned": {"vram_gib": 14.5},
@@ -69,7 +71,8 @@ def measure(params: Params) -> dict[str, object]:
         plan = plan_of(params, device)
         config = plan.applied_to(params.training)
         dataset: Any = RandomDataset(params.encoding.resolution)  # acts as an EncodedDataset
-        denoiser = random_denoiser(config.precision, device, params.model.text_encoders != "frozen")
+        trained = params.model.text_encoders != "frozen"
+        denoiser = random_denoiser(config.precision, device, trained, config.quantization)
         add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
         prepare(denoiser, config, dataset.latents, plan.checkpointed)
         seconds = [report.seconds for report in train_lora(denoiser, dataset, config, params.seed)]

@@ -1,24 +1,55 @@
 """SDXL in its real shapes with random weights: time and memory do not depend on their values."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from diffusers import DDPMScheduler
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from sdxl_lora import shapes
-from sdxl_lora.config import Precision
+from sdxl_lora.config import Precision, Quantization
 from sdxl_lora.dataset import Batch, Example
 from sdxl_lora.denoising import Denoiser
+from sdxl_lora.quantization import quantize
 from sdxl_lora.sdxl import NoiseSchedule
 
 
-def random_denoiser(precision: Precision, device: torch.device, trained_text_encoders: bool) -> Denoiser:
+def random_denoiser(
+    precision: Precision,
+    device: torch.device,
+    trained_text_encoders: bool,
+    quantization: Quantization = "none",
+) -> Denoiser:
     """A frozen SDXL with random weights, made on `device` in `precision`: 3.4 billion parameters."""
     torch.manual_seed(0)
     base = shapes.SDXL_BASE
-    unet = base.make_unet(precision, device)
-    text_encoders = base.make_text_encoders(precision, device) if trained_text_encoders else None
+    with quantized_as_made(quantization, device):
+        unet = base.make_unet(precision, device)
+        text_encoders = base.make_text_encoders(precision, device) if trained_text_encoders else None
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     schedule = NoiseSchedule(scheduler.alphas_cumprod.to(device), "epsilon")
     return Denoiser(unet, text_encoders, schedule, precision)
+
+
+@contextmanager
+def quantized_as_made(quantization: Quantization, device: torch.device) -> Iterator[None]:
+    """Quantises layers as they are made in the block, each before the next.
+
+    So `device` never holds all of them in full, no more than when `load_denoiser` loads them, and the peak of
+    its memory is that of training.
+    """
+
+    def quantize_child(_parent: nn.Module, _name: str, child: nn.Module | None) -> None:
+        if child is not None:
+            quantize(child.requires_grad_(False), quantization, device)
+
+    handle = register_module_module_registration_hook(quantize_child)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class RandomDataset:

@@ -40,6 +40,7 @@ On a machine with a CUDA GPU and nothing else on it; DIFFUSERS is a checkout of 
     python -m benchmarks.official_script --output $FILE --checkout $DIFFUSERS --checkpointing all none
     python -m benchmarks.train_step --output $FILE --checkpointing all none --vram-gib none 14.75
     python -m benchmarks.train_step --output $FILE $BASE --precision fp32
+    python -m benchmarks.train_step --output $FILE $BASE --quantization int8 nf4
     python -m benchmarks.train_step --output $FILE $BASE --optimizer adamw
     python -m benchmarks.train_step --output $FILE $BASE --attention math xformers
     python -m benchmarks.train_step --output $FILE $BASE --text-encoders frozen

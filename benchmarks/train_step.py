@@ -20,7 +20,7 @@ from benchmarks.grid import combinations, flags, gib_or_none, number_or_word, re
 from benchmarks.random_sdxl import RandomDataset, random_denoiser
 from benchmarks.results import GIB, OK, Configuration, Result, now, publish, this_machine
 from benchmarks.tables import steps_table
-from sdxl_lora.config import Attention, Params, load_params
+from sdxl_lora.config import Attention, Params, Quantization, load_params
 from sdxl_lora.hardware import deterministic, peak_memory_gib, reserved_device
 from sdxl_lora.lora import add_adapters
 from sdxl_lora.planning import Plan, choose_plan
@@ -29,6 +29,7 @@ from sdxl_lora.training import Report, prepare, train_lora
 WARMUP_STEPS = 4
 VARIED = (
     "precision",
+    "quantization",
     "checkpointing",
     "attention",
     "deterministic",
@@ -69,6 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="append the JSON lines to this file as well")
     several = parser.add_argument_group("options that take several values; without them, the recipe's")
     several.add_argument("--precision", nargs="+", choices=["fp16", "bf16", "fp32"])
+    several.add_argument("--quantization", nargs="+", choices=get_args(Quantization))
     several.add_argument(
         "--checkpointing", nargs="+", type=number_or_word, help="none, all, auto, or a number of blocks"
     )
@@ -93,6 +95,7 @@ def of_recipe(params: Params) -> Configuration:
     training = params.training
     return {
         "precision": training.precision,
+        "quantization": training.quantization,
         "checkpointing": training.checkpointing,
         "attention": training.attention,
         "deterministic": training.deterministic,
@@ -164,7 +167,7 @@ def measure(configuration: Configuration, recipe: Params, steps: int) -> Result:
 def training(params: Params, plan: Plan, device: torch.device, dataset: Any) -> Iterator[Report]:
     """The library's own loop, on random weights and latents."""
     config, trained = plan.applied_to(params.training), params.model.text_encoders != "frozen"
-    denoiser = random_denoiser(config.precision, device, trained)
+    denoiser = random_denoiser(config.precision, device, trained, config.quantization)
     add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
     prepare(denoiser, config, dataset.latents, plan.checkpointed)
     yield from train_lora(denoiser, dataset, config, params.seed)

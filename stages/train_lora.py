@@ -32,7 +32,7 @@ def main() -> None:
         latents = dataset[0].latents_mean.shape
         plan = choose_plan(params.model, params.lora, params.training, latents, device)
         config = plan.applied_to(params.training)
-        denoiser = load_denoiser(params.model, config.precision, device)
+        denoiser = load_denoiser(params.model, config.precision, device, config.quantization)
         add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
         attention = prepare(denoiser, config, latents, plan.checkpointed)
         steps = train_lora(denoiser, dataset, config, params.seed)

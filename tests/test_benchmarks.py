@@ -1,11 +1,14 @@
 import argparse
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from torch import nn
 
-from benchmarks import counts, saved_sdxl, train_step
+from benchmarks import counts, random_sdxl, saved_sdxl, train_step
 from benchmarks.grid import combinations, gib_or_none, repeat
 from benchmarks.matmul import measure as measure_matmul
 from benchmarks.results import Configuration, publish, read_results
@@ -13,10 +16,12 @@ from benchmarks.timing import timed
 from benchmarks.vae_encode import measure as measure_vae
 from sdxl_lora import shapes
 from sdxl_lora.config import load_params
+from sdxl_lora.quantization import QuantizedLinear
 
 RECIPE = Path("recipes/sdxl-naruto-16gb.yaml")
 SMALL: Configuration = {
     "precision": "fp32",
+    "quantization": "int8",
     "checkpointing": "none",
     "attention": "sdpa",
     "deterministic": True,
@@ -138,6 +143,26 @@ def test_a_random_sdxl_loads_as_a_pipeline(tmp_path: Path) -> None:
     written = (folder / "model_index.json").stat().st_mtime_ns
     saved_sdxl.save_random_sdxl(folder, torch.device("cpu"))
     assert (folder / "model_index.json").stat().st_mtime_ns == written  # kept
+
+
+@pytest.mark.usefixtures("small_sdxl")
+def test_layers_are_quantised_before_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense: list[weakref.ref[nn.Linear]] = []
+    most = 0
+    make = nn.Linear.__init__
+
+    def make_and_count(layer: nn.Linear, *arguments: Any, **options: Any) -> None:
+        nonlocal most
+        make(layer, *arguments, **options)
+        dense.append(weakref.ref(layer))
+        most = max(most, sum(type(reference()) is nn.Linear for reference in dense))
+
+    monkeypatch.setattr(nn.Linear, "__init__", make_and_count)
+    denoiser = random_sdxl.random_denoiser("bf16", torch.device("cpu"), True, "nf4")
+    layers = [layer for module in denoiser.modules for layer in module.modules()]
+    assert sum(isinstance(layer, QuantizedLinear) for layer in layers) == len(dense) > 100
+    assert not any(type(layer) is nn.Linear for layer in layers)
+    assert most <= 2
 
 
 def test_time_excludes_the_warm_up() -> None:

@@ -24,6 +24,7 @@ from pydantic import (
 from sdxl_lora.paths import PARAMS
 
 Precision = Literal["fp16", "bf16", "fp32"]
+Quantization = Literal["none", "int8", "nf4"]
 AttentionBackend = Literal["sdpa", "flash", "cudnn", "efficient", "math", "xformers"]
 Attention = Literal["auto", AttentionBackend]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -137,6 +138,11 @@ class TrainingConfig(Section):
     """Examples of one forward and backward pass, a divisor of batch_size; `auto`: what vram_gib allows."""
     precision: Precision
     """Arithmetic and storage of the frozen weights; fp16 with loss scaling. Adapters are always fp32."""
+    quantization: Quantization
+    """Storage of the frozen linear layers, 8.25 (`int8`) or 4.25 (`nf4`) bits a weight; the arithmetic stays.
+
+    For training alone: samples and evaluation have the adapter on the base model as it is.
+    """
     optimizer: Literal["adamw_8bit", "adamw"]
     """`adamw_8bit` keeps both moments in 8 bits (Dettmers et al. 2022, arXiv:2110.02861)."""
     learning_rate: NonNegativeFloat

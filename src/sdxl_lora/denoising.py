@@ -6,9 +6,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from sdxl_lora.config import ModelConfig, Precision
+from sdxl_lora.config import ModelConfig, Precision, Quantization
 from sdxl_lora.dataset import Batch, EncodedDataset
 from sdxl_lora.diffusion import add_noise, prediction_target, squared_error
+from sdxl_lora.quantization import quantize
 from sdxl_lora.sdxl import (
     DTYPES,
     NoiseSchedule,
@@ -99,10 +100,16 @@ def with_captions_embedded(denoiser: Denoiser, dataset: EncodedDataset) -> Encod
     return dataset.with_embeddings(*(torch.cat(column) for column in zip(*embeds, strict=True)))
 
 
-def load_denoiser(config: ModelConfig, precision: Precision, device: torch.device) -> Denoiser:
-    """The base model's UNet, frozen, and its text encoders unless `config` has no adapters on them."""
-    frozen = config.text_encoders == "frozen"
-    text_encoders = None if frozen else load_text_encoders(config, precision, device)
+def load_denoiser(
+    config: ModelConfig, precision: Precision, device: torch.device, quantization: Quantization = "none"
+) -> Denoiser:
+    """The base model's UNet, frozen, and its text encoders unless `config` has them frozen."""
+    cpu = torch.device("cpu")  # where they lie in full until they are quantised
+    text_encoders = None
+    if config.text_encoders != "frozen":
+        first, second = load_text_encoders(config, precision, cpu)
+        text_encoders = quantize(first, quantization, device), quantize(second, quantization, device)
+    unet = quantize(load_unet(config, precision, cpu), quantization, device)
     schedule = load_noise_schedule(config)
     schedule = NoiseSchedule(schedule.alphas_cumprod.to(device), schedule.prediction_type)
-    return Denoiser(load_unet(config, precision, device), text_encoders, schedule, precision)
+    return Denoiser(unet, text_encoders, schedule, precision)

@@ -19,6 +19,7 @@ from sdxl_lora.denoising import Denoiser
 from sdxl_lora.hardware import GIB
 from sdxl_lora.lora import add_adapters, lora_parameters, named_parts
 from sdxl_lora.memory import Event, MemoryTrace
+from sdxl_lora.quantization import quantize
 from sdxl_lora.sdxl import DTYPES, NoiseSchedule, predict
 from sdxl_lora.shapes import Shapes
 from sdxl_lora.training import Draws, Examples, has_dropout, make_engine, prepare
@@ -185,7 +186,10 @@ def make_denoiser(work: Workload) -> Denoiser:
     precision = work.config.precision
     text_encoders = work.shapes.make_text_encoders(precision, META) if work.trains_text_encoders else None
     schedule = NoiseSchedule(torch.empty(NUM_TIMESTEPS, device=META), "epsilon")
-    return Denoiser(work.shapes.make_unet(precision, META), text_encoders, schedule, precision)
+    denoiser = Denoiser(work.shapes.make_unet(precision, META), text_encoders, schedule, precision)
+    for module in denoiser.modules:
+        quantize(module, work.config.quantization, META)
+    return denoiser
 
 
 def make_examples(work: Workload, size: int) -> Examples:

@@ -49,9 +49,9 @@ def merge_projections(attention: Any) -> None:
     """Makes the frozen weights neighbours whose layers read the same input."""
     layers = projections(attention)
     if all(is_mergeable(layer) for layer in layers):
-        make_neighbours([layer.base_layer.weight for layer in layers])
-        if layers[0].base_layer.bias is not None:
-            make_neighbours([layer.base_layer.bias for layer in layers])
+        bases = [layer.base_layer for layer in layers]
+        for tensors in zip(*([*base.parameters(), *base.buffers()] for base in bases), strict=True):
+            make_neighbours(tensors)
 
 
 def projections(attention: Any) -> list[Any]:

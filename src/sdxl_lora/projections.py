@@ -5,7 +5,8 @@ query, key and value of an attention, are one layer here whose weights stand sid
 layers, no model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from sdxl_lora.lora import ADAPTER
+from sdxl_lora.quantization import QuantizedLinear, unpack
 
 
 def project(layers: Sequence[nn.Module], inputs: Tensor) -> tuple[Tensor, ...]:
@@ -38,10 +40,20 @@ def project_merged(layers: Sequence[Any], inputs: Tensor) -> tuple[Tensor, ...]:
     biases = [base.bias for base in bases if base.bias is not None]
     downs = [layer.lora_A[ADAPTER].weight for layer in layers]
     ups = [layer.lora_B[ADAPTER].weight for layer in layers]
-    weight = side_by_side([base.weight for base in bases])
+    weight = partial(merged_weight, bases)
     bias = side_by_side(biases) if biases else None
     scale = layers[0].scaling[ADAPTER]
     return AdaptedLinears.apply(inputs, weight, bias, scale, *downs, *ups)  # type: ignore[no-untyped-call]
+
+
+def merged_weight(layers: Sequence[nn.Linear]) -> Tensor:
+    """The weights of equal layers side by side, (n O, I); of quantised layers written out in one go."""
+    if all(isinstance(layer, QuantizedLinear) for layer in layers):
+        codes, scales = (
+            side_by_side([layer.get_buffer(name) for layer in layers]) for name in ("codes", "scales")
+        )
+        return unpack(codes, scales, layers[0].in_features)
+    return side_by_side([layer.weight for layer in layers])
 
 
 def is_mergeable(layer: nn.Module) -> bool:
@@ -51,7 +63,7 @@ def is_mergeable(layer: nn.Module) -> bool:
         and not layer.disable_adapters
         and not layer.merged
         and not layer.lora_variant
-        and type(layer.base_layer) is nn.Linear
+        and type(layer.base_layer) in (nn.Linear, QuantizedLinear)
         and isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
     )
 
@@ -84,13 +96,19 @@ class AdaptedLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, scale: float, *adapters: Tensor
+        ctx: Any,
+        inputs: Tensor,
+        weight: Callable[[], Tensor],
+        bias: Tensor | None,
+        scale: float,
+        *adapters: Tensor,
     ) -> tuple[Tensor, ...]:
         """Symbols: M rows of input, I features in, O out, rank r.
 
         Args:
             inputs: x, (..., I).
-            weight: W of all layers, frozen, (n O, I).
+            weight: gives W of all layers, frozen, (n O, I); called again for the gradient, so that a
+                quantised one is not kept until then.
             bias: b of all layers, frozen, (n O,).
             scale: s = alpha / r.
             adapters: A of each layer, (r, I), then B of each layer, (O, r).
@@ -101,18 +119,18 @@ class AdaptedLinears(torch.autograd.Function):
         n = len(adapters) // 2
         down, up = side_by_side(adapters[:n]), stack(adapters[n:])
         x = inputs.reshape(-1, inputs.shape[-1])
-        y = linear(x, weight, bias)
+        y = linear(x, weight(), bias)
         hidden = scaled_product(x, down.T, scale)  # s x A^T, (M, n r)
         by_layer(y, n).baddbmm_(by_layer(hidden, n), up.mT)
-        ctx.save_for_backward(x, hidden, weight, down, up)
-        ctx.scale, ctx.shape = scale, inputs.shape
+        ctx.save_for_backward(x, hidden, down, up)
+        ctx.weight, ctx.scale, ctx.shape = weight, scale, inputs.shape
         return tuple(part.view(*inputs.shape[:-1], -1) for part in y.chunk(n, dim=1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, and of every A and B."""
-        x, hidden, weight, down, up = ctx.saved_tensors
+        x, hidden, down, up = ctx.saved_tensors
         n, scale = len(gradients), ctx.scale
         dys = [gradient.reshape(len(x), -1) for gradient in gradients]
         dy = torch.cat(dys, dim=1) if n > 1 else dys[0].contiguous()
@@ -122,7 +140,7 @@ class AdaptedLinears(torch.autograd.Function):
         ddown = scaled_product(dhidden.T, x, scale)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (dy @ weight).addmm_(dhidden, down, alpha=scale).view(ctx.shape)
+            dx = (dy @ ctx.weight()).addmm_(dhidden, down, alpha=scale).view(ctx.shape)
         return (dx, None, None, None, *ddown.chunk(n), *dup)
 
 

@@ -1,0 +1,104 @@
+"""Frozen linear layers whose weights lie in memory in 8 or 4 bits and are written out for each use.
+
+A weight is one of a few levels times the scale of the 64 weights around it. int8 has 255 even levels; nf4 has
+the 16 quantiles of a normal distribution (Dettmers et al. 2023, arXiv:2305.14314, section 3). Knows no model.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from sdxl_lora.config import Quantization
+
+BLOCK = 64
+"""Weights that share a scale."""
+INT8_LEVELS = 127
+"""On each side of 0."""
+
+
+def quantize(module: Any, quantization: Quantization, device: torch.device) -> Any:
+    """`module` on `device`, with the weights of its frozen linear layers quantised.
+
+    They go there one after the other, so that the device never holds all of them in full. Adapters, layers
+    that do not fill whole blocks (SDXL has none) and everything else keep their precision.
+    """
+    if quantization != "none":
+        for layer in module.modules():
+            if is_quantizable(layer):
+                quantize_layer(layer, quantization, device)
+    return module.to(device)
+
+
+def is_quantizable(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and not layer.weight.requires_grad and layer.weight.numel() % BLOCK == 0
+
+
+def quantize_layer(layer: Any, quantization: Quantization, device: torch.device) -> None:
+    """Makes a linear layer a `QuantizedLinear`, in place; its bias stays where it is."""
+    pack = pack_int8 if quantization == "int8" else pack_nf4
+    codes, scales = pack(layer.weight.detach().to(device))
+    del layer.weight
+    layer.__class__ = QuantizedLinear
+    layer.register_buffer("codes", codes)
+    layer.register_buffer("scales", scales)
+
+
+def pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, int8, (O I,), and scales in the weight's own precision, (O I / 64,)."""
+    blocks = weight.float().reshape(-1, BLOCK)
+    scales = (blocks.abs().amax(dim=1) / INT8_LEVELS).to(weight.dtype)
+    levels = blocks / scales[:, None]  # 0 / 0 in a block of zeros, where any level will do
+    return levels.round_().clamp_(-INT8_LEVELS, INT8_LEVELS).to(torch.int8).flatten(), scales
+
+
+def pack_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, two in a byte, uint8, (O I / 2,), and scales in the weight's own precision, (O I / 64,)."""
+    codes, state = quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+    return codes.flatten(), state.absmax.to(weight.dtype)
+
+
+def unpack(codes: Tensor, scales: Tensor, in_features: int) -> Tensor:
+    """The weights that these codes and scales stand for, in the scales' precision, (O, I).
+
+    Waits for nothing and depends on no value, so that a CUDA graph may record it.
+    """
+    if codes.dtype == torch.int8:
+        return (codes.view(-1, BLOCK) * scales[:, None]).view(-1, in_features)
+    # Flat: for a matrix, bitsandbytes' CPU kernel takes it that no block runs on into the next row.
+    shape = (scales.numel() * BLOCK,)
+    state = QuantState(scales.float(), shape, blocksize=BLOCK, quant_type="nf4", dtype=scales.dtype)
+    return dequantize_4bit(codes, state).view(-1, in_features)
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer with `codes` and `scales` instead of a weight."""
+
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Written out anew each time that it is read: changing it changes nothing."""
+        return unpack(self.codes, self.scales, self.in_features)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return FrozenLinear.apply(input, lambda: self.weight, self.bias)  # type: ignore[no-untyped-call]
+
+
+class FrozenLinear(torch.autograd.Function):
+    """y = x W^T + b. W is made anew for the gradient of x, so that none is kept until then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return linear(x, weight(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy @ ctx.weight(), None, None
