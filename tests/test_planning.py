@@ -45,15 +45,22 @@ def planner(work: Workload) -> Planner:
 
 
 @pytest.fixture(scope="module")
+def flops(work: Workload) -> dict[int, float]:
+    """Operations of a pass, by micro-batch size."""
+    rehearsal = Rehearsal(work)
+    return {size: rehearsal.step(size).flops for size in (4, 2, 1)}
+
+
+@pytest.fixture(scope="module")
 def totals(work: Workload) -> dict[tuple[int, int], tuple[int, float]]:
-    """Bytes and recomputed operations of every plan, by micro-batch size and number of units."""
+    """Bytes and share of recomputed operations of every plan, by micro-batch size and number of units."""
     rehearsal, found = Rehearsal(work), {}
     preview = rehearsal.preview()
     for size in (4, 2, 1):
         trace = rehearsal.step(size)
         for count in range(len(trace.units) + 1):
-            flops = sum(unit.flops for unit in trace.units[:count]) / trace.flops
-            found[size, count] = (forecast_training(trace, preview, count).total, flops)
+            recomputed = sum(unit.flops for unit in trace.units[:count]) / trace.flops
+            found[size, count] = (forecast_training(trace, preview, count).total, recomputed)
     return found
 
 
@@ -74,25 +81,37 @@ def test_without_a_limit_nothing_is_computed_twice(planner: Planner) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("a_pass", [0.0, 0.1, 100.0], ids="a pass costs {} of its arithmetic".format)
 def test_plan_is_the_fastest_of_all_that_fit(
-    planner: Planner, totals: dict[tuple[int, int], tuple[int, float]], share: float
+    planner: Planner,
+    totals: dict[tuple[int, int], tuple[int, float]],
+    flops: dict[int, float],
+    share: float,
+    a_pass: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("sdxl_lora.planning.OPERATIONS_A_PASS", a_pass * flops[1])
+
+    def cost(size: int, recomputed: float) -> float:
+        return 4 / size * (flops[size] * (1 + recomputed) + a_pass * flops[1])
+
     sizes = [size for size, _ in totals.values()]
     budget = min(sizes) + share * (max(sizes) - min(sizes))
-    fitting = [(flops, -size) for (size, _), (total, flops) in totals.items() if total <= budget]
+    fitting = [cost(size, extra) for (size, _), (total, extra) in totals.items() if total <= budget]
     plan = planner.fastest(budget)
     assert total(plan) <= budget
     assert plan is not None
-    assert (plan.recomputed, -plan.micro_batch_size) <= min(fitting)
+    # One unit more can cost the allocator more in gaps than it frees: the search may pass such a plan by.
+    assert cost(plan.micro_batch_size, plan.recomputed) <= min(fitting) * 1.001
 
 
 def test_more_memory_never_gives_a_slower_plan(planner: Planner) -> None:
     smallest, largest = total(planner.smallest()), total(planner.fastest(inf))
     budgets = [smallest + share * (largest - smallest) / 4 for share in range(5)]
     plans = [planner.fastest(budget) for budget in budgets]
-    recomputed = [plan.recomputed for plan in plans if plan is not None]
-    assert len(recomputed) == len(budgets)
-    assert recomputed == sorted(recomputed, reverse=True)
+    slowness = [(-plan.micro_batch_size, plan.recomputed) for plan in plans if plan is not None]
+    assert len(slowness) == len(budgets)
+    assert slowness == sorted(slowness, reverse=True)
 
 
 def test_smallest_plan_is_where_refusals_begin(planner: Planner) -> None:
