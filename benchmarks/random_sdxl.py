@@ -43,7 +43,10 @@ def quantized_as_made(quantization: Quantization, device: torch.device) -> Itera
 
     def quantize_child(_parent: nn.Module, _name: str, child: nn.Module | None) -> None:
         if child is not None:
+            default = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)  # in which bitsandbytes makes its tables, once and for all
             quantize(child.requires_grad_(False), quantization, device)
+            torch.set_default_dtype(default)
 
     handle = register_module_module_registration_hook(quantize_child)
     try:

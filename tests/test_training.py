@@ -306,7 +306,7 @@ def test_accumulation_equals_a_larger_batch(
     parts, part_reports = trained(model, lora, dataset, with_(config, batch_size=4, micro_batch_size=2))
     assert [r.learning_rate for r in reports] == [r.learning_rate for r in part_reports]
     assert [r.loss for r in part_reports] == pytest.approx([r.loss for r in reports], rel=1e-4)
-    assert relative_difference(weights(parts), weights(once), weights(adapted(model, lora))) < 5e-3
+    assert relative_difference(weights(parts), weights(once), weights(adapted(model, lora))) < 1e-2
 
 
 def test_loss_falls_on_examples_seen_again_and_again(
@@ -376,7 +376,8 @@ def test_frozen_text_encoders_keep_the_adapters_that_embedded_the_captions(
         return embedded[0]
 
     monkeypatch.setattr(training, "with_captions_embedded", spy)
-    config = with_(config, text_encoder_steps=2, ema_decay=ema_decay, precision="bf16", micro_batch_size=1)
+    changes = {"text_encoder_steps": 2, "ema_decay": ema_decay, "batch_size": 4, "micro_batch_size": 2}
+    config = with_(config, precision="bf16", **changes)
     denoiser = load_denoiser(freezing, "bf16", CPU)
     add_adapters(denoiser.unet, denoiser.text_encoders, lora.model_copy(update={"dropout": 0.2}), SEED)
     path = [weights(denoiser) for _ in train_lora(denoiser, dataset, config, SEED)]

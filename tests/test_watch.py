@@ -25,8 +25,8 @@ TRAINER = """
 import sys, time
 from pathlib import Path
 from tqdm.auto import tqdm
-bar = tqdm(range(30), desc="Steps")
-for step in range(30):
+bar = tqdm(range(400), desc="Steps")
+for step in range(400):
     time.sleep(0.05)
     if step == {fails_at}:
         raise {error}
