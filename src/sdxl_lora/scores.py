@@ -103,7 +103,8 @@ def sample_metrics(
 ) -> list[Metric]:
     """The metrics that these samples allow.
 
-    `clip_score`; `retrieval_at_1` among the prompts of a strength; `diversity` of its pictures;
+    `clip_score`; `retrieval_at_1` among the prompts in the trained style (all, if there are no styles) and
+    `other_retrieval_at_1` among the others, at each strength; `diversity` of its pictures;
     `style_distance`, CMMD to the held-out images of the prompts in the trained style (all, if there are no
     styles); and, if there are styles, `style_probability` of prompts in the trained style and
     `other_style_probability` of prompts in the others, each for the style that the prompt asks for. The last
@@ -126,10 +127,15 @@ def sample_metrics(
         prompts = [samples[row].prompt for row in rows.tolist()]
         texts = scorer.text_features(prompts)
         add("clip_score", strength, len(rows), mean_of(clip_score(images, texts)))
-        add("retrieval_at_1", strength, len(rows), mean_of(retrieval_hits(images, texts, prompts)))
+        trained = [n for n, prompt in enumerate(prompts) if style is None or style.target in prompt]
+        others = [n for n in range(len(prompts)) if n not in trained]
+        for name, chosen in (("retrieval_at_1", trained), ("other_retrieval_at_1", others)):
+            if chosen:
+                hits = retrieval_hits(images[chosen], texts[chosen], [prompts[n] for n in chosen])
+                add(name, strength, len(chosen), mean_of(hits))
         for name, values in style_probabilities(prompts, images, scorer, style).items():
             add(name, strength, len(values), mean_of(values))
-        in_style = images[[n for n, prompt in enumerate(prompts) if style is None or style.target in prompt]]
+        in_style = images[trained]
         if len(in_style) > 1 and len(held_out_features) > 1:
             distance = distance_to(in_style, held_out_features)
             add("style_distance", strength, len(in_style), distance)
