@@ -85,7 +85,7 @@ def test_failed_download_leaves_the_earlier_results() -> None:
 def test_recipe_for_a_gpu_says_without_one_what_it_needs() -> None:
     select("sdxl-naruto-16gb")
     message = error_of("stages.train_lora")
-    assert "training.vram_gib is 14.5: this recipe needs a CUDA GPU" in message
+    assert "training.vram_gib is 13.8: this recipe needs a CUDA GPU" in message
     assert "make recipe NAME=demo" in message
     assert not Path("mlflow.db").exists()
 
