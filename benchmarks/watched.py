@@ -8,6 +8,7 @@ path.
 
 import json
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def main() -> None:
     if vram_gib != "none":
         total = torch.cuda.get_device_properties().total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, float(vram_gib) * GIB / total))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     outcome = "ok"
     try:
         runpy.run_path(script, run_name="__main__")

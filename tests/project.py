@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import yaml
@@ -40,16 +41,19 @@ class Project:
             "CUDA_VISIBLE_DEVICES": "",
             **self.environment,
         }
-        return subprocess.run(
-            command,
-            cwd=self.root,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=TIMEOUT,
-            check=False,
-        )
+        # A file and no pipe: DVC's queue leaves workers behind that would keep a pipe open.
+        with TemporaryFile("w+", encoding="utf-8") as output:
+            result = subprocess.run(
+                command,
+                cwd=self.root,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=TIMEOUT,
+                check=False,
+            )
+            output.seek(0)
+            return subprocess.CompletedProcess(command, result.returncode, stdout=output.read())
 
     def dvc(self, *arguments: str) -> str:
         return self.run("dvc", *arguments)
