@@ -262,8 +262,14 @@ def test_merged_projections_are_written_out_without_a_copy(params: Params, kind:
         assert side_by_side(parts).data_ptr() == parts[0].data_ptr()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    ("device", "kind"),
+    [
+        ("cpu", "int8"),
+        pytest.param("cpu", "nf4", marks=pytest.mark.slow),  # a minute in bitsandbytes' decoder
+        *(pytest.param("cuda", kind, marks=pytest.mark.gpu) for kind in KINDS),
+    ],
+)
 def test_training_learns_and_the_adapter_fits_the_base_as_it_is(
     params: Params, dataset: EncodedDataset, kind: Quantization, device: str, tmp_path: Path
 ) -> None:
