@@ -1,149 +1,29 @@
-"""Faults that a machine, a disk or a server has, injected for real, and what each of them costs: nothing.
+"""The page on faults: what a machine, a disk or a server does wrong, injected for real, and what it costs.
 
-`python tests/faults.py` writes docs/faults.md from what happens (as root: some of them mount file systems).
+`python tests/faults.py` writes docs/faults.md from what happens (as root: some faults mount file systems).
 """
 
-import logging
-import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import pytest
-import yaml
-from encoded import write_encoded_dataset
-from mlflow import MlflowClient
-from small_disks import fill, small_disk
+from disk_faults import disk_faults
+from fault import REPOSITORY, Fault
 from tables import table
-from tracked import write_results
-from tracking_servers import Gate, Trouble, gate, mlflow_server
+from tracking_faults import tracking_faults
 
-from sdxl_lora import paths, ui
-from sdxl_lora.config import Params, load_params
-from sdxl_lora.lora import saved_lora
-from sdxl_lora.projection import track_run
-from sdxl_lora.sources import file_digest
-from sdxl_lora.tracking import EXPERIMENT
-from stages import train_lora
-
-REPOSITORY = Path(__file__).parents[1]
 DOCUMENT = REPOSITORY / "docs/faults.md"
-STEPS = 12
-SLOW = 30  # seconds
-COLUMNS = ("fault", "what happens", "what is lost")
+COLUMNS = ("fault", "what a user reads", "what is lost")
 HEAD = """# Faults, and what each costs
 
 Written by `python tests/faults.py` from what happens when each is injected for real; `tests/test_faults.py`
 injects them again and proves every line. What is lost is looked for, not supposed: files that were there
 before are compared by their content, adapters and curves with those of an undisturbed run.
 """
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A fault that was injected, and what came of it."""
-
-    name: str
-    said: str
-    """What a user reads, or finds out."""
-    lost: list[str]
-    remedy: str = ""
-    """A pattern that `said` must match: what tells a user what to do."""
-
-    def row(self) -> tuple[str, str, str]:
-        return self.name, self.said, ", ".join(self.lost) or "nothing"
-
-
-@contextmanager
-def training_project(folder: Path) -> Iterator[tuple[Params, pytest.MonkeyPatch]]:
-    """A working folder in which all is done but the training, of a dozen steps, on the CPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder.mkdir(parents=True, exist_ok=True)
-        patch.chdir(folder)
-        patch.setenv("DVC_ROOT", str(folder))
-        patch.setenv("SDXL_LORA_DEVICE", "cpu")
-        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        write_results()
-        Path("demo").symlink_to(REPOSITORY / "demo")
-        recipe = yaml.safe_load((REPOSITORY / "recipes/demo.yaml").read_text(encoding="utf-8"))
-        recipe["training"].update(steps=STEPS, batch_size=1, warmup_steps=1, log_every=1, preview_every=None)
-        recipe["model"]["text_encoders"] = "frozen"
-        paths.PARAMS.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-        params = load_params()
-        shutil.rmtree(paths.ENCODED)
-        write_encoded_dataset(paths.ENCODED, params.model)
-        yield params, patch
-
-
-@contextmanager
-def news() -> Iterator[list[str]]:
-    """What the library says in the block."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("sdxl_lora")
-    logger.addHandler(handler)
-    try:
-        yield messages
-    finally:
-        logger.removeHandler(handler)
-
-
-def tracking_faults(folder: Path) -> Iterator[Fault]:
-    """MLflow's server in trouble between two batches of losses, and well again after the training."""
-    with training_project(folder / "undisturbed"):
-        train_lora.main()
-        undisturbed = file_digest(saved_lora(paths.LORA))
-    disk = folder / "disk"
-
-    def slow(server: Gate) -> None:
-        server.delay = SLOW
-
-    def failing(server: Gate) -> None:
-        server.status = 500
-
-    def full(_: Gate) -> None:
-        fill(disk)
-
-    troubles: dict[str, Trouble] = {
-        "MLflow goes down in the middle of training": Gate.close,
-        "MLflow answers with status 500": failing,
-        "MLflow's disk is full": full,
-        f"MLflow takes {SLOW} s for an answer": slow,  # last, as a request that waits goes on to do so
-    }
-    with small_disk(disk, "64m"), mlflow_server(disk) as port:
-        server = MlflowClient(f"http://{ui.HOST}:{port}")
-        for number, (name, trouble) in enumerate(troubles.items()):
-            with training_project(folder / str(number)) as (params, patch), gate(port, trouble) as before:
-                patch.setenv("MLFLOW_TRACKING_URI", before.address)
-                start = time.monotonic()
-                with news() as said:
-                    train_lora.main()
-                assert time.monotonic() - start < SLOW, "training waited for an answer"
-                lost = [] if file_digest(saved_lora(paths.LORA)) == undisturbed else ["the adapter"]
-                (disk / "ballast").unlink(missing_ok=True)
-                assert steps_shown(server) == [1, 2, 3, 4], "the trouble began elsewhere"
-                patch.setenv("MLFLOW_TRACKING_URI", server.tracking_uri)
-                track_run(params)
-                lost += [] if steps_shown(server) == list(range(1, STEPS + 1)) else ["points of the curve"]
-                yield Fault(name, "; ".join(said), lost, "track_run will log the results")
-
-
-def steps_shown(client: MlflowClient) -> list[int]:
-    """The points of the newest run's loss curve."""
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    order = ["attributes.start_time DESC"]
-    (run,) = client.search_runs([experiment.experiment_id], order_by=order, max_results=1)
-    return [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
-
-
 GROUPS: dict[str, Callable[[Path], Iterator[Fault]]] = {
     "MLflow": tracking_faults,
+    "Disks": disk_faults,
 }
 
 

@@ -24,6 +24,8 @@ from typing import Literal
 
 import psutil
 
+from sdxl_lora.files import explained, write_text
+
 Status = Literal["running", "executed", "failed", "killed"]
 DVC_COMMANDS = {"repro", "exp", "experiments", "queue"}
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
@@ -121,22 +123,19 @@ def git_commit() -> str:
 def stage(name: str) -> Iterator[None]:
     """Notes how the stage `name` went and how long it took; ends it cleanly on SIGTERM."""
     file = current_execution().scratch / "stages" / f"{name}.json"
-    file.parent.mkdir(exist_ok=True)
     started = time.time()
 
     def note(status: Status) -> None:
         record = StageRecord(status, started, time.time() - started)
-        file.write_text(json.dumps(asdict(record)), encoding="utf-8")
+        write_text(file, json.dumps(asdict(record)))
 
     previous = signal.signal(signal.SIGTERM, exit_on_signal)
     note("running")
     try:
         yield
-    except SystemExit:
-        note("killed")
-        raise
-    except BaseException:
-        note("failed")
+    except BaseException as error:
+        with suppress(OSError):  # on a full disk, the error that matters is the first
+            note("killed" if isinstance(error, SystemExit) else "failed")
         raise
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -156,4 +155,5 @@ def run(main: Callable[[], None]) -> None:
         main()
     except USER_ERRORS as error:
         logger.debug("traceback", exc_info=True)
-        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+        told = explained(error) if isinstance(error, OSError) else error
+        sys.exit(f"{Path(sys.argv[0]).stem}: {told}")

@@ -16,6 +16,7 @@ import torch
 from filelock import FileLock
 
 from sdxl_lora.config import Precision
+from sdxl_lora.files import FREE_SPACE
 from sdxl_lora.processes import processes
 
 GIB = 2**30
@@ -127,6 +128,5 @@ def require_disk_space(folder: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         raise OSError(
             f"{folder}/ needs {needed_bytes / GIB:.2f} GiB and the disk has {free / GIB:.2f} GiB free: "
-            "free some (`dvc gc --workspace` drops old results), then run again. "
-            "If dvc.lock is empty: `git checkout dvc.lock`"
+            f"{FREE_SPACE}"
         )
