@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 from disk_faults import disk_faults
 from fault import REPOSITORY, Fault
+from machine_faults import clock_faults, gpu_faults, remote_faults
 from tables import table
 from tracking_faults import tracking_faults
 
@@ -24,6 +25,9 @@ before are compared by their content, adapters and curves with those of an undis
 GROUPS: dict[str, Callable[[Path], Iterator[Fault]]] = {
     "MLflow": tracking_faults,
     "Disks": disk_faults,
+    "One GPU, two jobs": gpu_faults,
+    "The clock": clock_faults,
+    "DVC's remote": remote_faults,
 }
 
 

@@ -86,4 +86,4 @@ def steps_shown(client: MlflowClient) -> list[int]:
     experiment = client.get_experiment_by_name(EXPERIMENT)
     order = ["attributes.start_time DESC"]
     (run,) = client.search_runs([experiment.experiment_id], order_by=order, max_results=1)
-    return [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
+    return sorted(point.step for point in client.get_metric_history(run.info.run_id, "train/loss"))

@@ -3,6 +3,7 @@
 What is chosen here changes results by rounding at most, so it comes from the environment, never from params.
 """
 
+import logging
 import os
 import resource
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from sdxl_lora.config import Precision
 from sdxl_lora.files import FREE_SPACE
@@ -21,6 +22,8 @@ from sdxl_lora.processes import processes
 
 GIB = 2**30
 DEVICE_VARIABLE = "SDXL_LORA_DEVICE"
+
+logger = logging.getLogger(__name__)
 
 
 def choose_device() -> torch.device:
@@ -51,12 +54,27 @@ def reserved_device(vram_gib: float | None) -> Iterator[torch.device]:
         yield device
         return
     identity = torch.cuda.get_device_properties(device).uuid
-    with FileLock(Path(tempfile.gettempdir()) / f"sdxl-lora-{identity}.lock"):
+    with alone_on(identity):
         if vram_gib is not None:
             fraction = vram_gib * GIB / torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(fraction, 1.0), device)
         torch.cuda.reset_peak_memory_stats(device)
         yield device
+
+
+@contextmanager
+def alone_on(gpu: str) -> Iterator[None]:
+    """Keeps a GPU to this process while the block runs; waits, and says so, while another process has it."""
+    lock = FileLock(Path(tempfile.gettempdir()) / f"sdxl-lora-{gpu}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        logger.warning("another job has GPU %s (`nvidia-smi` shows it): waiting for its end", gpu)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
