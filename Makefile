@@ -29,11 +29,12 @@ demo: setup  ## run the whole pipeline on the embedded model and data set: CPU, 
 test: setup  ## run the tests, but for those that take minutes
 	@$(RUN) python -m pytest -m "not slow"
 
-check: setup  ## format, lint, types, direction of imports
+check: setup  ## format, lint, types, direction of imports, known vulnerabilities of dependencies
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(RUN) lint-imports
+	@$(BIN)/python .ci/audit.py
 
 plan: setup  ## forecast the GPU memory of params.yaml, and say which cards it fits (no GPU needed)
 	@$(BIN)/python -m sdxl_lora.plan
