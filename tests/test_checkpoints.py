@@ -22,7 +22,6 @@ from sdxl_lora.training import Training, prepare
 CPU = torch.device("cpu")
 SEED = 7
 STEPS = 8
-FREEZING = 4
 EVERYTHING = {
     "steps": STEPS,
     "batch_size": 4,
@@ -30,7 +29,7 @@ EVERYTHING = {
     "precision": "fp16",
     "optimizer": "adamw_8bit",
     "ema_decay": 0.9,
-    "text_encoder_steps": FREEZING,
+    "text_encoder_steps": STEPS // 2,
     "warmup_steps": 1,
     "caption_dropout": 0.5,
     "checkpoint_minutes": 0.0,
@@ -100,19 +99,14 @@ def test_killed_trainings_end_in_the_same_adapter_to_the_bit(
 
 @pytest.mark.parametrize(
     ("optimizer", "stop"),
-    [
-        ("adamw", FREEZING - 1),
-        ("adamw_8bit", FREEZING),
-        ("adamw", FREEZING + 1),
-        ("adamw_8bit", STEPS - 1),
-    ],
+    [("adamw", 2), ("adamw_8bit", 3), ("adamw", 4)],
 )
 def test_resumed_training_is_the_uninterrupted_one(
     params: Params, encoded: Path, tmp_path: Path, optimizer: str, stop: int
 ) -> None:
     """Before, at and after the step where the text encoders freeze; in fp32, where a weight is its master."""
     changes = {"precision": "fp32", "optimizer": optimizer, "batch_size": 2, "micro_batch_size": 1}
-    config = params.training.model_copy(update=changes)
+    config = params.training.model_copy(update={**changes, "steps": 5, "text_encoder_steps": 3})
     (whole, one), (first, _), (second, other) = (make(params, config, encoded) for _ in range(3))
     losses = [(report.step, report.loss, report.grad_norm) for report in whole]
     for _ in islice(first, stop):
