@@ -1,5 +1,6 @@
 """A project in the current folder that is ready for train_lora: the demo's model, eight encoded examples."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +33,9 @@ def write_params(recipe: dict[str, Any], **training: Any) -> None:
     """Writes the recipe as params.yaml, with these keys of `training` changed for good."""
     recipe["training"].update(training)
     paths.PARAMS.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,5 +1,4 @@
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from training_project import REPOSITORY, enter_project, write_params
+from training_project import REPOSITORY, enter_project, free_port, write_params
 
 from sdxl_lora import paths
 from sdxl_lora.lora import saved_lora
@@ -56,12 +55,6 @@ def test_two_processes_train_what_one_does_with_twice_the_batch(
     assert set(together) == set(alone)
     difference = torch.cat([(together[name] - alone[name]).flatten() for name in alone]).norm()
     assert difference / torch.cat([tensor.flatten() for tensor in alone.values()]).norm() < 1e-4
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def test_second_process_trains_the_same_adapter_to_the_bit(recipe: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ import pytest
 from mlflow import MlflowClient
 from project import create_project
 from safetensors.torch import load_file
-from training_project import REPOSITORY, enter_project, write_params
+from training_project import REPOSITORY, enter_project, free_port, write_params
 
 from sdxl_lora import paths
 from sdxl_lora.dataset import EncodedDataset
@@ -207,7 +207,7 @@ def test_two_processes_stop_in_the_same_step_and_go_on_together(recipe: dict[str
 
 
 def launch() -> subprocess.Popen[bytes]:
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     environment = {
         **os.environ,
         "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'src'}",
