@@ -32,6 +32,8 @@ LORA = DATA / "lora"
 PREVIEWS = DATA / "previews"
 TRAINING_REPORT = REPORTS / "training.json"
 LOSS_CURVE = REPORTS / "loss.csv"
+CHECKPOINTS = Path(".dvc/tmp/checkpoints")
+FAILED_STEPS = Path(".dvc/tmp/failed_steps")
 
 SAMPLES = DATA / "samples"
 SAMPLE_GRID = SAMPLES / "grid.png"
