@@ -19,7 +19,7 @@ from sdxl_lora.execution import current_execution
 from sdxl_lora.gates import failures
 from sdxl_lora.lineage import training_digest
 from sdxl_lora.sources import file_digest
-from sdxl_lora.tracking import ENTRIES_A_REQUEST, TRACKING_ERRORS, Connection, chunks, connect, flat
+from sdxl_lora.tracking import ENTRIES_A_REQUEST, TRACKING_ERRORS, Connection, cause, chunks, connect, flat
 
 DIGEST_LENGTH = 36  # characters that MLflow has for a data set's digest
 NOTE_LENGTH = 8000  # characters that MLflow has for a tag
@@ -43,7 +43,7 @@ def track_run(params: Params) -> dict[str, dict[str, str | None]]:
         logger.warning(
             "MLflow cannot be reached (%s): results are safe in their files. When it is back: "
             "`dvc repro -sf track_run`",
-            type(error).__name__,
+            cause(error),
         )
         return {"mlflow": {"run": None, "id": None}}
     logger.info("MLflow run %s (%s): `make ui` shows it", name, run_id)
@@ -82,11 +82,10 @@ def show_results(connection: Connection, params: Params) -> str:
 
 
 def log_curves(client: MlflowClient, run_id: str) -> None:
-    """The training curves from their file, unless the live run drew them to their end."""
+    """The training curves from their file, as far as the live run has not drawn them."""
+    drawn = {point.step for point in client.get_metric_history(run_id, "train/loss")}
     curve = pd.read_csv(paths.LOSS_CURVE)
-    drawn = client.get_metric_history(run_id, "train/loss")
-    if drawn and max(point.step for point in drawn) == curve["step"].iloc[-1]:
-        return
+    curve = curve[~curve["step"].isin(drawn)]
     now = int(time.time() * 1000)
     steps = curve.pop("step").tolist()
     points = [
