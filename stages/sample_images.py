@@ -4,6 +4,7 @@ from tqdm import tqdm
 
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
+from sdxl_lora.drawing import prepare
 from sdxl_lora.execution import run, stage
 from sdxl_lora.hardware import require_precision, reserved_device
 from sdxl_lora.samples import save_sample, save_table
@@ -18,6 +19,7 @@ def main() -> None:
         require_precision(device, config.precision, "sampling.precision")
         pipeline = load_pipeline(params.model, config.precision, device)
         load_adapter(pipeline, paths.LORA)
+        prepare(pipeline, config)
         settings = generation_settings(config, params.model)
         pictures = []
         total = len(config.prompts) * len(config.seeds) * len(config.strengths)

@@ -14,7 +14,8 @@ from PIL.Image import Image, Resampling
 from torch import Tensor, nn
 
 from sdxl_lora.config import ModelConfig, SamplingConfig
-from sdxl_lora.lora import saved_lora, strength
+from sdxl_lora.drawing import draw, recorded
+from sdxl_lora.lora import ADAPTER, saved_lora, strength
 from sdxl_lora.randomness import generator
 from sdxl_lora.samples import Sample, sample_file, strength_name
 from sdxl_lora.sources import public_name
@@ -29,14 +30,15 @@ def sample_images(
     """Draws every prompt with every seed at every strength of the adapter that `pipeline` carries.
 
     A picture's noise depends on its prompt's place and its seed alone: it is the same at every strength, in
-    any batch and on any device. Strength 0 leaves the adapter out and is the base model to the bit.
+    any batch and on any device. Strength 0 leaves the adapter out and is the base model to the bit. On a GPU
+    the UNet is recorded once per strength and shape.
 
     Raises:
         FloatingPointError: a picture has pixels that are not finite.
     """
     jobs = [(number, prompt, seed) for number, prompt in enumerate(config.prompts) for seed in config.seeds]
     for value in config.strengths:
-        with strength(adapted_modules(pipeline), value):
+        with strength(adapted_modules(pipeline), value), recorded(pipeline.unet):
             for start in range(0, len(jobs), config.batch_size):
                 batch = jobs[start : start + config.batch_size]
                 noise = [initial_noise(pipeline, config, number, seed) for number, _, seed in batch]
@@ -63,7 +65,7 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
         FileNotFoundError: nothing was saved in `folder`.
     """
     path = saved_lora(folder)  # diffusers would look for a missing file on the Hub
-    pipeline.load_lora_weights(path.parent, weight_name=path.name)
+    pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=ADAPTER)
     for module in adapted_modules(pipeline):
         module.eval()  # adapters arrive in training mode
 
@@ -79,32 +81,6 @@ def initial_noise(
     side = config.resolution // pipeline.vae_scale_factor
     shape = (pipeline.unet.config.in_channels, side, side)
     return torch.randn(shape, generator=generator("sample", number, seed))
-
-
-@torch.no_grad()
-def draw(
-    pipeline: StableDiffusionXLPipeline, config: SamplingConfig, prompts: Sequence[str], noise: Tensor
-) -> list[Image]:
-    """One image a prompt, from `noise`, (B, 4, H/8, W/8)."""
-    pixels = pipeline(
-        list(prompts),
-        negative_prompt=None if config.negative_prompt is None else [config.negative_prompt] * len(prompts),
-        latents=noise.to(pipeline.device, pipeline.unet.dtype),
-        height=config.resolution,
-        width=config.resolution,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        output_type="pt",
-    ).images
-    for prompt, image in zip(prompts, pixels, strict=True):
-        if not torch.isfinite(image).all():  # would be saved as black
-            raise FloatingPointError(
-                f"the picture of {prompt!r} has pixels that are not finite: set sampling.precision to bf16 "
-                "or fp32, or model.vae to one that is safe in fp16"
-            )
-    processor = pipeline.image_processor
-    images: list[Image] = processor.numpy_to_pil(processor.pt_to_numpy(pixels))
-    return images
 
 
 def grid(pictures: Sequence[tuple[Sample, Image]]) -> Image:
