@@ -10,6 +10,7 @@ JSON line as it ends.
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -27,8 +28,10 @@ from benchmarks.timing import wait_for
 from sdxl_lora import shapes
 from sdxl_lora.config import Params, Precision, SamplingConfig, load_params
 from sdxl_lora.drawing import draw, prepare, recorded
+from sdxl_lora.forecast import forecast_inference
 from sdxl_lora.hardware import peak_memory_gib, reserved_device
 from sdxl_lora.lora import add_adapters, lora_parameters, strength
+from sdxl_lora.phases import trace_sampling
 from sdxl_lora.randomness import generator
 from sdxl_lora.sampling import adapted_modules, initial_noise
 from sdxl_lora.sdxl import DTYPES, load_pipeline
@@ -89,8 +92,18 @@ def measure(configuration: Configuration, repetitions: int) -> Result:
         seconds=seconds,
         peak_reserved_gib=reserved,
         peak_allocated_gib=allocated,
+        forecast_gib=forecast(configuration, params, config) if configuration["way"] == "ours" else None,
         figures=figures,
     )
+
+
+def forecast(configuration: Configuration, params: Params, config: SamplingConfig) -> float:
+    """What the library expects the batch to take, GiB."""
+    base = replace(shapes.SDXL_BASE, vae=shapes.KNOWN_VAES["madebyollin/sdxl-vae-fp16-fix"])
+    if configuration["model"] == "demo":
+        base = shapes.read_shapes(params.model)
+    trace = trace_sampling(base, params.model_copy(update={"sampling": config}))
+    return forecast_inference(trace).total / GIB
 
 
 def sampling(params: Params, configuration: Configuration) -> SamplingConfig:

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL.Image import Image
 
 from sdxl_lora.config import Params, Precision, SamplingConfig, load_params
-from sdxl_lora.drawing import draw, fuse_pipeline, prepare, recorded
+from sdxl_lora.drawing import draw, fuse_all, prepare, recorded
 from sdxl_lora.fused import FUSED
 from sdxl_lora.lora import strength
 from sdxl_lora.sampling import adapted_modules, initial_noise, load_adapter
@@ -83,8 +83,9 @@ def test_fused_pipeline_draws_what_diffusers_draws(
 ) -> None:
     pipeline = adapted_pipeline(params, adapter, "fp32", CPU)
     expected = drawn(pipeline, config, record=False)
-    fuse_pipeline(pipeline, "sdpa")
-    modules = (*adapted_modules(pipeline), pipeline.vae)
+    text_encoders = pipeline.text_encoder, pipeline.text_encoder_2
+    fuse_all(pipeline.unet, text_encoders, pipeline.vae, "sdpa")
+    modules = (pipeline.unet, *text_encoders, pipeline.vae)
     classes = {type(part) for module in modules for part in module.modules()}
     assert set(FUSED.values()) <= classes
     assert largest_difference(drawn(pipeline, config), expected) <= 2  # of 255 levels

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Self
 
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL.Image import Image
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from sdxl_lora.attention import usual_attention
 from sdxl_lora.config import AttentionBackend, SamplingConfig
 from sdxl_lora.cuda_graph import Recorder
 from sdxl_lora.fused import attention_shapes, fuse, fuse_unet
-from sdxl_lora.sdxl import predict
+from sdxl_lora.sdxl import TextEncoders, predict
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,19 @@ def prepare(pipeline: StableDiffusionXLPipeline, config: SamplingConfig) -> None
         return
     side = config.resolution // pipeline.vae_scale_factor
     shapes = attention_shapes(pipeline.unet, 1, side, side)
-    fuse_pipeline(pipeline, usual_attention(shapes, pipeline.unet.dtype, pipeline.device))
+    backend = usual_attention(shapes, pipeline.unet.dtype, pipeline.device)
+    fuse_all(pipeline.unet, (pipeline.text_encoder, pipeline.text_encoder_2), pipeline.vae, backend)
 
 
-def fuse_pipeline(pipeline: StableDiffusionXLPipeline, backend: AttentionBackend) -> None:
-    """Gives the pipeline's modules the classes of `fused`, in channels_last on a GPU."""
-    fuse_unet(pipeline.unet, backend)
-    for module in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae):
+def fuse_all(
+    unet: UNet2DConditionModel, text_encoders: TextEncoders, vae: AutoencoderKL, backend: AttentionBackend
+) -> None:
+    """Gives a pipeline's modules the classes of `fused`, in channels_last on a GPU."""
+    fuse_unet(unet, backend)
+    for module in (*text_encoders, vae):
         fuse(module)
-    if pipeline.device.type != "cpu":
-        pipeline.vae.to(memory_format=torch.channels_last)
+    if vae.device.type != "cpu":
+        vae.to(memory_format=torch.channels_last)
 
 
 @contextmanager
