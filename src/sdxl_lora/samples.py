@@ -4,9 +4,28 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
+
+Origin = Literal["free", "training", "held_out"]
+"""Where a prompt comes from: params, the caption of a training image, or that of a held-out one."""
+
+ORIGINS: dict[Origin, str] = {
+    "free": "free prompts",
+    "training": "captions of training images",
+    "held_out": "captions of held-out images",
+}
+"""What people call them."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to sample from."""
+
+    text: str
+    origin: Origin
 
 
 @dataclass(frozen=True)
@@ -19,6 +38,8 @@ class Sample:
     seed: int
     strength: float
     """Factor of the adapter's update: 0 is the base model."""
+    origin: Origin = "free"
+    """Of the prompt."""
 
 
 def strength_name(value: float) -> str:

@@ -24,9 +24,9 @@ from sdxl_lora.metrics import (
     zero_shot_probability,
 )
 from sdxl_lora.randomness import generator
-from sdxl_lora.samples import Sample, strength_name
+from sdxl_lora.samples import Origin, Sample, strength_name
 
-INTERVAL_COLUMNS = ("metric", "strength", "value", "low", "high")
+INTERVAL_COLUMNS = ("origin", "metric", "strength", "value", "low", "high")
 
 Statistic = Callable[[Tensor], Tensor]
 """A figure of the samples at these indices, (N,): a scalar."""
@@ -85,10 +85,17 @@ def as_numbers(measurements: Sequence[Measurement]) -> dict[str, object]:
     return numbers
 
 
-def interval_rows(measurements: Sequence[Measurement]) -> list[dict[str, object]]:
-    """A row with INTERVAL_COLUMNS for each metric and strength."""
+def interval_rows(measurements: Sequence[Measurement], origin: Origin) -> list[dict[str, object]]:
+    """A row with INTERVAL_COLUMNS for each metric and strength, of samples with prompts of one origin."""
     return [
-        {"metric": m.name, "strength": name, "value": m.values[name], "low": low, "high": high}
+        {
+            "origin": origin,
+            "metric": m.name,
+            "strength": name,
+            "value": m.values[name],
+            "low": low,
+            "high": high,
+        }
         for m in measurements
         for name, (low, high) in m.intervals.items()
     ]
