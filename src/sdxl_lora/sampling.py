@@ -18,8 +18,7 @@ from sdxl_lora.config import ModelConfig, SamplingConfig
 from sdxl_lora.dataset import EncodedDataset, Split
 from sdxl_lora.drawing import draw, recorded
 from sdxl_lora.lora import ADAPTER, saved_lora, strength
-from sdxl_lora.randomness import generator
-from sdxl_lora.samples import Origin, Prompt, Sample, sample_file, strength_name
+from sdxl_lora.samples import Origin, Prompt, Sample, sample_file, sample_generator, strength_name
 from sdxl_lora.sources import public_name
 
 MARGIN = 8  # pixels between the pictures of a grid
@@ -108,7 +107,7 @@ def initial_noise(
     """Standard normal noise of the prompt at place `number`, on the CPU, (4, H/8, W/8)."""
     side = config.resolution // pipeline.vae_scale_factor
     shape = (pipeline.unet.config.in_channels, side, side)
-    return torch.randn(shape, generator=generator("sample", number, seed))
+    return torch.randn(shape, generator=sample_generator(number, seed))
 
 
 def grid(pictures: Sequence[tuple[Sample, Image]]) -> Image:
