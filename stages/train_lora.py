@@ -9,6 +9,7 @@ from sdxl_lora import paths
 from sdxl_lora.config import TrainingConfig, load_params
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.denoising import load_denoiser
+from sdxl_lora.environment import environment
 from sdxl_lora.execution import run, stage
 from sdxl_lora.hardware import deterministic, require_precision, reserved_device
 from sdxl_lora.lora import add_adapters, save_lora
@@ -48,6 +49,8 @@ def main() -> None:
         loss_curve(reports, config.log_every).to_csv(paths.LOSS_CURVE, index=False)
         summary = {**summarise(reports, denoiser, config), "attention": attention, **plan.numbers()}
         write_numbers(paths.TRAINING_REPORT, summary)
+        choices = {"attention": attention, "deterministic": config.deterministic}
+        write_numbers(paths.TRAINING_ENVIRONMENT, environment(device, **choices))
 
 
 def follow(
