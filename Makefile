@@ -4,6 +4,8 @@ PYTHON ?= python3 python3.13 python3.12 python3.11
 PORT ?= 5000
 NAME ?=
 FORCE ?=
+REF ?= HEAD
+DATA ?= download
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -14,10 +16,10 @@ INSTALLED := .venv/installed
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check plan ui promote recipe lock rebuild clean
+.PHONY: help setup demo test check plan ui promote recipe reproduce lock rebuild clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## create .venv from requirements.lock (PYTHON=python3.12 chooses the interpreter)
 
@@ -46,6 +48,9 @@ promote: setup  ## register the adapter in MLflow as champion, if it passed all 
 
 recipe: setup  ## select a recipe: NAME=demo; without NAME list them (FORCE=1 replaces edits)
 	@$(BIN)/python -m sdxl_lora.recipe $(NAME) $(if $(FORCE),--force)
+
+reproduce: setup  ## run REF again and compare: a commit, experiment, MLflow run or adapter file (DATA=pull: recorded data)
+	@$(BIN)/python -m sdxl_lora.reproduction "$(REF)" --data $(DATA)
 
 lock: setup  ## resolve the newest dependencies into requirements.lock, torch kept
 	@torch=$$(sed -nE 's/^(torch==[0-9.]+).*/\1/p' requirements.lock); \
