@@ -17,6 +17,8 @@ from sdxl_lora.sources import file_digest, public_name
 from sdxl_lora.tensor_files import read_header
 
 PREFIX = "sdxl_lora."
+WEIGHTS_FACT = f"{PREFIX}weights.sha256"
+"""Of a file's own tensors, as they lie in it."""
 
 
 def lineage(
