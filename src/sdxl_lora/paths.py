@@ -34,6 +34,8 @@ PREVIEWS = DATA / "previews"
 TRAINING_REPORT = REPORTS / "training.json"
 TRAINING_ENVIRONMENT = REPORTS / "environment/train_lora.json"
 LOSS_CURVE = REPORTS / "loss.csv"
+CHECKPOINTS = Path(".dvc/tmp/checkpoints")
+FAILED_STEPS = Path(".dvc/tmp/failed_steps")
 
 SAMPLES = DATA / "samples"
 SAMPLE_GRID = SAMPLES / "grid.png"
