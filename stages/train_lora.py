@@ -5,6 +5,7 @@ from sdxl_lora.checkpoints import Checkpoints, training_key
 from sdxl_lora.config import load_params
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.denoising import load_denoiser
+from sdxl_lora.environment import environment
 from sdxl_lora.execution import Deadline, project_root, run, stage
 from sdxl_lora.failed_steps import failed_steps_kept
 from sdxl_lora.files import require_writable
@@ -58,6 +59,8 @@ def main() -> None:
         loss_curve(training.reports, config.log_every).to_csv(paths.LOSS_CURVE, index=False)
         summary = {**summarise(training.reports, denoiser, config), **choices, **plan.numbers()}
         write_numbers(paths.TRAINING_REPORT, summary)
+        facts = environment(device, deterministic=config.deterministic, **choices)
+        write_numbers(paths.TRAINING_ENVIRONMENT, facts)
         checkpoints.delete()
 
 

@@ -1,6 +1,6 @@
 import argparse
-import os
 import math
+import os
 import weakref
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path

@@ -10,6 +10,7 @@ from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Generator
 
+from sdxl_lora.files import write_text, written_whole
 from sdxl_lora.randomness import generator
 
 Origin = Literal["free", "training", "held_out"]
@@ -29,8 +30,6 @@ class Prompt:
 
     text: str
     origin: Origin
-
-from sdxl_lora.files import write_text, written_whole
 
 
 @dataclass(frozen=True)
