@@ -11,7 +11,7 @@ from sdxl_lora.gates import failures
 from sdxl_lora.lineage import lineage
 from sdxl_lora.lora import WEIGHTS
 from sdxl_lora.model_card import card_pictures, model_card, picture_name
-from sdxl_lora.reports import read_numbers
+from sdxl_lora.reports import read_numbers, write_numbers
 from sdxl_lora.samples import load_table
 from sdxl_lora.sdxl import layers_per_block, load_noise_schedule, weight_digests
 
@@ -28,6 +28,7 @@ def main() -> None:
         facts = lineage(params.model, weights, paths.RAW_SOURCE, paths.ENCODED_INDEX, paths.LOCK)
         spec = model_spec(config, trigger, params.encoding.resolution, prediction_type)
         export_lora(paths.LORA, paths.EXPORT, config, {**facts, **spec}, layers_per_block(params.model))
+        write_numbers(paths.LINEAGE, facts)
 
         samples = card_pictures(load_table(paths.SAMPLE_TABLE), PICTURES)
         for sample in samples:

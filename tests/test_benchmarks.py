@@ -1,17 +1,24 @@
 import argparse
+import math
+import os
 import weakref
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from PIL import Image
 from torch import nn
 
 from benchmarks import counts, random_sdxl, saved_sdxl, train_step
+from benchmarks.apart import apart, side_by_side
 from benchmarks.grid import combinations, gib_or_none, repeat
 from benchmarks.matmul import measure as measure_matmul
 from benchmarks.results import Configuration, publish, read_results
+from benchmarks.sample import WAYS, psnr
+from benchmarks.sample import measure as measure_sample
 from benchmarks.timing import timed
 from benchmarks.vae_encode import measure as measure_vae
 from sdxl_lora import shapes
@@ -19,6 +26,7 @@ from sdxl_lora.config import load_params
 from sdxl_lora.quantization import QuantizedLinear
 
 RECIPE = Path("recipes/sdxl-naruto-16gb.yaml")
+CPU = torch.device("cpu")
 SMALL: Configuration = {
     "precision": "fp32",
     "quantization": "int8",
@@ -117,7 +125,8 @@ def test_a_cap_is_a_size_or_none(text: str) -> None:
 
 @pytest.mark.usefixtures("small_sdxl")
 def test_a_step_is_measured_by_the_librarys_own_loop(tmp_path: Path) -> None:
-    result = train_step.measure(SMALL, load_params(RECIPE), steps=2)
+    recipe = load_params(RECIPE)
+    result = train_step.measure(SMALL, recipe, steps=2, plan=train_step.plan(SMALL, recipe, CPU))
     assert result.outcome == "ok"
     assert len(result.seconds) == 2
     assert result.peak_reserved_gib is None  # on a CPU nobody counts
@@ -128,10 +137,27 @@ def test_a_step_is_measured_by_the_librarys_own_loop(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_sdxl")
 def test_a_configuration_that_cannot_run_says_why() -> None:
-    result = train_step.measure(SMALL | {"attention": "xformers"}, load_params(RECIPE), steps=1)
+    recipe, configuration = load_params(RECIPE), SMALL | {"attention": "xformers"}
+    plan = train_step.plan(configuration, recipe, CPU)
+    result = train_step.measure(configuration, recipe, steps=1, plan=plan)
     assert result.outcome.startswith(("ValueError: ", "ImportError: ", "RuntimeError: "))
     assert "xformers" in result.outcome
     assert result.seconds_per_step is None
+
+
+@pytest.mark.usefixtures("small_sdxl")
+def test_a_configuration_that_fits_nowhere_says_why() -> None:
+    recipe, configuration = load_params(RECIPE), SMALL | {"vram_gib": 0.01}
+    plan = train_step.plan(configuration, recipe, CPU)
+    assert isinstance(plan, str)
+    assert plan.startswith("training.vram_gib is 0.01")
+
+
+def test_measurements_run_apart() -> None:
+    assert apart(os.getpid) != os.getpid()
+    assert side_by_side(abs, [-1, 2]) == [1, 2]
+    with pytest.raises(BrokenProcessPool):
+        apart(os._exit, 1)
 
 
 @pytest.mark.usefixtures("small_sdxl")
@@ -182,6 +208,38 @@ def test_encoding_is_timed_per_batch() -> None:
     result = measure_vae({"precision": "fp32", "batch_size": 2, "resolution": 64}, repetitions=2)
     assert len(result.seconds) == 2
     assert result.samples_per_second == pytest.approx(2 / (sum(result.seconds) / 2))
+
+
+DRAWN: Configuration = {
+    "model": "demo",
+    "way": "ours",
+    "precision": "fp32",
+    "strength": 1.0,
+    "batch_size": 2,
+    "resolution": 64,
+    "num_inference_steps": 2,
+}
+
+
+@pytest.mark.usefixtures("small_sdxl")
+@pytest.mark.parametrize("way", WAYS)
+def test_drawing_is_timed_per_batch(way: str) -> None:
+    result = measure_sample({**DRAWN, "model": "random_sdxl", "way": way}, repetitions=2)
+    assert (result.outcome, len(result.seconds)) == ("ok", 2)
+    assert result.figures["first_batch_seconds"] > 0
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_drawing_gives_the_same_pictures(way: str, strength: float) -> None:
+    result = measure_sample({**DRAWN, "way": way, "strength": strength}, repetitions=1)
+    assert result.figures["psnr_db"] > 60
+
+
+def test_other_pictures_are_told_from_the_same() -> None:
+    black, grey = (Image.new("RGB", (8, 8), (level, level, level)) for level in (0, 51))
+    assert psnr([black], [black]) == 100
+    assert psnr([black], [grey]) == pytest.approx(20 * math.log10(255 / 51))
 
 
 def test_a_line_that_is_no_result_is_named(tmp_path: Path) -> None:

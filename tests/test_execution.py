@@ -1,11 +1,20 @@
 import os
 import signal
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from sdxl_lora.execution import Execution, current_execution, parse_execution, run, stage
+from sdxl_lora.execution import (
+    Deadline,
+    Execution,
+    current_execution,
+    parse_execution,
+    run,
+    stage,
+    stopping_on_signals,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +75,28 @@ def test_what_a_user_can_mend_is_said_without_a_traceback() -> None:
 
     with pytest.raises(SystemExit, match=r"training.steps is 0: raise it"):
         run(main)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_ask_to_stop_instead_of_ending_the_block(number: signal.Signals) -> None:
+    asked: list[str] = []
+    with stopping_on_signals(lambda: asked.append("stop")) as signals:
+        assert signals == []
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        assert signals == [number, number]
+        assert asked == ["stop", "stop"]
+    with pytest.raises((SystemExit, KeyboardInterrupt)), stage("train_lora"):
+        os.kill(os.getpid(), number)
+
+
+def test_deadline_is_near_while_two_of_the_longest_rounds_still_fit() -> None:
+    deadline = Deadline(2 / 60)
+    start = time.monotonic()
+    assert not deadline.is_near()
+    time.sleep(0.4)
+    assert not deadline.is_near()
+    while not deadline.is_near():
+        time.sleep(0.05)
+    assert 1.0 < time.monotonic() - start < 1.3
+    assert not Deadline(None).is_near()

@@ -180,6 +180,10 @@ class TrainingConfig(Section):
     """Steps between two points of the curves."""
     preview_every: PositiveInt | None
     """Steps between two preview images of the first prompt; null: none."""
+    checkpoint_minutes: NonNegativeFloat | None
+    """Wall time between two checkpoints; 0: one a step; null: none but when training is told to stop."""
+    deadline_minutes: PositiveFloat | None
+    """Wall time from the stage's start before whose end training stops with a checkpoint; null: no end."""
 
     @model_validator(mode="after")
     def warmup_ends_before_training_does(self) -> Self:
@@ -217,6 +221,10 @@ class TrainingConfig(Section):
 class SamplingConfig(Section):
     prompts: Annotated[list[str], Field(min_length=1)]
     """Prompts that base model and adapter both draw."""
+    training_captions: NonNegativeInt
+    """So many captions of training images are drawn as well, and scored apart: does it know them by heart?"""
+    held_out_captions: NonNegativeInt
+    """So many captions of held-out images, likewise: how does it draw what it was not shown?"""
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
     """Each prompt is drawn once per seed, from the same noise at every strength."""
     strengths: Annotated[list[NonNegativeFloat], Field(min_length=1)]

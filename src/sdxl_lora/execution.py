@@ -8,6 +8,7 @@ Knows no MLflow.
 import hashlib
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -153,6 +154,47 @@ def stage(name: str) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, previous)
     note("executed")
+
+
+@contextmanager
+def stopping_on_signals(stop: Callable[[], None]) -> Iterator[list[signal.Signals]]:
+    """Lets SIGTERM and SIGINT call `stop`, which must be quick, instead of ending the block.
+
+    Yields:
+        The signals that came so far.
+    """
+    received: list[signal.Signals] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+        stop()
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Deadline:
+    """A known end of the machine's time, some minutes from now; None: there is none."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self._longest_round = 0.0
+        self._last: float | None = None
+
+    def is_near(self) -> bool:
+        """Whether two more rounds as long as the longest so far would not end before it. Ask once a round.
+
+        Two, because several processes may need one to agree, and what is to be saved takes time as well.
+        """
+        now = time.monotonic()
+        if self._last is not None:
+            self._longest_round = max(self._longest_round, now - self._last)
+        self._last = now
+        return now + 2 * self._longest_round >= self._end
 
 
 def exit_on_signal(number: int, _frame: FrameType | None) -> None:

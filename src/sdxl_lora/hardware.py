@@ -37,6 +37,13 @@ def choose_device() -> torch.device:
     return device
 
 
+def machine(device: torch.device) -> str:
+    """What rounding depends on: the GPU's name, or the CPU's vector units and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
 @contextmanager
 def reserved_device(vram_gib: float | None) -> Iterator[torch.device]:
     """A device for as long as the block runs: a GPU is taken by one job at a time, others wait for it.

@@ -22,6 +22,7 @@ from sdxl_lora.sources import file_digest
 from sdxl_lora.tracking import ENTRIES_A_REQUEST, TRACKING_ERRORS, Connection, cause, chunks, connect, flat
 
 DIGEST_LENGTH = 36  # characters that MLflow has for a data set's digest
+RECORD_FOLDER = Path("dvc")  # of a run's artifacts
 NOTE_LENGTH = 8000  # characters that MLflow has for a tag
 
 logger = logging.getLogger(__name__)
@@ -72,13 +73,22 @@ def show_results(connection: Connection, params: Params) -> str:
         if name in records:
             client.log_metric(run_id, f"seconds/{name}", records[name].seconds)
     client.log_artifacts(run_id, str(paths.EXPORT), "adapter")
-    for file in (paths.PARAMS, paths.PIPELINE, paths.LOCK):
-        client.log_artifact(run_id, str(file), "dvc")
+    for path in filter(Path.is_file, paths.RECORD):
+        client.log_artifact(run_id, str(path), str(RECORD_FOLDER / path.parent))
     client.set_tag(run_id, "mlflow.note.content", description(run_id))
     client.set_tag(run_id, "dvc.content", content)
     client.set_tag(run_id, "dvc.train_lora", training_digest(paths.LOCK))
     client.set_terminated(run_id, "FINISHED")
     return run_id
+
+
+def download_record(run_id: str, folder: Path) -> Path:
+    """Fetches what `show_results` kept of DVC's record with a run; where it lies, laid out as the project.
+
+    Raises:
+        MlflowException, OSError: the server cannot be reached, has no such run, or the run has no record.
+    """
+    return Path(connect().client.download_artifacts(run_id, str(RECORD_FOLDER), str(folder)))
 
 
 def log_curves(client: MlflowClient, run_id: str) -> None:
@@ -110,7 +120,7 @@ def log_reports(client: MlflowClient, run_id: str) -> None:
         ]
         client.log_batch(run_id, metrics=points, tags=words)
     for path in sorted(paths.REPORTS.iterdir()):
-        if path.suffix in (".csv", ".html", ".md"):
+        if path.suffix in (".csv", ".html", ".md") and path != paths.REPRODUCTION_PAGE:
             client.log_artifact(run_id, str(path), "reports")
 
 
