@@ -3,7 +3,12 @@
 PYTHON ?= python3 python3.13 python3.12 python3.11
 PORT ?= 5000
 NAME ?=
+REPO ?=
+PUBLIC ?=
 FORCE ?=
+REF ?= HEAD
+DATA ?= download
+ADAPTER ?= data/export/pytorch_lora_weights.safetensors
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -14,10 +19,10 @@ INSTALLED := .venv/installed
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check plan ui promote recipe lock rebuild clean
+.PHONY: help setup demo test check plan ui promote push-to-hub recipe reproduce verify lock rebuild clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## create .venv from requirements.lock (PYTHON=python3.12 chooses the interpreter)
 
@@ -44,8 +49,17 @@ ui: setup  ## MLflow at http://127.0.0.1:5000 (PORT=5001 chooses another port)
 promote: setup  ## register the adapter in MLflow as champion, if it passed all of its gates
 	@$(BIN)/python -m sdxl_lora.registry
 
+push-to-hub: setup  ## upload the adapter: REPO=owner/name (private unless PUBLIC=1; FORCE=1: whatever its gates say)
+	@$(BIN)/python -m sdxl_lora.publish $(REPO) $(if $(PUBLIC),--public) $(if $(FORCE),--force)
+
 recipe: setup  ## select a recipe: NAME=demo; without NAME list them (FORCE=1 replaces edits)
 	@$(BIN)/python -m sdxl_lora.recipe $(NAME) $(if $(FORCE),--force)
+
+reproduce: setup  ## run REF again and compare: a commit, experiment, MLflow run or adapter file (DATA=pull: recorded data)
+	@$(BIN)/python -m sdxl_lora.reproduction "$(REF)" --data $(DATA)
+
+verify: setup  ## hold an exported file's lineage against what is here: ADAPTER=path
+	@$(BIN)/python -m sdxl_lora.verification "$(ADAPTER)"
 
 lock: setup  ## resolve the newest dependencies into requirements.lock, torch kept
 	@torch=$$(sed -nE 's/^(torch==[0-9.]+).*/\1/p' requirements.lock); \

@@ -5,8 +5,10 @@ from sdxl_lora.checkpoints import Checkpoints, training_key
 from sdxl_lora.config import load_params
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.denoising import load_denoiser
+from sdxl_lora.environment import environment
 from sdxl_lora.execution import Deadline, project_root, run, stage
 from sdxl_lora.failed_steps import failed_steps_kept
+from sdxl_lora.files import require_writable
 from sdxl_lora.hardware import deterministic, require_precision, reserved_device
 from sdxl_lora.lora import add_adapters, save_lora
 from sdxl_lora.planning import choose_plan
@@ -47,7 +49,8 @@ def main() -> None:
             if not processes().is_main_process:
                 session.help()
                 return
-            paths.PREVIEWS.mkdir(parents=True, exist_ok=True)  # an output, also without previews
+            for folder in (paths.LORA, paths.PREVIEWS):  # outputs, the latter also without previews
+                require_writable(folder)
             held_out = EncodedDataset(paths.ENCODED, "held_out")
             previewer = Previewer(denoiser, held_out, params.model) if config.preview_every else None
             with live_run(params) as live:
@@ -56,6 +59,8 @@ def main() -> None:
         loss_curve(training.reports, config.log_every).to_csv(paths.LOSS_CURVE, index=False)
         summary = {**summarise(training.reports, denoiser, config), **choices, **plan.numbers()}
         write_numbers(paths.TRAINING_REPORT, summary)
+        facts = environment(device, deterministic=config.deterministic, **choices)
+        write_numbers(paths.TRAINING_ENVIRONMENT, facts)
         checkpoints.delete()
 
 
