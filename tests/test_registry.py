@@ -44,7 +44,8 @@ def test_promoted_adapter_is_the_champion_and_can_be_fetched() -> None:
     assert champion.version == version.version
     assert champion.run_id == json.loads(paths.MLFLOW_POINTER.read_text(encoding="utf-8"))["mlflow"]["id"]
     uri = client().get_model_version_download_uri(EXPERIMENT, version.version)
-    assert (Path(uri.removeprefix("file://")) / "adapter.safetensors").read_bytes() == b"weights"
+    weights = Path(uri.removeprefix("file://")) / "adapter_weights" / paths.EXPORTED_WEIGHTS.name
+    assert weights.read_bytes() == paths.EXPORTED_WEIGHTS.read_bytes()
 
 
 def test_promoting_twice_registers_once() -> None:
