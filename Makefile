@@ -6,6 +6,9 @@ NAME ?=
 REPO ?=
 PUBLIC ?=
 FORCE ?=
+REF ?= HEAD
+DATA ?= download
+ADAPTER ?= data/export/pytorch_lora_weights.safetensors
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -16,7 +19,7 @@ INSTALLED := .venv/installed
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check plan ui promote push-to-hub recipe lock rebuild clean
+.PHONY: help setup demo test check plan ui promote push-to-hub recipe reproduce verify lock rebuild clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +54,12 @@ push-to-hub: setup  ## upload the adapter: REPO=owner/name (private unless PUBLI
 
 recipe: setup  ## select a recipe: NAME=demo; without NAME list them (FORCE=1 replaces edits)
 	@$(BIN)/python -m sdxl_lora.recipe $(NAME) $(if $(FORCE),--force)
+
+reproduce: setup  ## run REF again and compare: a commit, experiment, MLflow run or adapter file (DATA=pull: recorded data)
+	@$(BIN)/python -m sdxl_lora.reproduction "$(REF)" --data $(DATA)
+
+verify: setup  ## hold an exported file's lineage against what is here: ADAPTER=path
+	@$(BIN)/python -m sdxl_lora.verification "$(ADAPTER)"
 
 lock: setup  ## resolve the newest dependencies into requirements.lock, torch kept
 	@torch=$$(sed -nE 's/^(torch==[0-9.]+).*/\1/p' requirements.lock); \

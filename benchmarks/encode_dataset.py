@@ -1,31 +1,38 @@
 """Time and memory of encoding many images: `python -m benchmarks.encode_dataset --help`.
 
 Encodes synthetic pictures with the demo recipe's models, at a small size, so that what does not depend on the
-model shows: decoding, the store, the search for near duplicates, the shards.
+model shows: decoding, the store, the search for near duplicates, the shards. With `--sdxl` the VAE has SDXL's
+real shapes with random weights, and the VAE alone, on pictures that lie on the device already, is timed too.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import numpy as np
 import psutil
+import torch
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.timing import timed
 from sdxl_lora.config import EncodingConfig, load_params
-from sdxl_lora.encoders import load_encoders
+from sdxl_lora.encoders import Encoders, encode_images, load_encoders
 from sdxl_lora.encoding import EncodingReport, encode_dataset
 from sdxl_lora.entries import Entries
 from sdxl_lora.hardware import reserved_device
 from sdxl_lora.pictures import CaptionedImage
+from sdxl_lora.sdxl import load_tokenizers
+from sdxl_lora.shapes import SDXL_BASE
 from sdxl_lora.sources import file_digest
 from sdxl_lora.store import Store
 
 MIB = 2**20
+REPETITIONS = 20  # of the VAE alone
 
 
 def main() -> None:
@@ -35,18 +42,32 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=Path("recipes/demo.yaml"))
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--resolution", type=int, default=64, help="pixels a side, instead of the recipe's")
+    parser.add_argument("--sdxl", action="store_true", help="a VAE of SDXL's shapes")
     arguments = parser.parse_args()
     params = load_params(arguments.recipe)
     config = params.encoding.model_copy(update={"resolution": arguments.resolution})
     with TemporaryDirectory() as scratch, reserved_device(None) as device:
         folder = Path(scratch)
         rows = write_pictures(folder / "images", arguments.images, arguments.resolution)
-        encoders = load_encoders(params.model, config, device)
-        numbers = {}
+        numbers: dict[str, object] = {}
+        if arguments.sdxl:
+            vae = SDXL_BASE.make_vae(config.vae_precision, device)
+            tokenizers = load_tokenizers(load_params(Path("recipes/demo.yaml")).model)
+            encoders = Encoders(vae, tokenizers, text_encoders=None)
+            numbers["vae_alone_images_per_second"] = vae_speed(encoders, config, device)
+        else:
+            encoders = load_encoders(params.model, config, device)
         for name in ("first", "again"):
             entries = Entries(Store(folder / "store"), encoders, config, folder / "images")
             numbers[name] = measure(rows, entries, config, folder / name)
     sys.stdout.write(json.dumps({"images": len(rows), "device": str(device), **numbers}, indent=2) + "\n")
+
+
+def vae_speed(encoders: Encoders, config: EncodingConfig, device: torch.device) -> float:
+    """Images a second of the VAE alone, in batches of the stage's size."""
+    pixels = torch.rand(config.batch_size, 3, config.resolution, config.resolution, device=device)
+    seconds = timed(lambda: encode_images(encoders.vae, pixels), device, REPETITIONS)
+    return round(config.batch_size / median(seconds), 1)
 
 
 def write_pictures(folder: Path, count: int, resolution: int) -> list[CaptionedImage]:

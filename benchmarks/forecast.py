@@ -1,18 +1,19 @@
 """Forecast against measured peak memory of training, many configurations: `python -m benchmarks.forecast`.
 
-Each configuration trains SDXL's real shapes for a few steps in a process of its own, which prints a line of
-JSON. Without a GPU, `--forecast-only` shows what would be compared.
+Each configuration trains SDXL's real shapes for a few steps in a process of its own; a line of JSON says how
+it went. Without a GPU, `--forecast-only` shows what would be compared.
 """
 
 import argparse
 import json
-import subprocess
-import sys
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.apart import apart, side_by_side
 from benchmarks.random_sdxl import RandomDataset, random_denoiser
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.hardware import GIB, peak_memory_gib, reserved_device
@@ -60,15 +61,17 @@ def changed(params: Params, changes: dict[str, Any]) -> Params:
     return params.model_copy(update={**sections, "training": training})
 
 
-def plan_of(params: Params, device: torch.device) -> Plan:
+def plan_of(name: str, recipe: Params) -> Plan:
+    """How this configuration would train on a GPU."""
+    params = changed(recipe, CONFIGURATIONS[name])
     latents = RandomDataset(params.encoding.resolution).latents
-    return choose_plan(params.model, params.lora, params.training, latents, device)
+    return choose_plan(params.model, params.lora, params.training, latents, torch.device("cuda"))
 
 
-def measure(params: Params) -> dict[str, object]:
-    """Plan, forecast and measured peaks, GiB, of this configuration on this machine's GPU."""
+def measure(name: str, recipe: Params, plan: Plan) -> dict[str, Any]:
+    """Measured peaks, GiB, of this configuration on this machine's GPU."""
+    params = changed(recipe, CONFIGURATIONS[name])
     with reserved_device(params.training.vram_gib) as device:
-        plan = plan_of(params, device)
         config = plan.applied_to(params.training)
         dataset: Any = RandomDataset(params.encoding.resolution)  # acts as an EncodedDataset
         trained = params.model.text_encoders != "frozen"
@@ -82,23 +85,13 @@ def measure(params: Params) -> dict[str, object]:
             "outside": outside_gib(device),
         }
         gpu = torch.cuda.get_device_name(device)
-    return {**plan.numbers(), "measured_gib": measured, "seconds_a_step": min(seconds), "device": gpu}
+    return {"measured_gib": measured, "seconds_a_step": min(seconds), "device": gpu}
 
 
 def outside_gib(device: torch.device) -> float:
     """What the process holds beside PyTorch's own, if it has the GPU to itself: CUDA's context, GiB."""
     free, total = torch.cuda.mem_get_info(device)
     return (total - free - torch.cuda.memory_reserved(device)) / GIB
-
-
-def run_apart(recipe: Path, name: str) -> dict[str, Any]:
-    """`measure` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.forecast", "--recipe", str(recipe), "--only", name]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if result.returncode:
-        return {"configuration": name, "error": f"exit status {result.returncode}"}
-    outcome: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return outcome
 
 
 def table_line(outcome: dict[str, Any]) -> str:
@@ -117,23 +110,23 @@ def main() -> None:
     )
     parser.add_argument("--recipe", type=Path, default=Path("recipes/sdxl-naruto-16gb.yaml"))
     parser.add_argument(
-        "--only", choices=CONFIGURATIONS, metavar="NAME", help="one configuration, in this process"
+        "--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS), metavar="NAME"
     )
     parser.add_argument("--forecast-only", action="store_true", help="do not measure: needs no GPU")
     arguments = parser.parse_args()
-    params = load_params(arguments.recipe)
-    if arguments.only:
-        outcome = measure(changed(params, CONFIGURATIONS[arguments.only]))
-        print(json.dumps({"configuration": arguments.only, **outcome}))
-    elif arguments.forecast_only:
-        for name, changes in CONFIGURATIONS.items():
-            numbers = plan_of(changed(params, changes), torch.device("cuda")).numbers()
-            print(json.dumps({"configuration": name, **numbers}), flush=True)
-    else:
-        outcomes = []
-        for name in CONFIGURATIONS:
-            outcomes.append(run_apart(arguments.recipe, name))
-            print(json.dumps(outcomes[-1]), flush=True)
+    recipe = load_params(arguments.recipe)
+    plans = side_by_side(partial(plan_of, recipe=recipe), arguments.only)
+    outcomes = []
+    for name, plan in zip(arguments.only, plans, strict=True):
+        outcome = {"configuration": name, **plan.numbers()}
+        if not arguments.forecast_only:
+            try:
+                outcome |= apart(measure, name, recipe, plan)
+            except (BrokenProcessPool, torch.OutOfMemoryError) as error:
+                outcome["error"] = str(error).splitlines()[0]
+        print(json.dumps(outcome), flush=True)
+        outcomes.append(outcome)
+    if not arguments.forecast_only:
         print(f"\n{'':40} forecast  measured   error  (peak reserved by PyTorch, GiB)")
         print("\n".join(map(table_line, outcomes)))
 

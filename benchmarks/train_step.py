@@ -7,21 +7,23 @@ JSON line as it ends; a table of them all follows.
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
+from benchmarks.apart import apart, side_by_side
 from benchmarks.device_memory import DeviceMemory
-from benchmarks.grid import combinations, flags, gib_or_none, number_or_word, repeat, true_or_false
+from benchmarks.grid import combinations, gib_or_none, number_or_word, repeat, true_or_false
 from benchmarks.random_sdxl import RandomDataset, random_denoiser
 from benchmarks.results import GIB, OK, Configuration, Result, now, publish, this_machine
 from benchmarks.tables import steps_table
 from sdxl_lora.config import Attention, Params, Quantization, load_params
-from sdxl_lora.hardware import deterministic, peak_memory_gib, reserved_device
+from sdxl_lora.hardware import choose_device, deterministic, peak_memory_gib, reserved_device
 from sdxl_lora.lora import add_adapters
 from sdxl_lora.planning import Plan, choose_plan
 from sdxl_lora.training import Report, prepare, train_lora
@@ -46,17 +48,15 @@ VARIED = (
 def main() -> None:
     options = parse()
     grid = list(combinations(options, VARIED, fixed=()))
-    if len(grid) == 1:
-        publish(measure(grid[0], load_params(options.recipe), options.steps), options.output)
-        return
+    recipe = load_params(options.recipe)
+    plans = side_by_side(partial(plan, recipe=recipe, device=choose_device()), grid)
     results = []
-    for configuration in grid:
-        command = [sys.executable, "-m", "benchmarks.train_step", f"--recipe={options.recipe}"]
-        command += [f"--steps={options.steps}", *flags(configuration)]
-        process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        if process.returncode:  # its traceback is on the terminal; the rest of the grid is worth having
+    for configuration, chosen in zip(grid, plans, strict=True):
+        try:
+            results.append(apart(measure, configuration, recipe, options.steps, chosen))
+        except BrokenProcessPool as error:  # the rest of the grid is worth having
+            print(f"{configuration}: {error}", file=sys.stderr)
             continue
-        results.append(Result.model_validate_json(process.stdout.splitlines()[-1]))
         publish(results[-1], options.output)
     print(steps_table(results), file=sys.stderr)
 
@@ -125,11 +125,21 @@ def configured(params: Params, configuration: Configuration, steps: int) -> Para
     )
 
 
-def measure(configuration: Configuration, recipe: Params, steps: int) -> Result:
+def plan(configuration: Configuration, recipe: Params, device: torch.device) -> Plan | str:
+    """How to train on `device`, or why that cannot be."""
+    params = configured(recipe, configuration, steps=1)
+    latents = RandomDataset(configuration["resolution"]).latents
+    try:
+        return choose_plan(params.model, params.lora, params.training, latents, device)
+    except ValueError as error:
+        return str(error).splitlines()[0]
+
+
+def measure(configuration: Configuration, recipe: Params, steps: int, plan: Plan | str) -> Result:
     """Trains for a few steps. A configuration that cannot run has its reason as outcome."""
     params = configured(recipe, configuration, steps)
     reports: list[Report] = []
-    outcome, plan = OK, None
+    outcome = OK if isinstance(plan, Plan) else plan
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as stages do
     with (
         reserved_device(params.training.vram_gib) as device,
@@ -137,10 +147,8 @@ def measure(configuration: Configuration, recipe: Params, steps: int) -> Result:
         DeviceMemory() as memory,
     ):
         try:
-            dataset = RandomDataset(configuration["resolution"])
-            plan = choose_plan(params.model, params.lora, params.training, dataset.latents, device)
-            for report in training(params, plan, device, dataset):
-                reports.append(report)
+            if isinstance(plan, Plan):
+                reports.extend(training(params, plan, device, RandomDataset(configuration["resolution"])))
         except torch.OutOfMemoryError:
             outcome = "out of memory"
         except (ImportError, RuntimeError, ValueError) as error:
@@ -159,7 +167,7 @@ def measure(configuration: Configuration, recipe: Params, steps: int) -> Result:
         peak_reserved_gib=reserved,
         peak_allocated_gib=allocated,
         peak_device_gib=memory.peak_gib,
-        forecast_gib=plan.forecast.total / GIB if plan is not None and plan.forecast is not None else None,
+        forecast_gib=plan.forecast.total / GIB if isinstance(plan, Plan) and plan.forecast else None,
         figures={"final_loss": reports[-1].loss, "loss_scale": reports[-1].loss_scale} if reports else {},
     )
 

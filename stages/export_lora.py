@@ -6,11 +6,12 @@ from sdxl_lora import paths
 from sdxl_lora.config import load_params
 from sdxl_lora.execution import run, stage
 from sdxl_lora.export import export_lora, kohya_file, model_spec
+from sdxl_lora.files import write_text
 from sdxl_lora.gates import failures
 from sdxl_lora.lineage import lineage
 from sdxl_lora.lora import WEIGHTS
 from sdxl_lora.model_card import card_pictures, model_card, picture_name
-from sdxl_lora.reports import read_numbers
+from sdxl_lora.reports import read_numbers, write_numbers
 from sdxl_lora.samples import load_table
 from sdxl_lora.sdxl import layers_per_block, load_noise_schedule, weight_digests
 
@@ -27,6 +28,7 @@ def main() -> None:
         facts = lineage(params.model, weights, paths.RAW_SOURCE, paths.ENCODED_INDEX, paths.LOCK)
         spec = model_spec(config, trigger, params.encoding.resolution, prediction_type)
         export_lora(paths.LORA, paths.EXPORT, config, {**facts, **spec}, layers_per_block(params.model))
+        write_numbers(paths.LINEAGE, facts)
 
         samples = card_pictures(load_table(paths.SAMPLE_TABLE), PICTURES)
         for sample in samples:
@@ -51,7 +53,7 @@ def main() -> None:
             list(failures(paths.GATES).values()),
             facts,
         )
-        paths.CARD.write_text(card, encoding="utf-8")
+        write_text(paths.CARD, card)
 
 
 if __name__ == "__main__":

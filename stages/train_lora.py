@@ -1,27 +1,28 @@
 """Stage train_lora: encoded data set -> LoRA weights, loss curve, previews."""
 
-from collections import deque
-from collections.abc import Iterator
-
-from tqdm import tqdm
-
 from sdxl_lora import paths
-from sdxl_lora.config import TrainingConfig, load_params
+from sdxl_lora.checkpoints import Checkpoints, training_key
+from sdxl_lora.config import load_params
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.denoising import load_denoiser
-from sdxl_lora.execution import run, stage
+from sdxl_lora.environment import environment
+from sdxl_lora.execution import Deadline, project_root, run, stage
+from sdxl_lora.failed_steps import failed_steps_kept
+from sdxl_lora.files import require_writable
 from sdxl_lora.hardware import deterministic, require_precision, reserved_device
 from sdxl_lora.lora import add_adapters, save_lora
 from sdxl_lora.planning import choose_plan
 from sdxl_lora.previews import Previewer
 from sdxl_lora.processes import processes
 from sdxl_lora.reports import write_numbers
-from sdxl_lora.tracking import LiveRun, live_run
-from sdxl_lora.training import Report, loss_curve, mean_report, prepare, summarise, train_lora
+from sdxl_lora.session import Session
+from sdxl_lora.tracking import live_run
+from sdxl_lora.training import Training, loss_curve, prepare, summarise
 
 
 def main() -> None:
     params = load_params()
+    deadline, root = Deadline(params.training.deadline_minutes), project_root()
     with (
         stage("train_lora"),
         reserved_device(params.training.vram_gib) as device,
@@ -32,37 +33,35 @@ def main() -> None:
         latents = dataset[0].latents_mean.shape
         plan = choose_plan(params.model, params.lora, params.training, latents, device)
         config = plan.applied_to(params.training)
+        key = training_key(params.seed, params.lora, params.model, config, paths.ENCODED_INDEX, device)
+        checkpoints = Checkpoints(root / paths.CHECKPOINTS / key, config.checkpoint_minutes)
+        checkpoint = checkpoints.newest()
+        if checkpoint is not None:
+            config = config.model_copy(update=checkpoint.facts)
         denoiser = load_denoiser(params.model, config.precision, device, config.quantization)
         add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
-        attention = prepare(denoiser, config, latents, plan.checkpointed)
-        steps = train_lora(denoiser, dataset, config, params.seed)
-        if not processes().is_main_process:
-            deque(steps, maxlen=0)  # helps, and leaves files and curves to the first process
-            return
-        paths.PREVIEWS.mkdir(parents=True, exist_ok=True)  # an output, also without previews
-        held_out = EncodedDataset(paths.ENCODED, "held_out")
-        previewer = Previewer(denoiser, held_out, params.model) if config.preview_every else None
-        with live_run(params) as live:
-            reports = list(follow(steps, config, live, previewer))
+        choices = {"attention": prepare(denoiser, config, latents, plan.checkpointed)}
+        training = Training(denoiser, dataset, config, params.seed)
+        if checkpoint is not None:
+            training.load_state_dict(checkpoint.tensors)
+        session = Session(training, config, checkpoints, choices, deadline)
+        with failed_steps_kept(root, dataset.examples):
+            if not processes().is_main_process:
+                session.help()
+                return
+            for folder in (paths.LORA, paths.PREVIEWS):  # outputs, the latter also without previews
+                require_writable(folder)
+            held_out = EncodedDataset(paths.ENCODED, "held_out")
+            previewer = Previewer(denoiser, held_out, params.model) if config.preview_every else None
+            with live_run(params) as live:
+                session.lead(live, previewer)
         save_lora(paths.LORA, denoiser.unet, denoiser.text_encoders)
-        loss_curve(reports, config.log_every).to_csv(paths.LOSS_CURVE, index=False)
-        summary = {**summarise(reports, denoiser, config), "attention": attention, **plan.numbers()}
+        loss_curve(training.reports, config.log_every).to_csv(paths.LOSS_CURVE, index=False)
+        summary = {**summarise(training.reports, denoiser, config), **choices, **plan.numbers()}
         write_numbers(paths.TRAINING_REPORT, summary)
-
-
-def follow(
-    steps: Iterator[Report], config: TrainingConfig, live: LiveRun, previewer: Previewer | None
-) -> Iterator[Report]:
-    """Passes the reports on and shows them: progress, curves, pictures."""
-    window: deque[Report] = deque(maxlen=config.log_every)
-    for report in tqdm(steps, total=config.steps, desc="train_lora", unit="step"):
-        window.append(report)
-        if report.step % config.log_every == 0:
-            live.log(**mean_report(window))
-        if previewer and config.preview_every and report.step % config.preview_every == 0:
-            image = previewer.save(paths.PREVIEWS / f"step-{report.step:06d}.png")
-            live.image("preview", image, report.step)
-        yield report
+        facts = environment(device, deterministic=config.deterministic, **choices)
+        write_numbers(paths.TRAINING_ENVIRONMENT, facts)
+        checkpoints.delete()
 
 
 if __name__ == "__main__":

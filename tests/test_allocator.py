@@ -111,11 +111,12 @@ def test_reserves_what_pytorch_reserves(program: list[tuple[int, bool]]) -> None
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     allocator, alive = CachingAllocator(), {}
-    for key, (size, releases) in enumerate(program):
-        allocator.allocate(key, size)
-        alive[key] = torch.empty(size, dtype=torch.uint8, device="cuda")
-        if releases:
-            chosen = list(alive)[size % len(alive)]
-            allocator.release(chosen)
-            del alive[chosen]
-        assert torch.cuda.memory_reserved() - before == allocator.reserved
+    with torch.cuda.use_mem_pool(torch.cuda.MemPool()):  # whatever other tests left behind serves no request
+        for key, (size, releases) in enumerate(program):
+            allocator.allocate(key, size)
+            alive[key] = torch.empty(size, dtype=torch.uint8, device="cuda")
+            if releases:
+                chosen = list(alive)[size % len(alive)]
+                allocator.release(chosen)
+                del alive[chosen]
+            assert torch.cuda.memory_reserved() - before == allocator.reserved

@@ -1,6 +1,8 @@
 import argparse
 import math
+import os
 import weakref
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks import counts, random_sdxl, saved_sdxl, train_step
+from benchmarks.apart import apart, side_by_side
 from benchmarks.grid import combinations, gib_or_none, repeat
 from benchmarks.matmul import measure as measure_matmul
 from benchmarks.results import Configuration, publish, read_results
@@ -23,6 +26,7 @@ from sdxl_lora.config import load_params
 from sdxl_lora.quantization import QuantizedLinear
 
 RECIPE = Path("recipes/sdxl-naruto-16gb.yaml")
+CPU = torch.device("cpu")
 SMALL: Configuration = {
     "precision": "fp32",
     "quantization": "int8",
@@ -121,7 +125,8 @@ def test_a_cap_is_a_size_or_none(text: str) -> None:
 
 @pytest.mark.usefixtures("small_sdxl")
 def test_a_step_is_measured_by_the_librarys_own_loop(tmp_path: Path) -> None:
-    result = train_step.measure(SMALL, load_params(RECIPE), steps=2)
+    recipe = load_params(RECIPE)
+    result = train_step.measure(SMALL, recipe, steps=2, plan=train_step.plan(SMALL, recipe, CPU))
     assert result.outcome == "ok"
     assert len(result.seconds) == 2
     assert result.peak_reserved_gib is None  # on a CPU nobody counts
@@ -132,10 +137,27 @@ def test_a_step_is_measured_by_the_librarys_own_loop(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_sdxl")
 def test_a_configuration_that_cannot_run_says_why() -> None:
-    result = train_step.measure(SMALL | {"attention": "xformers"}, load_params(RECIPE), steps=1)
+    recipe, configuration = load_params(RECIPE), SMALL | {"attention": "xformers"}
+    plan = train_step.plan(configuration, recipe, CPU)
+    result = train_step.measure(configuration, recipe, steps=1, plan=plan)
     assert result.outcome.startswith(("ValueError: ", "ImportError: ", "RuntimeError: "))
     assert "xformers" in result.outcome
     assert result.seconds_per_step is None
+
+
+@pytest.mark.usefixtures("small_sdxl")
+def test_a_configuration_that_fits_nowhere_says_why() -> None:
+    recipe, configuration = load_params(RECIPE), SMALL | {"vram_gib": 0.01}
+    plan = train_step.plan(configuration, recipe, CPU)
+    assert isinstance(plan, str)
+    assert plan.startswith("training.vram_gib is 0.01")
+
+
+def test_measurements_run_apart() -> None:
+    assert apart(os.getpid) != os.getpid()
+    assert side_by_side(abs, [-1, 2]) == [1, 2]
+    with pytest.raises(BrokenProcessPool):
+        apart(os._exit, 1)
 
 
 @pytest.mark.usefixtures("small_sdxl")

@@ -10,7 +10,10 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from project import REPOSITORY, TIMEOUT, Project, create_project
+from project import FOREIGN, REPOSITORY, TIMEOUT, Project, create_project
+
+from sdxl_lora import paths
+from sdxl_lora.records import find_record
 
 TRAIN_AND_BELOW = ["train_lora", "sample_images", "evaluate_lora", "export_lora", "report_run", "track_run"]
 UPSTREAM = ["download_dataset", "clean_captions", "encode_dataset"]
@@ -116,6 +119,19 @@ def test_experiments_show_their_numbers_and_their_run(project: Project) -> None:
     table = project.dvc("exp", "show", "--csv")
     row = next(line for line in table.splitlines() if "rank-8" in line)
     assert any(run.info.run_id in row for run in runs(project))
+
+
+def test_experiment_and_run_name_the_same_record(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project.root)
+    for variable in FOREIGN:
+        monkeypatch.delenv(variable, raising=False)
+    run = next(run for run in runs(project) if run.info.run_name == "rank-8")
+    experiment, shown = find_record("rank-8"), find_record(run.info.run_id)
+    assert experiment.files[paths.PARAMS] == shown.files[paths.PARAMS]
+    assert yaml.safe_load(shown.files[paths.PARAMS])["lora"]["rank"] == 8
+    assert experiment.outs("train_lora") == shown.outs("train_lora")
+    assert experiment.head == shown.tree == project.git("rev-parse", "HEAD").strip()
+    assert shown.changed_code() == []
 
 
 def test_applied_experiment_brings_its_pointer_back(project: Project) -> None:

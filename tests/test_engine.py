@@ -231,6 +231,52 @@ def test_parameters_are_views_of_one_tensor(config: TrainingConfig) -> None:
     assert len(storages) == 1
 
 
+@pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_loaded_state_goes_on_to_the_bit(
+    config: TrainingConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    optimizer: str,
+    ema_decay: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Into an engine that has worked already: on a GPU, under the addresses that its graph knows."""
+    monkeypatch.setattr(LossScale, "INITIAL", 2.0**30)
+    monkeypatch.setattr(LossScale, "GROWTH_INTERVAL", 4)
+    config = with_(config, optimizer=optimizer, ema_decay=ema_decay)
+    models = [network(device) for _ in range(3)]
+    whole, first, second = (make(model, config, dtype) for model in models)
+    updates = [step_of(whole, step) for step in range(40)]
+    assert str([step_of(first, step) for step in range(26)]) == str(updates[:26])  # NaN is not itself
+    state = {name: tensor.to("cpu", copy=True) for name, tensor in first.state_dict().items()}
+    for step in range(7):
+        step_of(second, 100 + step)
+    second.load_state_dict(state)
+    assert str([step_of(second, step) for step in range(26, 40)]) == str(updates[26:])
+    scales = {update.loss_scale for update in updates[26:]}
+    assert (len(scales) > 1) == (dtype == torch.float16)
+    for engine in (whole, second):
+        engine.finish()
+    assert all(torch.equal(a, b) for a, b in zip(trainable(models[0]), trainable(models[2]), strict=True))
+
+
+def step_of(engine: Engine[Pairs], step: int) -> Update:
+    for number in (2 * step, 2 * step + 1):
+        engine.accumulate(pairs(number))
+    return engine.update(1 / (step + 1))
+
+
+def test_a_vote_to_stop_is_reported_with_its_step(config: TrainingConfig) -> None:
+    engine = make(network(), config)
+    engine.accumulate(pairs(0))
+    assert engine.update(1.0, stop=True).stop
+    engine.accumulate(pairs(1))
+    assert not engine.update(1.0).stop
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_replayed_graph_is_the_eager_step_to_the_bit(config: TrainingConfig, dtype: torch.dtype) -> None:

@@ -1,11 +1,20 @@
 import os
 import signal
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from sdxl_lora.execution import Execution, current_execution, parse_execution, run, stage
+from sdxl_lora.execution import (
+    Deadline,
+    Execution,
+    current_execution,
+    parse_execution,
+    run,
+    stage,
+    stopping_on_signals,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +39,14 @@ def test_id_says_which_process_and_not_which_host() -> None:
 def test_process_id_used_again_is_another_execution() -> None:
     execution = current_execution()
     assert not Execution(execution.machine, execution.pid, execution.created - 100).is_alive()
+
+
+def test_execution_stays_the_same_when_the_clock_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    execution = current_execution()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 0.0)
+    assert psutil.Process().create_time() < 1e9
+    assert current_execution() == execution
+    assert execution.is_alive()
 
 
 def test_other_machines_are_left_alone() -> None:
@@ -58,3 +75,28 @@ def test_what_a_user_can_mend_is_said_without_a_traceback() -> None:
 
     with pytest.raises(SystemExit, match=r"training.steps is 0: raise it"):
         run(main)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_ask_to_stop_instead_of_ending_the_block(number: signal.Signals) -> None:
+    asked: list[str] = []
+    with stopping_on_signals(lambda: asked.append("stop")) as signals:
+        assert signals == []
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        assert signals == [number, number]
+        assert asked == ["stop", "stop"]
+    with pytest.raises((SystemExit, KeyboardInterrupt)), stage("train_lora"):
+        os.kill(os.getpid(), number)
+
+
+def test_deadline_is_near_while_two_of_the_longest_rounds_still_fit() -> None:
+    deadline = Deadline(2 / 60)
+    start = time.monotonic()
+    assert not deadline.is_near()
+    time.sleep(0.4)
+    assert not deadline.is_near()
+    while not deadline.is_near():
+        time.sleep(0.05)
+    assert 1.0 < time.monotonic() - start < 1.3
+    assert not Deadline(None).is_near()

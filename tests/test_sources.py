@@ -10,8 +10,10 @@ from hub import Hub
 from huggingface_hub import constants
 
 from sdxl_lora.sources import (
+    damaged_files,
     download_size,
     folder_digest,
+    local_copy,
     open_folder,
     open_repository,
     resolve_commit,
@@ -174,3 +176,28 @@ def test_digest_tells_names_and_contents_apart_and_skips_hidden_files(folder: Pa
     assert renamed != digest
     (folder / "other.json").write_text("[]")
     assert folder_digest(folder) not in (digest, renamed)
+
+
+def test_local_copy_is_found_without_asking_the_hub(hub: Hub, folder: Path) -> None:
+    repository = hub.add("owner/model", folder)
+    patterns = ("*.json", "unet/*.safetensors")
+    assert local_copy("owner/model", repository.commit, patterns) is None
+    snapshot = open_model(revision=repository.commit)
+    hub.requests.clear()
+    assert local_copy("owner/model", repository.commit, patterns) == snapshot
+    assert local_copy("owner/model", repository.commit, ("unet/*",)) is None, "the download left one out"
+    assert local_copy("owner/model", "0" * 40) is None
+    assert local_copy(str(folder), "sha256:0") == folder
+    assert local_copy(str(folder / "none"), "sha256:0") is None
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "unet/weights.safetensors"])
+def test_damaged_file_of_the_cache_is_named(hub: Hub, folder: Path, name: str) -> None:
+    hub.add("owner/model", folder)
+    snapshot = open_model()
+    assert damaged_files(snapshot) == []
+    (snapshot / name).resolve().write_bytes(b"other")
+    assert damaged_files(snapshot) == [name]
+    (snapshot / name).resolve().unlink()
+    assert damaged_files(snapshot) == [name]

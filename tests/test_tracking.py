@@ -1,23 +1,26 @@
 import json
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelStatus
+from mlflow.exceptions import MlflowException
 from PIL import Image
 from tracked import write_gates, write_results
 
-from sdxl_lora import paths
+from sdxl_lora import paths, tracking
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.execution import Execution, current_execution, machine_digest, stage
 from sdxl_lora.lineage import training_digest
 from sdxl_lora.projection import track_run
 from sdxl_lora.sources import file_digest
-from sdxl_lora.tracking import EXPERIMENT, connect, live_run
+from sdxl_lora.tracking import EXPERIMENT, cause, connect, live_run
 
 REPOSITORY = Path(__file__).parents[1]
 CLOSED = "http://127.0.0.1:9"
@@ -133,6 +136,33 @@ def test_server_that_is_down_stops_nothing(params: Params, monkeypatch: pytest.M
         run.log(1, loss=0.5)
         run.image("preview", Image.new("RGB", (8, 8)), 1)
     assert track_run(params) == {"mlflow": {"run": None, "id": None}}
+
+
+def test_server_that_never_answers_slows_no_step(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "PATIENCE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        start = time.monotonic()
+        with live_run(params) as run:
+            for step in range(100):
+                run.log(step, loss=0.5)
+            run.image("preview", Image.new("RGB", (8, 8)), 1)
+        assert time.monotonic() - start < 10
+
+
+def test_curve_that_broke_off_is_completed(params: Params) -> None:
+    with stage("train_lora"), live_run(params) as run:
+        run.log(10, loss=0.5)
+    history = client().get_metric_history(str(track_run(params)["mlflow"]["id"]), "train/loss")
+    assert [point.step for point in history] == [10, 20]
+
+
+def test_news_of_a_failure_hold_no_password() -> None:
+    with pytest.raises(MlflowException, match="hunter2") as told:
+        MlflowClient("http://me:hunter2@127.0.0.1:9").get_experiment_by_name("x")
+    assert cause(told.value) == "[Errno 111] Connection refused"
+    assert cause(ValueError("http://me:hunter2@host")) == "ValueError"
 
 
 def test_nothing_logged_tells_the_host_or_the_home_folder(params: Params) -> None:

@@ -4,6 +4,7 @@ As those of the real stages, they depend on the params that dvc.yaml gives the s
 """
 
 import json
+import os
 import sys
 import time
 from functools import reduce
@@ -16,7 +17,7 @@ from PIL import Image
 
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
-from sdxl_lora.execution import run, stage
+from sdxl_lora.execution import git_commit, run, stage
 from sdxl_lora.samples import Sample, save_table
 
 STEPS = 3
@@ -45,6 +46,8 @@ def write_output(path: Path, value: str, params: dict[str, Any]) -> None:
         path.write_text("step,loss\n" + "".join(f"{step},{1 / step}\n" for step in range(1, STEPS + 1)))
     elif path == paths.TRAINING_REPORT:
         path.write_text(json.dumps({"peak_memory_gib": 1.5, "rank": params["lora"]["rank"]}))
+    elif path == paths.LINEAGE:
+        path.write_text(json.dumps({"sdxl_lora.git.commit": git_commit()}))
     elif path == paths.GATES:
         path.write_text("name,passed,reason\ncopied,True,\n")
     elif path.suffix == ".json":
@@ -74,6 +77,8 @@ def train() -> None:
 
 def main() -> None:
     name = sys.argv[1]
+    if os.environ.get("TOY_FAILS") == name:
+        raise ValueError(f"{name} fails, as it was told to")
     with stage(name):
         if name == "train_lora":
             train()

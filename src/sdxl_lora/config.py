@@ -180,6 +180,10 @@ class TrainingConfig(Section):
     """Steps between two points of the curves."""
     preview_every: PositiveInt | None
     """Steps between two preview images of the first prompt; null: none."""
+    checkpoint_minutes: NonNegativeFloat | None
+    """Wall time between two checkpoints; 0: one a step; null: none but when training is told to stop."""
+    deadline_minutes: PositiveFloat | None
+    """Wall time from the stage's start before whose end training stops with a checkpoint; null: no end."""
 
     @model_validator(mode="after")
     def warmup_ends_before_training_does(self) -> Self:

@@ -6,9 +6,9 @@ thousands. Knows neither diffusion nor SDXL: it is given a loss and parameters.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic
+from typing import Any, Generic
 
 import bitsandbytes
 import torch
@@ -38,6 +38,8 @@ class Update:
     """Euclidean norm of all gradients before clipping; infinite or NaN if the weights were left alone."""
     loss_scale: float
     """Factor that the loss had against underflow of fp16 gradients; 1 in other precisions."""
+    stop: bool
+    """Whether any process voted to stop."""
 
 
 class Engine(Generic[Inputs]):
@@ -72,7 +74,7 @@ class Engine(Generic[Inputs]):
         self._recorder = Recorder(self._forward_and_backward, device) if recorded else None
         decay = config.ema_decay
         self._average = MovingAverage(self._adapters.master, decay) if decay else None
-        self._steps = 0
+        self._updates = 0
 
     def accumulate(self, inputs: Inputs) -> None:
         """Adds the gradient of a micro-batch; on a GPU returns before it is computed."""
@@ -93,17 +95,24 @@ class Engine(Generic[Inputs]):
         self._adapters.loss += loss.detach()
 
     @torch.no_grad()
-    def update(self, learning_rate_factor: float) -> Update:
+    def update(self, learning_rate_factor: float, stop: bool = False) -> Update:
         """Moves the weights along the mean gradient of what all processes have accumulated, clipped.
 
         A loss or gradient that is not finite leaves the weights alone; fp16's scale is halved for the next.
+
+        Args:
+            learning_rate_factor: share of each group's peak learning rate.
+            stop: this process's vote to stop after this step. It travels with the gradients, so that all
+                processes learn of it in the same step, for nothing.
         """
         gradient, micro_batches = self._adapters.gradient, self._micro_batches * processes().num_processes
+        self._adapters.votes.fill_(stop)
         sum_over_processes(self._adapters.sums)
-        loss, scaled_norm = torch.stack([self._adapters.loss, gradient.norm()]).tolist()  # the only wait
+        found = [self._adapters.loss, gradient.norm(), self._adapters.votes]
+        loss, scaled_norm, votes = torch.stack(found).tolist()  # the only wait
         factor = 1 / (self._scale.value * micro_batches)
         norm = scaled_norm * factor
-        report = Update(loss / micro_batches, norm, self._scale.value)
+        report = Update(loss / micro_batches, norm, self._scale.value, votes > 0)
         if math.isfinite(norm):
             gradient.mul_(factor * min(1.0, self._config.max_grad_norm / (norm + 1e-6)))
             for group in self._optimizer.param_groups:
@@ -111,8 +120,8 @@ class Engine(Generic[Inputs]):
             self._optimizer.step()
             self._adapters.refresh()
             if self._average is not None:
-                self._average.update(self._steps)
-            self._steps += 1
+                self._average.update(self._updates)
+            self._updates += 1
         self._scale.update(math.isfinite(norm))
         self._adapters.sums.zero_()
         self._micro_batches = 0
@@ -131,6 +140,39 @@ class Engine(Generic[Inputs]):
             self._average.settle(self._adapters.gradient.numel())
         if self._recorder is not None:
             self._recorder = Recorder(self._forward_and_backward, self._device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the next step depends on beside its inputs. No copies: the next step changes them."""
+        state = {"master": self._adapters.master, **self._scale.state_dict()}
+        state["updates"] = torch.tensor(self._updates)
+        if self._average is not None:
+            state["average"] = self._average.value
+        for number, entries in self._optimizer.state_dict()["state"].items():
+            for name, value in leaves(entries):
+                state[f"optimizer.{number}.{name}"] = torch.as_tensor(value)
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from a state, of an engine over equal groups that are all still trained.
+
+        In place, since a recorded graph knows the weights and the loss scale by their addresses.
+        """
+        self._adapters.master.copy_(state["master"])
+        self._adapters.refresh()
+        self._scale.load_state_dict(state)
+        self._updates = int(state["updates"])
+        if self._average is not None:
+            self._average.value.copy_(state["average"])
+        moments: dict[int, dict[str, Tensor | int]] = {}
+        for key, value in state.items():
+            kind, _, rest = key.partition(".")
+            if kind == "optimizer":
+                number, _, name = rest.partition(".")
+                counts = value.dtype == torch.int64  # bitsandbytes counts its steps in an int
+                moments.setdefault(int(number), {})[name] = int(value) if counts else value
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def finish(self) -> None:
         """Gives the parameters their values in fp32: the last ones, or their moving average."""
@@ -158,9 +200,9 @@ class FlatAdapters:
         self.parameters = [parameter for group in self._groups[:num_groups] for parameter in group]
         """Those that have a gradient."""
         sizes = [len(master) for master in self.masters[:num_groups]]
-        self.sums = self.master.new_zeros(sum(sizes) + 1)
-        """The gradient and, last, the loss: what processes add up, in one go."""
-        self.gradient, self.loss = self.sums[:-1], self.sums[-1]
+        self.sums = self.master.new_zeros(sum(sizes) + 2)
+        """The gradient, the loss and votes to stop: what processes add up, in one go."""
+        self.gradient, self.loss, self.votes = self.sums[:-2], self.sums[-2], self.sums[-1]
         gradients = [*self.gradient.split(sizes), *(None for _ in self.masters[num_groups:])]
         for master, gradient in zip(self.masters, gradients, strict=True):
             master.grad = gradient
@@ -202,6 +244,16 @@ class LossScale:
             self.value *= 2
         self.tensor.fill_(self.value)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            "loss_scale": torch.tensor(self.value, dtype=torch.float64),
+            "good_steps": torch.tensor(self._good_steps),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.value, self._good_steps = float(state["loss_scale"]), int(state["good_steps"])
+        self.tensor.fill_(self.value)
+
 
 class MovingAverage:
     """Exponential moving average of a tensor, warmed up so that the start is soon forgotten."""
@@ -218,6 +270,15 @@ class MovingAverage:
     def settle(self, start: int) -> None:
         """Forgets the past of the elements from `start` on: they are their average until they move."""
         self.value[start:] = self._tensor[start:]
+
+
+def leaves(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The leaves of a nested mapping by their own names: bitsandbytes hides its tensors from FSDP in one."""
+    for name, value in entries.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value)
+        else:
+            yield name, value
 
 
 def make_optimizer(

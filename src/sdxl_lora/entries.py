@@ -26,9 +26,9 @@ from sdxl_lora.encoders import (
     embed_captions,
     encode_images,
     filled_up,
-    machine,
     weights_digest,
 )
+from sdxl_lora.hardware import machine
 from sdxl_lora.images import BadImageError, to_pixels
 from sdxl_lora.pictures import CaptionedImage, Picture, decode_pictures
 from sdxl_lora.sdxl import DTYPES, tokenize

@@ -15,6 +15,7 @@ from torch import Tensor
 from sdxl_lora.config import ExportConfig
 from sdxl_lora.diffusion import PredictionType
 from sdxl_lora.kohya import kohya_name, kohya_update, kohya_weights, product
+from sdxl_lora.lineage import WEIGHTS_FACT
 from sdxl_lora.lora import WEIGHTS, by_part, peft_header, saved_lora
 from sdxl_lora.tensor_files import content_digest, read_header, write_tensors
 
@@ -38,10 +39,12 @@ def export_lora(
     alphas = {part: float(config["lora_alpha"]) for part, config in configs.items()}
     renamed = kohya_weights(weights, alphas, layers_per_block)
     target.mkdir(parents=True, exist_ok=True)
-    write_tensors(target / WEIGHTS, weights, {**read_header(path), **facts})
+    header = {**read_header(path), **facts, WEIGHTS_FACT: content_digest(weights)}
+    write_tensors(target / WEIGHTS, weights, header)
     header = {
         **facts,
         **kohya_header(configs["unet"]),
+        WEIGHTS_FACT: content_digest(renamed),
         "modelspec.hash_sha256": f"0x{content_digest(renamed)}",
     }
     write_tensors(target / kohya_file(config), renamed, header)

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,6 +17,8 @@ from sdxl_lora.sources import file_digest, public_name
 from sdxl_lora.tensor_files import read_header
 
 PREFIX = "sdxl_lora."
+WEIGHTS_FACT = f"{PREFIX}weights.sha256"
+"""Of a file's own tensors, as they lie in it."""
 
 
 def lineage(
@@ -54,11 +57,15 @@ def facts_of(path: Path) -> dict[str, str]:
 
 
 def training_digest(lock: Path) -> str:
-    """A hash of what DVC knows of the training: code, data, params, and the adapter that came of them.
+    """A hash of what DVC knows of the training: code, data, params, and the adapter that came of them."""
+    return entry_digest(locked_training(lock))
+
+
+def entry_digest(entry: Mapping[str, Any]) -> str:
+    """The same of the entry of train_lora in dvc.lock.
 
     Reports are left out: they hold times, which differ where nothing else does.
     """
-    entry = locked_training(lock)
     outs = [out for out in entry.get("outs", []) if not out["path"].startswith("data/reports/")]
     return digest_of([entry.get("deps"), entry.get("params"), outs])
 

@@ -26,12 +26,16 @@ DATASET_CARD = REPORTS / "dataset.md"
 ENCODED_STORE = Path(".dvc/tmp/encoded")
 ENCODED_INDEX = ENCODED / "index.jsonl"
 ENCODING_REPORT = REPORTS / "encoding.json"
+ENCODING_ENVIRONMENT = REPORTS / "environment/encode_dataset.json"
 IMAGE_FINDINGS = REPORTS / "image_findings.csv"
 
 LORA = DATA / "lora"
 PREVIEWS = DATA / "previews"
 TRAINING_REPORT = REPORTS / "training.json"
+TRAINING_ENVIRONMENT = REPORTS / "environment/train_lora.json"
 LOSS_CURVE = REPORTS / "loss.csv"
+CHECKPOINTS = Path(".dvc/tmp/checkpoints")
+FAILED_STEPS = Path(".dvc/tmp/failed_steps")
 
 SAMPLES = DATA / "samples"
 SAMPLE_GRID = SAMPLES / "grid.png"
@@ -46,9 +50,16 @@ GATES = REPORTS / "gates.csv"
 EXPORT = DATA / "export"
 CARD = EXPORT / "README.md"
 EXPORTED_WEIGHTS = EXPORT / "pytorch_lora_weights.safetensors"
+LINEAGE = REPORTS / "lineage.json"
 REPORT = REPORTS / "index.html"
 
 MLFLOW_POINTER = REPORTS / "mlflow.json"
+REPRODUCTION = REPORTS / "reproduction.json"
+REPRODUCTION_PAGE = REPORTS / "reproduction.md"
 
+ENVIRONMENTS = {"encode_dataset": ENCODING_ENVIRONMENT, "train_lora": TRAINING_ENVIRONMENT}
+"""Where each stage that makes the adapter says what it ran on."""
+RECORD = (PARAMS, PIPELINE, LOCK, METRICS, TRAINING_REPORT, LOSS_CURVE, LINEAGE, *ENVIRONMENTS.values())
+"""What it takes to make a run again and to tell whether that succeeded; small files all."""
 NUMBERS = (CAPTIONS_REPORT, ENCODING_REPORT, TRAINING_REPORT, METRICS)
 """The reports that are nested mappings of numbers."""

@@ -10,6 +10,15 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
+def all_agree(number: int) -> bool:
+    """Whether all processes have the same number. All of them have to ask."""
+    if processes().num_processes == 1:
+        return True
+    numbers: list[int | None] = [None] * processes().num_processes
+    distributed.all_gather_object(numbers, number)
+    return len(set(numbers)) == 1
+
+
 def sum_over_processes(tensor: Tensor) -> None:
     """Adds up the tensors of all processes, in place, so that each has the same sum."""
     if processes().num_processes > 1:

@@ -20,9 +20,10 @@ from sdxl_lora.gates import failures
 from sdxl_lora.lineage import facts_of, training_digest
 from sdxl_lora.logged_model import log_adapter
 from sdxl_lora.sources import file_digest
-from sdxl_lora.tracking import ENTRIES_A_REQUEST, TRACKING_ERRORS, Connection, chunks, connect, flat
+from sdxl_lora.tracking import ENTRIES_A_REQUEST, TRACKING_ERRORS, Connection, cause, chunks, connect, flat
 
 DIGEST_LENGTH = 36  # characters that MLflow has for a data set's digest
+RECORD_FOLDER = Path("dvc")  # of a run's artifacts
 NOTE_LENGTH = 8000  # characters that MLflow has for a tag
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def track_run(params: Params) -> dict[str, dict[str, str | None]]:
         logger.warning(
             "MLflow cannot be reached (%s): results are safe in their files. When it is back: "
             "`dvc repro -sf track_run`",
-            type(error).__name__,
+            cause(error),
         )
         return {"mlflow": {"run": None, "id": None}}
     logger.info("MLflow run %s (%s): `make ui` shows it", name, run_id)
@@ -73,8 +74,8 @@ def show_results(connection: Connection, params: Params) -> str:
         if name in records:
             client.log_metric(run_id, f"seconds/{name}", records[name].seconds)
     client.log_artifacts(run_id, str(paths.EXPORT), "adapter")
-    for file in (paths.PARAMS, paths.PIPELINE, paths.LOCK):
-        client.log_artifact(run_id, str(file), "dvc")
+    for path in filter(Path.is_file, paths.RECORD):
+        client.log_artifact(run_id, str(path), str(RECORD_FOLDER / path.parent))
     client.set_tag(run_id, "mlflow.note.content", description(run_id))
     client.set_tag(run_id, "dvc.content", content)
     client.set_tag(run_id, "dvc.train_lora", training_digest(paths.LOCK))
@@ -82,12 +83,20 @@ def show_results(connection: Connection, params: Params) -> str:
     return run_id
 
 
+def download_record(run_id: str, folder: Path) -> Path:
+    """Fetches what `show_results` kept of DVC's record with a run; where it lies, laid out as the project.
+
+    Raises:
+        MlflowException, OSError: the server cannot be reached, has no such run, or the run has no record.
+    """
+    return Path(connect().client.download_artifacts(run_id, str(RECORD_FOLDER), str(folder)))
+
+
 def log_curves(client: MlflowClient, run_id: str) -> None:
-    """The training curves from their file, unless the live run drew them to their end."""
+    """The training curves from their file, as far as the live run has not drawn them."""
+    drawn = {point.step for point in client.get_metric_history(run_id, "train/loss")}
     curve = pd.read_csv(paths.LOSS_CURVE)
-    drawn = client.get_metric_history(run_id, "train/loss")
-    if drawn and max(point.step for point in drawn) == curve["step"].iloc[-1]:
-        return
+    curve = curve[~curve["step"].isin(drawn)]
     now = int(time.time() * 1000)
     steps = curve.pop("step").tolist()
     points = [
@@ -116,7 +125,7 @@ def log_reports(client: MlflowClient, run_id: str, model_id: str, dataset: Datas
         points = [Metric(key, value, now, 0, **of) for key, value in numbers.items()]
         client.log_batch(run_id, metrics=points, tags=words)
     for path in sorted(paths.REPORTS.iterdir()):
-        if path.suffix in (".csv", ".html", ".md"):
+        if path.suffix in (".csv", ".html", ".md") and path != paths.REPRODUCTION_PAGE:
             client.log_artifact(run_id, str(path), "reports")
 
 

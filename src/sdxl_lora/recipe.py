@@ -6,7 +6,6 @@ params.yaml in a form of its own. Run `python -m sdxl_lora.recipe --help` from t
 
 import argparse
 import re
-import subprocess
 import sys
 from difflib import get_close_matches, unified_diff
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from sdxl_lora.config import load_params
+from sdxl_lora.history import experiments, text_at
 from sdxl_lora.paths import PARAMS, RECIPES
 
 KEPT = PARAMS.with_suffix(".yaml.orig")
@@ -75,19 +75,6 @@ def content(text: str) -> tuple[object, list[str]]:
     return values, re.findall(r"(?:^|\s)#\s*(.*?)\s*$", text, re.MULTILINE)
 
 
-def committed_params(revision: str) -> str | None:
-    """params.yaml as git has it at `revision`; None outside a repository or if it is not in it."""
-    command = ["git", "show", f"{revision}:./{PARAMS}"]
-    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
-    return result.stdout if result.returncode == 0 else None
-
-
-def experiments() -> list[str]:
-    """The git references of DVC's experiments, newest first."""
-    command = ["git", "for-each-ref", "--sort=-committerdate", "--format=%(refname)", "refs/exps/*/*/*"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
-
-
 def way_back() -> str | None:
     """The command that brings the present params.yaml back; None if it has edits that nothing else holds."""
     if not PARAMS.is_file():
@@ -95,7 +82,7 @@ def way_back() -> str | None:
     present = content(PARAMS.read_text(encoding="utf-8"))
 
     def is_held_by(revision: str) -> bool:
-        committed = committed_params(revision)
+        committed = text_at(revision, PARAMS)
         return committed is not None and content(committed) == present
 
     if is_held_by("HEAD"):
@@ -103,8 +90,8 @@ def way_back() -> str | None:
     name = next((name for name, path in recipes().items() if is_copy_of(path)), None)
     if name is not None:
         return f"make recipe NAME={name}"
-    experiment = next(filter(is_held_by, experiments()), None)
-    return experiment and f"dvc exp apply {experiment.rpartition('/')[2]}"
+    experiment = next((name for name, commit in experiments().items() if is_held_by(commit)), None)
+    return experiment and f"dvc exp apply {experiment}"
 
 
 def difference(before: str, after: str, recipe: Path) -> str:

@@ -10,6 +10,7 @@ from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Generator
 
+from sdxl_lora.files import write_text, written_whole
 from sdxl_lora.randomness import generator
 
 Origin = Literal["free", "training", "held_out"]
@@ -75,15 +76,14 @@ def save_sample(folder: Path, sample: Sample, image: Image, settings: Mapping[st
     info = PngInfo()
     parameters = {**asdict(sample), "noise_seed": seed, **settings}
     info.add_itxt("parameters", json.dumps(parameters, ensure_ascii=False))
-    path = folder / sample.file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, pnginfo=info)
+    with written_whole(folder / sample.file) as partial:
+        image.save(partial, pnginfo=info)
 
 
 def save_table(path: Path, samples: Sequence[Sample]) -> None:
     """One line of JSON a picture."""
     lines = (json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
-    path.write_text("".join(lines), encoding="utf-8")
+    write_text(path, "".join(lines))
 
 
 def load_table(path: Path) -> list[Sample]:

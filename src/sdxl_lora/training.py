@@ -5,8 +5,8 @@ a step does not depend on the steps before it but through the weights.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
 from itertools import count, islice
 from statistics import fmean
@@ -23,7 +23,7 @@ from sdxl_lora.config import AttentionBackend, TrainingConfig
 from sdxl_lora.dataset import Batch, EncodedDataset, example_order
 from sdxl_lora.denoising import Denoiser, with_captions_embedded
 from sdxl_lora.diffusion import min_snr_weight
-from sdxl_lora.engine import Engine, Group, Update
+from sdxl_lora.engine import Engine, Group
 from sdxl_lora.fused import attention_shapes, fuse, fuse_unet
 from sdxl_lora.hardware import peak_memory_gib
 from sdxl_lora.lora import lora_parameters, named_parts
@@ -82,43 +82,125 @@ class Examples:
         return replace(self, batch=self.batch.to(device), draws=self.draws.to(device))
 
     def tensors(self) -> list[Tensor]:
-        columns = [*self.batch.tensors().values(), *vars(self.draws).values()]
-        return [tensor for tensor in columns if tensor is not None]
+        return list(self.named_tensors().values())
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Those of the batch, then what was drawn."""
+        columns = {**self.batch.tensors(), **vars(self.draws)}
+        return {name: tensor for name, tensor in columns.items() if tensor is not None}
+
+
+class NotFiniteError(FloatingPointError):
+    """A step whose loss or gradient is no number, with all that it was made from."""
+
+    def __init__(self, message: str, report: Report, examples: Sequence[Examples]) -> None:
+        super().__init__(message)
+        self.report = report
+        self.examples = examples
+
+
+class Training(Iterable[Report]):
+    """Trains the adapters of a denoiser in place and reports each step; they hold the result at the end.
+
+    Between two steps it has a state. Another process that loads it goes on to the same result, to the bit:
+    every draw is a function of the seed and a position, and the position is the number of steps done.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig, seed: int
+    ) -> None:
+        self.reports: list[Report] = []
+        """Of the steps that are done, those before a resume included."""
+        self._denoiser, self._dataset = denoiser, dataset
+        self._config, self._seed = config, seed
+        self._engine = make_engine(denoiser, config)
+        self._asked_to_stop = False
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return len(self.reports)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.step == self._config.steps
+
+    def stop(self) -> None:
+        """Ends the iteration of all processes after a step: the one under way or, of several, the next.
+
+        May be called at any time, from a signal handler too.
+        """
+        self._asked_to_stop = True
+
+    def __iter__(self) -> Iterator[Report]:
+        """Goes on from the steps that are done.
+
+        Raises:
+            NotFiniteError: the loss is no number; names the step and the images.
+        """
+        config, engine, voted = self._config, self._engine, False
+        for module in self._denoiser.modules:
+            module.train()
+        micro_batches = self._micro_batches()
+        examples = next(micro_batches)
+        while not self.is_finished and not self._stops(voted):
+            start = perf_counter()
+            if self._text_encoders_have_had_their_steps():
+                frozen = freeze_text_encoders(engine, self._denoiser, self._dataset, config)
+                self._denoiser, self._dataset = frozen
+                micro_batches = self._micro_batches()
+                examples = next(micro_batches)  # the one drawn ahead, once more: now it has its embeddings
+            taken = []
+            for _ in range(config.accumulation):
+                engine.accumulate(examples)
+                taken.append(examples)
+                examples = next(micro_batches)  # drawn on the CPU while the GPU computes
+            rate = learning_rate_factor(self.step, config)
+            update = engine.update(rate, self._asked_to_stop)
+            voted, seconds, learning_rate = update.stop, perf_counter() - start, rate * config.learning_rate
+            report = Report(
+                self.step + 1, update.loss, update.grad_norm, learning_rate, update.loss_scale, seconds
+            )
+            require_finite(report, config, taken)
+            self.reports.append(report)
+            yield report
+        if self.is_finished:
+            engine.finish()
+            for module in self._denoiser.modules:
+                module.eval()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the remaining steps depend on, and the reports. No copies: the next step changes them."""
+        rows = [astuple(report) for report in self.reports]
+        return {"reports": torch.tensor(rows, dtype=torch.float64), **self._engine.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from the state of another training with the same arguments, of which no step is done yet.
+
+        Text encoders that were frozen by then are frozen again before the first step, from the weights that
+        they were frozen with; they embed the captions as they did.
+        """
+        self.reports = [Report(int(step), *rest) for step, *rest in state["reports"].tolist()]
+        self._engine.load_state_dict(state)
+
+    def _micro_batches(self) -> Iterator[Examples]:
+        first = self.step * self._config.accumulation
+        return draw_examples(self._denoiser, self._dataset, self._config, self._seed, first)
+
+    def _text_encoders_have_had_their_steps(self) -> bool:
+        steps = self._config.text_encoder_steps
+        return steps is not None and self.step >= steps and self._denoiser.text_encoders is not None
+
+    def _stops(self, voted: bool) -> bool:
+        """Whether all processes stop here. Several go by their last common vote, one need not vote."""
+        return voted if processes().num_processes > 1 else self._asked_to_stop
 
 
 def train_lora(
     denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig, seed: int
 ) -> Iterator[Report]:
-    """Trains the adapters of `denoiser` in place and reports each step; they hold the result at the end.
-
-    Raises:
-        FloatingPointError: the loss is not finite; names the step and the images.
-    """
-    engine = make_engine(denoiser, config)
-    for module in denoiser.modules:
-        module.train()
-    micro_batches = draw_examples(denoiser, dataset, config, seed)
-    examples = next(micro_batches)
-    for step in range(config.steps):
-        start = perf_counter()
-        if step == config.text_encoder_steps:
-            denoiser, dataset = freeze_text_encoders(engine, denoiser, dataset, config)
-            micro_batches = draw_examples(denoiser, dataset, config, seed, step * config.accumulation)
-            examples = next(micro_batches)  # the one drawn ahead, once more: now it has its embeddings
-        images = []
-        for _ in range(config.accumulation):
-            engine.accumulate(examples)
-            images += examples.images
-            examples = next(micro_batches)  # drawn on the CPU while the GPU computes
-        rate = learning_rate_factor(step, config)
-        update = engine.update(rate)
-        require_finite(update, config, step + 1, images)
-        seconds = perf_counter() - start
-        learning_rate = rate * config.learning_rate
-        yield Report(step + 1, update.loss, update.grad_norm, learning_rate, update.loss_scale, seconds)
-    engine.finish()
-    for module in denoiser.modules:
-        module.eval()
+    """The whole of a training whose state nobody asks for."""
+    return iter(Training(denoiser, dataset, config, seed))
 
 
 def make_engine(denoiser: Denoiser, config: TrainingConfig) -> Engine[Examples]:
@@ -194,21 +276,23 @@ def draw_examples(
         yield Examples(batch, draws, images, generator(seed, "dropout", micro_step).initial_seed())
 
 
-def require_finite(update: Update, config: TrainingConfig, step: int, images: Sequence[str]) -> None:
+def require_finite(report: Report, config: TrainingConfig, examples: Sequence[Examples]) -> None:
     """Lets pass what fp16 overflows in its gradients now and then, and nothing else.
 
     Raises:
-        FloatingPointError: the loss is infinite or no number, or a gradient is and no loss scale can help.
+        NotFiniteError: the loss is infinite or no number, or a gradient is and no loss scale can help.
     """
-    checked = {"loss": update.loss}
-    if config.precision != "fp16" or update.loss_scale < 1:
-        checked["gradient norm"] = update.grad_norm
+    checked = {"loss": report.loss}
+    if config.precision != "fp16" or report.loss_scale < 1:
+        checked["gradient norm"] = report.grad_norm
     for name, value in checked.items():
         if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{name} is {value} at step {step}, on the images {', '.join(images)}: "
+            images = ", ".join(image for part in examples for image in part.images)
+            message = (
+                f"{name} is {value} at step {report.step}, on the images {images}: "
                 "lower training.learning_rate, or set training.precision to bf16 or fp32"
             )
+            raise NotFiniteError(message, report, examples)
 
 
 def denoising_loss(

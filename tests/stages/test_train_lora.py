@@ -1,5 +1,4 @@
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,39 +7,19 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-import yaml
-from encoded import write_encoded_dataset
 from safetensors.torch import load_file
 from torch import Tensor
+from training_project import REPOSITORY, enter_project, free_port, write_params
 
 from sdxl_lora import paths
-from sdxl_lora.config import load_params
 from sdxl_lora.lora import saved_lora
 from sdxl_lora.reports import read_numbers
 from stages import train_lora
 
-REPOSITORY = Path(__file__).parents[2]
-
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A project with an encoded data set; the recipe to be written trains three steps."""
-    (tmp_path / "demo").symlink_to(Path("demo").resolve())
-    recipe = yaml.safe_load(Path("recipes/demo.yaml").read_text(encoding="utf-8"))
-    recipe["training"].update(steps=3, batch_size=2, warmup_steps=1, log_every=2, preview_every=None)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.setenv("SDXL_LORA_DEVICE", "cpu")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    paths.DATA.mkdir()
-    write_encoded_dataset(paths.ENCODED, load_params(REPOSITORY / "recipes/demo.yaml").model)
-    paths.REPORTS.mkdir()
-    return recipe
-
-
-def write_params(recipe: dict[str, Any], **training: Any) -> None:
-    recipe["training"].update(training)
-    paths.PARAMS.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return enter_project(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("preview_every", [None, 2], ids=["no previews", "previews"])
@@ -76,12 +55,6 @@ def test_two_processes_train_what_one_does_with_twice_the_batch(
     assert set(together) == set(alone)
     difference = torch.cat([(together[name] - alone[name]).flatten() for name in alone]).norm()
     assert difference / torch.cat([tensor.flatten() for tensor in alone.values()]).norm() < 1e-4
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def test_second_process_trains_the_same_adapter_to_the_bit(recipe: dict[str, Any]) -> None:
