@@ -17,7 +17,7 @@ INSTALLED := .venv/installed
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check plan ui promote recipe reproduce verify lock rebuild clean
+.PHONY: help setup demo test check doctor plan ui promote recipe reproduce verify lock rebuild clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ check: setup  ## format, lint, types, direction of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(RUN) lint-imports
+
+doctor: setup  ## look at all that an expensive run needs, in a minute: software, GPU, disk, models, a step, services
+	@$(BIN)/python -m sdxl_lora.doctor
 
 plan: setup  ## forecast the GPU memory of params.yaml, and say which cards it fits (no GPU needed)
 	@$(BIN)/python -m sdxl_lora.plan
