@@ -3,6 +3,8 @@
 PYTHON ?= python3 python3.13 python3.12 python3.11
 PORT ?= 5000
 NAME ?=
+REPO ?=
+PUBLIC ?=
 FORCE ?=
 REF ?= HEAD
 DATA ?= download
@@ -17,10 +19,10 @@ INSTALLED := .venv/installed
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check doctor plan ui promote recipe reproduce verify lock rebuild clean
+.PHONY: help setup demo test check doctor plan ui promote push-to-hub recipe reproduce verify lock rebuild clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## create .venv from requirements.lock (PYTHON=python3.12 chooses the interpreter)
 
@@ -32,11 +34,12 @@ demo: setup  ## run the whole pipeline on the embedded model and data set: CPU, 
 test: setup  ## run the tests, but for those that take minutes
 	@$(RUN) python -m pytest -m "not slow"
 
-check: setup  ## format, lint, types, direction of imports
+check: setup  ## format, lint, types, direction of imports, known vulnerabilities of dependencies
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(RUN) lint-imports
+	@$(BIN)/python .ci/audit.py
 
 doctor: setup  ## look at all that an expensive run needs, in a minute: software, GPU, disk, models, a step, services
 	@$(BIN)/python -m sdxl_lora.doctor
@@ -49,6 +52,9 @@ ui: setup  ## MLflow at http://127.0.0.1:5000 (PORT=5001 chooses another port)
 
 promote: setup  ## register the adapter in MLflow as champion, if it passed all of its gates
 	@$(BIN)/python -m sdxl_lora.registry
+
+push-to-hub: setup  ## upload the adapter: REPO=owner/name (private unless PUBLIC=1; FORCE=1: whatever its gates say)
+	@$(BIN)/python -m sdxl_lora.publish $(REPO) $(if $(PUBLIC),--public) $(if $(FORCE),--force)
 
 recipe: setup  ## select a recipe: NAME=demo; without NAME list them (FORCE=1 replaces edits)
 	@$(BIN)/python -m sdxl_lora.recipe $(NAME) $(if $(FORCE),--force)

@@ -9,7 +9,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 # cuBLAS repeats to the bit only with a workspace of its own. Stages show their own progress and news.
-# MLflow's client would try a dead server for four minutes a call.
+# MLflow's client would try a dead server for four minutes a call, and print the server's address, which may
+# hold a password.
 for name, value in {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -18,6 +19,7 @@ for name, value in {
     "DIFFUSERS_VERBOSITY": "error",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }.items():
@@ -25,3 +27,6 @@ for name, value in {
 
 # On some CPUs it misses a kernel for 4-bit weights, which no stage has there.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+# Prints the address of a server that fails, and the failure a second time.
+logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)

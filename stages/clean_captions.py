@@ -5,6 +5,7 @@ from sdxl_lora.caption_report import caption_page
 from sdxl_lora.captions import clean_captions, read_captions
 from sdxl_lora.config import load_params
 from sdxl_lora.execution import run, stage
+from sdxl_lora.files import write_text
 from sdxl_lora.reports import write_numbers, write_table
 from sdxl_lora.sdxl import count_tokens, load_tokenizers
 
@@ -17,11 +18,11 @@ def main() -> None:
         cleaned, report = clean_captions(
             frame, params.captions, lambda texts: count_tokens(tokenizers, texts)
         )
-        cleaned.to_json(paths.CAPTIONS, orient="records", lines=True, force_ascii=False)
+        write_text(paths.CAPTIONS, cleaned.to_json(orient="records", lines=True, force_ascii=False))
         write_numbers(paths.CAPTIONS_REPORT, report.metrics())
         write_table(paths.CAPTION_CHANGES, report.changes, ["image", "before", "after", "rules"])
         write_table(paths.CAPTION_REJECTIONS, report.rejections, ["image", "caption", "reason"])
-        paths.CAPTION_PAGE.write_text(caption_page(report, params.captions), encoding="utf-8")
+        write_text(paths.CAPTION_PAGE, caption_page(report, params.captions))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from sdxl_lora.encoding import EncodingReport, encode_dataset, own_share, read_c
 from sdxl_lora.entries import Entries
 from sdxl_lora.environment import environment
 from sdxl_lora.execution import project_root, run, stage
+from sdxl_lora.files import write_text
 from sdxl_lora.hardware import require_precision, reserved_device
 from sdxl_lora.reports import read_numbers, write_numbers, write_table
 from sdxl_lora.store import Store
@@ -39,9 +40,7 @@ def main() -> None:
             findings = [asdict(finding) for finding in report.findings]
             write_table(paths.IMAGE_FINDINGS, findings, ["image", "kind", "left_out", "detail"])
             source = read_numbers(paths.RAW_SOURCE, "download_dataset")
-            paths.DATASET_CARD.write_text(
-                dataset_card(source, report, config, paths.ENCODED), encoding="utf-8"
-            )
+            write_text(paths.DATASET_CARD, dataset_card(source, report, config, paths.ENCODED))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from sdxl_lora import paths
 from sdxl_lora.config import load_params
 from sdxl_lora.execution import run, stage
 from sdxl_lora.export import export_lora, kohya_file, model_spec
+from sdxl_lora.files import write_text
 from sdxl_lora.gates import failures
 from sdxl_lora.lineage import lineage
 from sdxl_lora.lora import WEIGHTS
@@ -52,7 +53,7 @@ def main() -> None:
             list(failures(paths.GATES).values()),
             facts,
         )
-        paths.CARD.write_text(card, encoding="utf-8")
+        write_text(paths.CARD, card)
 
 
 if __name__ == "__main__":

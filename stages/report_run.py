@@ -5,6 +5,7 @@ import pandas as pd
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
 from sdxl_lora.execution import run, stage
+from sdxl_lora.files import write_text
 from sdxl_lora.lineage import facts_of
 from sdxl_lora.reporting import Results, page
 from sdxl_lora.reports import read_numbers
@@ -24,8 +25,7 @@ def main() -> None:
             loss_by_timestep=pd.read_csv(paths.LOSS_BY_TIMESTEP),
             facts=facts_of(paths.EXPORTED_WEIGHTS),
         )
-        html = page(params.export.title, results, paths.SAMPLES, paths.RAW_IMAGES)
-        paths.REPORT.write_text(html, encoding="utf-8")
+        write_text(paths.REPORT, page(params.export.title, results, paths.SAMPLES, paths.RAW_IMAGES))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from sdxl_lora.denoising import load_denoiser
 from sdxl_lora.environment import environment
 from sdxl_lora.execution import Deadline, project_root, run, stage
 from sdxl_lora.failed_steps import failed_steps_kept
+from sdxl_lora.files import require_writable
 from sdxl_lora.hardware import deterministic, require_precision, reserved_device
 from sdxl_lora.lora import add_adapters, save_lora
 from sdxl_lora.planning import choose_plan
@@ -48,7 +49,8 @@ def main() -> None:
             if not processes().is_main_process:
                 session.help()
                 return
-            paths.PREVIEWS.mkdir(parents=True, exist_ok=True)  # an output, also without previews
+            for folder in (paths.LORA, paths.PREVIEWS):  # outputs, the latter also without previews
+                require_writable(folder)
             held_out = EncodedDataset(paths.ENCODED, "held_out")
             previewer = Previewer(denoiser, held_out, params.model) if config.preview_every else None
             with live_run(params) as live:

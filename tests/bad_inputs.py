@@ -24,6 +24,7 @@ import torch
 from patterns import pattern
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
+from tables import table
 
 from sdxl_lora.captions import CaptionsReport, clean_captions
 from sdxl_lora.config import load_params
@@ -454,19 +455,21 @@ def document() -> str:
         report, _ = encode_all(Path(folder), cases)
     lines, number = [HEAD.format(good=len(good))], len(good)
     for title, group in groups.items():
-        lines.append(f"\n## {title}\n\n| input | what it gets |\n|---|---|\n")
+        rows = []
         for case in group:
             own = [finding for finding in report.findings if finding.image == f"{number:03d}.img"]
-            lines.append(f"| {case.name} | {verdict(own)} |\n")
+            rows.append((case.name, verdict(own)))
             number += 1
+        lines.append(f"\n## {title}\n\n{table(('input', 'what it gets'), rows)}")
     frame, captions = clean_all(CAPTIONS)
     cleaned = dict(zip(frame["image"], frame["caption"], strict=True))
     reasons = {entry["image"]: entry["reason"] for entry in captions.rejections}
-    lines.append("\n## Captions\n\n| input | caption | what it gets |\n|---|---|---|\n")
+    said = []
     for position, caption in enumerate(CAPTIONS):
         key = str(position)
         text = f"`{cleaned[key]}`" if key in cleaned else f"rejected: {reasons[key]}"
-        lines.append(f"| {caption.name} | `{ascii(caption.caption)[1:-1]}` | {text} |\n")
+        said.append((caption.name, f"`{ascii(caption.caption)[1:-1]}`", text))
+    lines.append(f"\n## Captions\n\n{table(('input', 'caption', 'what it gets'), said)}")
     return "".join(lines)
 
 

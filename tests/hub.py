@@ -6,7 +6,7 @@ fail. Files are served plainly, with their git blob hash as ETag; Xet is not off
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -95,6 +95,16 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer()
 
+    def do_POST(self) -> None:
+        self.receive()
+
+    def do_PUT(self) -> None:
+        self.receive()
+
+    def receive(self) -> None:
+        """Takes nothing."""
+        self.reply(405)
+
     def log_message(self, format: str, *values: Any) -> None:
         """Keeps quiet: `Hub.requests` has it all."""
 
@@ -158,10 +168,10 @@ def blob_hash(data: bytes) -> str:
 
 
 @contextmanager
-def serving_hub() -> Iterator[Hub]:
+def serving_hub(handler: Callable[..., Handler] = Handler) -> Iterator[Hub]:
     """A Hub on a free port of the loopback, for as long as the block runs."""
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, hub))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, hub))
     server.daemon_threads = True
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)

@@ -1,4 +1,5 @@
 import argparse
+import math
 import os
 import weakref
 from concurrent.futures.process import BrokenProcessPool
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from PIL import Image
 from torch import nn
 
 from benchmarks import counts, random_sdxl, saved_sdxl, train_step
@@ -15,6 +17,8 @@ from benchmarks.apart import apart, side_by_side
 from benchmarks.grid import combinations, gib_or_none, repeat
 from benchmarks.matmul import measure as measure_matmul
 from benchmarks.results import Configuration, publish, read_results
+from benchmarks.sample import WAYS, psnr
+from benchmarks.sample import measure as measure_sample
 from benchmarks.timing import timed
 from benchmarks.vae_encode import measure as measure_vae
 from sdxl_lora import shapes
@@ -204,6 +208,38 @@ def test_encoding_is_timed_per_batch() -> None:
     result = measure_vae({"precision": "fp32", "batch_size": 2, "resolution": 64}, repetitions=2)
     assert len(result.seconds) == 2
     assert result.samples_per_second == pytest.approx(2 / (sum(result.seconds) / 2))
+
+
+DRAWN: Configuration = {
+    "model": "demo",
+    "way": "ours",
+    "precision": "fp32",
+    "strength": 1.0,
+    "batch_size": 2,
+    "resolution": 64,
+    "num_inference_steps": 2,
+}
+
+
+@pytest.mark.usefixtures("small_sdxl")
+@pytest.mark.parametrize("way", WAYS)
+def test_drawing_is_timed_per_batch(way: str) -> None:
+    result = measure_sample({**DRAWN, "model": "random_sdxl", "way": way}, repetitions=2)
+    assert (result.outcome, len(result.seconds)) == ("ok", 2)
+    assert result.figures["first_batch_seconds"] > 0
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_drawing_gives_the_same_pictures(way: str, strength: float) -> None:
+    result = measure_sample({**DRAWN, "way": way, "strength": strength}, repetitions=1)
+    assert result.figures["psnr_db"] > 60
+
+
+def test_other_pictures_are_told_from_the_same() -> None:
+    black, grey = (Image.new("RGB", (8, 8), (level, level, level)) for level in (0, 51))
+    assert psnr([black], [black]) == 100
+    assert psnr([black], [grey]) == pytest.approx(20 * math.log10(255 / 51))
 
 
 def test_a_line_that_is_no_result_is_named(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from sdxl_lora.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, line_chart
+from sdxl_lora.charts import BAR_HEIGHT, BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, line_chart, stacked_bar
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -34,6 +34,23 @@ def test_equal_ratios_are_equal_heights_on_a_logarithmic_axis() -> None:
 def test_one_value_over_and_over_is_drawn_without_dividing_by_zero() -> None:
     (line,), _ = drawn(line_chart([5], {"a": [0.0]}, "x", log=False))
     assert line == [(LEFT, HEIGHT - BOTTOM)]
+
+
+def test_parts_of_a_bar_lie_side_by_side_and_the_mark_on_their_axis() -> None:
+    chart = stacked_bar({"a": 1.0, "nothing": 0.0, "b <&>": 3.0}, 2.0, "half", "GiB")
+    root = ElementTree.fromstring(chart)
+    bars = [bar.attrib for bar in root.iter("rect") if bar.attrib["height"] == str(BAR_HEIGHT)]
+    width = WIDTH - RIGHT - LEFT
+    assert [float(bar["x"]) for bar in bars] == pytest.approx([LEFT, LEFT + width / 4], abs=0.1)
+    assert [float(bar["width"]) for bar in bars] == pytest.approx([width / 4, 3 * width / 4], abs=0.1)
+    mark = next(root.iter("path")).attrib["d"]
+    assert mark.startswith(f"M{LEFT + width / 2:.1f} ")
+    assert {"a: 1.00 GiB", "b <&>: 3.00 GiB", "half"} == {text.text for text in root.iter("text")}
+
+
+def test_mark_beyond_the_parts_is_still_on_the_chart() -> None:
+    mark = next(ElementTree.fromstring(stacked_bar({"a": 1.0}, 4.0, "m", "")).iter("path")).attrib["d"]
+    assert mark.startswith(f"M{WIDTH - RIGHT:.1f} ")
 
 
 def test_names_are_no_markup() -> None:

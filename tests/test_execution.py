@@ -41,6 +41,14 @@ def test_process_id_used_again_is_another_execution() -> None:
     assert not Execution(execution.machine, execution.pid, execution.created - 100).is_alive()
 
 
+def test_execution_stays_the_same_when_the_clock_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    execution = current_execution()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 0.0)
+    assert psutil.Process().create_time() < 1e9
+    assert current_execution() == execution
+    assert execution.is_alive()
+
+
 def test_other_machines_are_left_alone() -> None:
     assert Execution("another", 1, 1).is_alive()
 

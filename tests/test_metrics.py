@@ -107,6 +107,10 @@ def test_nearest_is_found_with_its_cosine() -> None:
     assert similarity.tolist() == pytest.approx([0.5, math.cos(math.radians(5))], rel=1e-5)
 
 
+def test_draws_without_a_statistic_are_left_out_of_an_interval() -> None:
+    assert interval(torch.tensor([1.0, torch.nan, 2.0, torch.nan, 3.0]), 0.5) == pytest.approx((1.5, 2.5))
+
+
 def test_intervals_hold_the_mean_as_often_as_they_promise() -> None:
     """Of 40 normal draws, for which percentile intervals are a little narrow; 0.05 are 3 standard errors."""
     held = 0

@@ -31,11 +31,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results() -> Results:
     samples = [Sample(f"{n}.png", HOSTILE if n % 2 else "pizza", 0, float(n > 1)) for n in range(4)]
+    samples += [replace(sample, prompt="a learned caption", origin="training") for sample in samples[::2]]
     metrics: dict[str, Any] = {
         "clip_score": {"base": 30.0, "adapter": 31.25},
         "copied": {"base": 0.0, "adapter": 0.5},
         "change": {"clip_score": {"mean": 1.25, "low": -0.5, "high": 2.5}},
         "copy_threshold": 0.9,
+        "held_out_loss": {
+            "base": 0.2,
+            "adapter": 0.1,
+            "change_percent": -50.0,
+            "change_percent_low": -60.0,
+            "change_percent_high": -40.0,
+        },
+        "training_captions": {
+            "clip_score": {"base": 21.0, "adapter": 22.5},
+            "change": {"clip_score": {"mean": 1.5, "low": 1.0, "high": 2.0}},
+        },
     }
     gates = {
         "name": ["copied", "diversity_kept"],
@@ -48,6 +60,7 @@ def results() -> Results:
     copies = {
         "file": [f"{n}.png" for n in range(4)],
         "strength": [0.0, 0.0, 1.0, 1.0],
+        "origin": ["free", "free", "training", "free"],
         "training_image": ["train.png"] * 4,
         "similarity": [0.3, 0.4, 0.85, 0.95],
         "copied": [False, False, False, True],
@@ -56,7 +69,13 @@ def results() -> Results:
     return Results(
         samples=samples,
         metrics=metrics,
-        training={"seconds": 12.5, "trainable_parameters": 1234567, "memory_gib": {"forecast": 9.5}},
+        training={
+            "seconds": 12.5,
+            "trainable_parameters": 1234567,
+            "plan": {"micro_batch_size": 3},
+            "peak_memory_gib": 9.5,
+            "forecast_gib": {"weights": 6.25, "previews": 0.0, "activations": 3.75, "total": 10.0},
+        },
         gates=pd.DataFrame(gates),
         copies=pd.DataFrame(copies),
         loss=pd.DataFrame({"step": [10, 20], "loss": [0.5, 0.25]}),
@@ -82,8 +101,28 @@ def test_page_needs_no_other_file(html: str) -> None:
 
 def test_figures_gates_and_lineage_are_told(html: str) -> None:
     assert "fails 2 of 2 gates" in html
-    for words in ("+1.25 (-0.5 to +2.5)", "1,234,567", "memory gib, forecast", "c0ffee", ">none<"):
+    for words in ("+1.25 (-0.5 to +2.5)", "1,234,567", "plan, micro batch size", "c0ffee", ">none<"):
         assert words in html
+
+
+def test_captions_are_kept_apart_from_free_prompts(html: str) -> None:
+    free, captions = html.split("Before and after: ")[1:]
+    assert free.startswith("free prompts")
+    assert "a learned caption" not in free
+    assert captions.startswith("captions of training images")
+    table = captions[: captions.index("A change whose interval")]
+    order = ["a learned caption", "held out loss", "+1.25 (-0.5", "captions of training images", "+1.5 (+1 "]
+    assert sorted(order, key=lambda words: table.rindex(words)) == order
+
+
+def test_forecast_is_beside_the_measured_peak_of_memory(results: Results, html: str, folder: Path) -> None:
+    assert "measured 9.50 GiB, forecast 10.00 GiB (95%)" in html
+    widths = {
+        fill: float(width) for width, fill in re.findall(r'width="([\d.]+)" height="28" fill="(.*?)"', html)
+    }
+    assert list(widths.values()) == pytest.approx([0.625 * 492, 0.375 * 492], abs=0.2)  # no part is of 0
+    on_a_cpu = replace(results, training={"seconds": 12.5, "peak_memory_gib": 1.5})
+    assert "GPU memory" not in page("", on_a_cpu, folder, folder)
 
 
 def test_adapters_samples_are_beside_their_nearest_image_copies_marked(html: str) -> None:
@@ -114,7 +153,7 @@ def test_browser_draws_every_picture_without_asking_for_anything(html: str, tmp_
         widths = tab.evaluate("[...document.images].map(image => image.naturalWidth)")
         title, overflow = tab.title(), tab.evaluate("document.body.scrollWidth > window.innerWidth")
         browser.close()
-    assert len(widths) == 8
+    assert len(widths) == 10
     assert all(widths)
     assert max(widths) == 256
     assert title == "Style <1>"

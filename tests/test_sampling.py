@@ -1,6 +1,9 @@
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +12,21 @@ from adapters import write_adapter
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image as Images
 from PIL.Image import Image
+from safetensors.torch import save_file
 
 from sdxl_lora.config import Params, SamplingConfig, load_params
-from sdxl_lora.samples import Sample, load_table, save_sample, save_table, strength_name
-from sdxl_lora.sampling import generation_settings, grid, initial_noise, load_adapter, sample_images
+from sdxl_lora.dataset import Example, Split, write_index
+from sdxl_lora.lora import WEIGHTS
+from sdxl_lora.randomness import generator
+from sdxl_lora.samples import Prompt, Sample, load_table, save_sample, save_table, strength_name
+from sdxl_lora.sampling import (
+    generation_settings,
+    grid,
+    initial_noise,
+    load_adapter,
+    sample_images,
+    sampled_captions,
+)
 from sdxl_lora.sdxl import load_pipeline
 
 CPU = torch.device("cpu")
@@ -136,6 +150,53 @@ def test_adapter_is_as_before_when_sampling_is_left_half_way(
     assert again.tobytes() == at(pictures, 1.0)[0].tobytes()
 
 
+def test_captions_are_drawn_after_the_prompts_and_say_where_they_come_from(
+    pipeline: StableDiffusionXLPipeline, pictures: list[tuple[Sample, Image]], config: SamplingConfig
+) -> None:
+    short = config.model_copy(update={"seeds": [5], "strengths": [1.0]})
+    captions = [Prompt("pizza, noto style", "training"), Prompt("a lamp", "held_out")]
+    drawn = list(sample_images(pipeline, short, captions))
+    assert [(sample.prompt, sample.origin) for sample, _ in drawn] == [
+        *((prompt, "free") for prompt in PROMPTS),
+        ("pizza, noto style", "training"),
+        ("a lamp", "held_out"),
+    ]
+    assert len({sample.file for sample, _ in drawn}) == 4
+    known = {(s.prompt, s.seed, s.strength): image.tobytes() for s, image in pictures}
+    assert [image.tobytes() for _, image in drawn[:2]] == [known[prompt, 5, 1.0] for prompt in PROMPTS]
+    assert drawn[2][1].tobytes() != drawn[1][1].tobytes()  # the same words, from noise of their own
+
+
+def write_index_of(folder: Path, captions: Mapping[str, tuple[str, Split]]) -> None:
+    """An index of examples that are never read: captions and splits by id."""
+    folder.mkdir(exist_ok=True)
+    save_file({"latents_mean": torch.zeros(1)}, folder / "shard")
+    rows = [Example(id, f"{id}.png", caption, split, "shard", 0) for id, (caption, split) in captions.items()]
+    write_index(folder, rows)
+
+
+def test_captions_are_drawn_by_content_and_each_once(config: SamplingConfig, tmp_path: Path) -> None:
+    captions: dict[str, tuple[str, Split]] = {
+        "d": ("last", "train"),
+        "b": ("first", "train"),
+        "c": ("first", "train"),
+        "a": ("unseen", "held_out"),
+    }
+    write_index_of(tmp_path, captions)
+    asked = config.model_copy(update={"training_captions": 2, "held_out_captions": 5})
+    chosen = sampled_captions(asked, tmp_path)
+    assert chosen == [Prompt("first", "training"), Prompt("last", "training"), Prompt("unseen", "held_out")]
+    one = asked.model_copy(update={"training_captions": 1, "held_out_captions": 0})
+    assert sampled_captions(one, tmp_path) == chosen[:1]
+    write_index_of(tmp_path, {**captions, "e": ("another", "train")})
+    assert sampled_captions(asked, tmp_path) == chosen
+
+
+def test_captions_that_nobody_wants_need_no_data_set(config: SamplingConfig, tmp_path: Path) -> None:
+    none = config.model_copy(update={"training_captions": 0, "held_out_captions": 0})
+    assert sampled_captions(none, tmp_path / "missing") == []
+
+
 def test_noise_depends_on_prompt_place_and_seed_alone(
     pipeline: StableDiffusionXLPipeline, config: SamplingConfig
 ) -> None:
@@ -191,7 +252,7 @@ def test_png_says_what_it_was_drawn_from(tmp_path: Path, params: Params, config:
     assert settings["prompt"] == "naïve 寿司"
     assert settings["strength"] == 0.5
     assert settings["num_inference_steps"] == config.num_inference_steps
-    assert settings["noise_key"] == ["sample", 7, 3]
+    assert settings["noise_seed"] == generator("sample", 7, 3).initial_seed()
     assert settings["revision"] == params.model.revision
     assert str(Path.cwd()) not in str(settings)
 
@@ -200,33 +261,36 @@ REDRAW = """
 import json, sys, torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
-from sdxl_lora.randomness import generator
 
-base, adapter, picture, target = sys.argv[1:]
-said = json.loads(Image.open(picture).info["parameters"])
-pipeline = StableDiffusionXLPipeline.from_pretrained(base, dtype=torch.float32)
-pipeline.load_lora_weights(adapter, weight_name="pytorch_lora_weights.safetensors", adapter_name="a")
+said = json.loads(Image.open("sample.png").info["parameters"])
+pipeline = StableDiffusionXLPipeline.from_pretrained("base", dtype=torch.float32)
+pipeline.load_lora_weights(".", weight_name="adapter.safetensors", adapter_name="a")
 pipeline.set_adapters("a", said["strength"])
 side = said["resolution"]
-noise = torch.randn(1, 4, side // 8, side // 8, generator=generator(*said["noise_key"]))
+generator = torch.Generator().manual_seed(said["noise_seed"])
+noise = torch.randn(1, 4, side // 8, side // 8, generator=generator)
 options = {name: said[name] for name in ("negative_prompt", "num_inference_steps", "guidance_scale")}
-pipeline(said["prompt"], latents=noise, height=side, width=side, **options).images[0].save(target)
+pipeline(said["prompt"], latents=noise, height=side, width=side, **options).images[0].save("again.png")
+assert not any(name.startswith("sdxl_lora") for name in sys.modules)
 """
 
 
-def test_another_process_draws_a_sample_again_from_its_png_the_adapter_and_the_base_model(
+def test_sample_is_drawn_again_elsewhere_from_its_png_the_adapter_and_the_base_model(
     params: Params, config: SamplingConfig, tmp_path: Path
 ) -> None:
-    """Within 2 of 255 grey levels, by diffusers alone but for the noise."""
+    """Within 2 of 255 levels, by diffusers alone, in a folder and an environment with nothing else."""
     write_adapter(tmp_path, params.model, params.lora)
     pipeline = load_pipeline(params.model, "fp32", CPU)
     load_adapter(pipeline, tmp_path)
     drawn = [pair for pair in sample_images(pipeline, config) if pair[0].strength == 0.5][-1]
     save_sample(tmp_path, *drawn, generation_settings(config, params.model))
-    again = tmp_path / "again.png"
-    files = [params.model.base, tmp_path, tmp_path / drawn[0].file, again]
-    subprocess.run([sys.executable, "-c", REDRAW, *map(str, files)], check=True)
-    with Images.open(again) as image:
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(params.model.base, elsewhere / "base")
+    shutil.copy(tmp_path / WEIGHTS, elsewhere / "adapter.safetensors")
+    shutil.copy(tmp_path / drawn[0].file, elsewhere / "sample.png")
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(elsewhere / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-I", "-c", REDRAW], cwd=elsewhere, env=environment, check=True)
+    with Images.open(elsewhere / "again.png") as image:
         assert difference(image, drawn[1]) <= 2
 
 
@@ -265,6 +329,15 @@ def test_grid_has_a_row_a_prompt_and_seed_and_a_column_a_strength(side: int) -> 
         "blue": (0, 0, 255),
         "yellow": (255, 255, 0),
     }
+
+
+def test_equal_words_of_two_origins_have_a_row_each() -> None:
+    picture = Images.new("RGB", (64, 64), "red")
+    free = Sample("0.png", "pizza", 0, 1.0)
+    alone, both = (
+        grid([(s, picture) for s in rows]) for rows in ([free], [free, replace(free, origin="training")])
+    )
+    assert both.height > 1.7 * alone.height
 
 
 @pytest.mark.parametrize(("value", "name"), [(0.0, "base"), (0.5, "strength 0.5"), (1.0, "adapter")])

@@ -199,9 +199,9 @@ def test_numbers_are_a_tree_that_dvc_can_compare(config: EvaluationConfig) -> No
         "diversity_kept": pytest.approx(0.25),
         "change": {"diversity": {name: pytest.approx(-0.3) for name in ("mean", "low", "high")}},
     }
-    rows = interval_rows([measurement])
+    rows = interval_rows([measurement], "free")
     assert all(tuple(row) == INTERVAL_COLUMNS for row in rows)
     assert [tuple(row.values()) for row in rows] == [
-        ("diversity", "base", *[pytest.approx(0.4)] * 3),
-        ("diversity", "adapter", *[pytest.approx(0.1)] * 3),
+        ("free", "diversity", "base", *[pytest.approx(0.4)] * 3),
+        ("free", "diversity", "adapter", *[pytest.approx(0.1)] * 3),
     ]

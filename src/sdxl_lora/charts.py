@@ -8,7 +8,10 @@ from html import escape
 WIDTH, HEIGHT = 560, 240  # pixels
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 24, 30  # pixels round the plot
 COLOURS = ("#8a94a6", "#c2410c", "#0f766e")
+SHADES = ("#334155", "#0f766e", "#b45309", "#0369a1", "#7c3aed", "#94a3b8", "#cbd5e1")
 TICKS = 4
+BAR_HEIGHT, BAR_TOP = 28, 22  # pixels
+LEGEND_LINE = 20
 
 
 @dataclass(frozen=True)
@@ -58,3 +61,34 @@ def line_chart(x: Sequence[float], lines: Mapping[str, Sequence[float]], x_label
         parts.append(f'<text x="{LEFT + 120 * number}" y="14" style="fill: {colour}">{escape(name)}</text>')
     parts.append(f'<text x="{WIDTH - RIGHT}" y="14" text-anchor="end">by {escape(x_label)}</text></svg>')
     return "".join(parts)
+
+
+def stacked_bar(parts: Mapping[str, float], mark: float, mark_label: str, unit: str) -> str:
+    """An SVG element: parts side by side as one bar, a mark on their axis, and a legend with all values.
+
+    Args:
+        parts: none negative; those that are 0 are left out.
+        mark: a value to hold the sum against.
+    """
+    shown = {name: value for name, value in parts.items() if value}
+    axis = Axis(0, max(sum(shown.values()), mark), LEFT, WIDTH - RIGHT)
+    height = BAR_TOP + BAR_HEIGHT + LEGEND_LINE * (len(shown) + 1)
+    elements = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(", ".join(shown))}">']
+    start = 0.0
+    for number, ((name, value), colour) in enumerate(zip(shown.items(), SHADES, strict=False)):
+        x, width = axis(start), axis(start + value) - axis(start)
+        y = BAR_TOP + BAR_HEIGHT + LEGEND_LINE * (number + 1)
+        elements += [
+            rectangle(x, BAR_TOP, width, BAR_HEIGHT, colour),
+            rectangle(LEFT, y - 10, 12, 12, colour),
+            f'<text x="{LEFT + 20}" y="{y}">{escape(name)}: {value:.2f} {escape(unit)}</text>',
+        ]
+        start += value
+    x = axis(mark)
+    elements.append(f'<path class="mark" d="M{x:.1f} {BAR_TOP - 6}V{BAR_TOP + BAR_HEIGHT + 6}"/>')
+    elements.append(f'<text x="{x:.1f}" y="14" text-anchor="end">{escape(mark_label)}</text></svg>')
+    return "".join(elements)
+
+
+def rectangle(x: float, y: float, width: float, height: float, colour: str) -> str:
+    return f'<rect x="{x:.1f}" y="{y:g}" width="{width:.1f}" height="{height:g}" fill="{colour}"/>'

@@ -221,6 +221,10 @@ class TrainingConfig(Section):
 class SamplingConfig(Section):
     prompts: Annotated[list[str], Field(min_length=1)]
     """Prompts that base model and adapter both draw."""
+    training_captions: NonNegativeInt
+    """So many captions of training images are drawn as well, and scored apart: does it know them by heart?"""
+    held_out_captions: NonNegativeInt
+    """So many captions of held-out images, likewise: how does it draw what it was not shown?"""
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
     """Each prompt is drawn once per seed, from the same noise at every strength."""
     strengths: Annotated[list[NonNegativeFloat], Field(min_length=1)]

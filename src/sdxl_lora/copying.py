@@ -11,7 +11,7 @@ from statistics import fmean
 from torch import Tensor
 
 from sdxl_lora.metrics import nearest
-from sdxl_lora.samples import Sample, strength_name
+from sdxl_lora.samples import Origin, Sample, strength_name
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Match:
     file: str
     """Of the sample, below the folder of samples."""
     strength: float
+    origin: Origin
+    """Of its prompt."""
     training_image: str
     """File name."""
     similarity: float
@@ -56,8 +58,8 @@ def matches(
     """
     similarities, indices = nearest(features, training_features)
     return [
-        Match(sample.file, sample.strength, training_images[index], similarity, similarity > threshold)
-        for sample, similarity, index in zip(samples, similarities.tolist(), indices.tolist(), strict=True)
+        Match(s.file, s.strength, s.origin, training_images[index], similarity, similarity > threshold)
+        for s, similarity, index in zip(samples, similarities.tolist(), indices.tolist(), strict=True)
     ]
 
 

@@ -16,23 +16,32 @@ class Tensors(Protocol):
 
     def tensors(self) -> list[Tensor]: ...
 
-    def to(self, device: torch.device) -> Self: ...
+    def to(self, device: torch.device) -> Self:
+        """A copy on `device`, which a recording may overwrite."""
+        ...
 
 
 Inputs = TypeVar("Inputs", bound=Tensors)
+Output = TypeVar("Output")
 
 
-class Recorder(Generic[Inputs]):
+class Recorder(Generic[Inputs, Output]):
     """Calls `function` by replaying what it did the first time that it met inputs of these shapes.
 
     The function must do the same kernels on the same addresses each time: it may not wait for the GPU, look
-    at a value, or draw random numbers. What it returns is lost; it leaves its results in tensors of its own.
+    at a value, or draw random numbers.
     """
 
-    def __init__(self, function: Callable[[Inputs], None], device: torch.device) -> None:
+    def __init__(self, function: Callable[[Inputs], Output], device: torch.device) -> None:
         self._function = function
         self._device = device
-        self._recordings: dict[tuple[torch.Size, ...], tuple[Inputs, torch.cuda.CUDAGraph]] = {}
+        self._recordings: dict[tuple[torch.Size, ...], tuple[Inputs, torch.cuda.CUDAGraph, Output]] = {}
+
+    def __call__(self, inputs: Inputs) -> Output:
+        """Replays, after a recording where these shapes are new."""
+        if not self.knows(inputs):
+            self.record(inputs)
+        return self.replay(inputs)
 
     def knows(self, inputs: Inputs) -> bool:
         """Whether inputs of these shapes can be replayed."""
@@ -49,15 +58,16 @@ class Recorder(Generic[Inputs]):
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with undisturbed(), torch.cuda.graph(graph):
-            self._function(static)
-        self._recordings[shapes(inputs)] = (static, graph)
+            output = self._function(static)
+        self._recordings[shapes(inputs)] = (static, graph, output)
 
-    def replay(self, inputs: Inputs) -> None:
-        """Does with `inputs` what was recorded."""
-        static, graph = self._recordings[shapes(inputs)]
+    def replay(self, inputs: Inputs) -> Output:
+        """Does with `inputs` what was recorded. Its result has its values until the next replay."""
+        static, graph, output = self._recordings[shapes(inputs)]
         for buffer, tensor in zip(static.tensors(), inputs.tensors(), strict=True):
             buffer.copy_(tensor)
         graph.replay()
+        return output
 
 
 @contextmanager

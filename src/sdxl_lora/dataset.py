@@ -15,9 +15,10 @@ from typing import Any, Literal, Self
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from sdxl_lora.files import write_bytes, write_text
 from sdxl_lora.randomness import generator
 from sdxl_lora.sources import DIGEST_PREFIX
 
@@ -175,9 +176,9 @@ def data_digest(examples: Iterable[Example]) -> str:
 def write_shard(folder: Path, name: str, batch: Batch) -> None:
     """Writes the examples of `batch` as rows 0, 1, ... of shard `name`."""
     tensors = {key: tensor.contiguous() for key, tensor in batch.tensors().items() if tensor is not None}
-    save_file(tensors, folder / name)
+    write_bytes(folder / name, save(tensors))
 
 
 def write_index(folder: Path, examples: Iterable[Example]) -> None:
     lines = (json.dumps(asdict(example), ensure_ascii=False, sort_keys=True) + "\n" for example in examples)
-    (folder / INDEX).write_text("".join(lines), encoding="utf-8")
+    write_text(folder / INDEX, "".join(lines))

@@ -19,6 +19,7 @@ import datasets
 from huggingface_hub import metadata_load
 
 from sdxl_lora.config import DownloadConfig
+from sdxl_lora.files import write_bytes, write_text
 from sdxl_lora.hardware import require_disk_space
 from sdxl_lora.paths import RAW_CAPTIONS, RAW_IMAGES, RAW_SOURCE
 from sdxl_lora.sources import download_size, is_folder, open_folder, open_repository, resolve_commit
@@ -86,18 +87,18 @@ def download_dataset(source: Source, folder: Path) -> Iterator[RawExample]:
         complete = Path(scratch) / folder.name
         images = complete / RAW_IMAGES.name
         images.mkdir(parents=True)
-        number = 0
-        with (complete / RAW_CAPTIONS.name).open("w", encoding="utf-8") as captions:
-            for number, example in enumerate(source.examples, start=1):
-                digest = hashlib.sha256(example.image).hexdigest()
-                name = f"{number - 1:05d}-{digest[:12]}{suffix(example.image)}"
-                (images / name).write_bytes(example.image)
-                line = {"id": digest, "image": name, "caption": example.caption}
-                captions.write(json.dumps(line, ensure_ascii=False) + "\n")
-                yield example
-        if number == 0:
+        lines: list[str] = []
+        for example in source.examples:
+            digest = hashlib.sha256(example.image).hexdigest()
+            name = f"{len(lines):05d}-{digest[:12]}{suffix(example.image)}"
+            write_bytes(images / name, example.image)
+            line = {"id": digest, "image": name, "caption": example.caption}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+            yield example
+        if not lines:
             raise ValueError(f"{KEY}: {source.repository} has no example")
-        (complete / RAW_SOURCE.name).write_text(provenance(source, number), encoding="utf-8")
+        write_text(complete / RAW_CAPTIONS.name, "".join(lines))
+        write_text(complete / RAW_SOURCE.name, provenance(source, len(lines)))
         if folder.exists():
             folder.replace(Path(scratch) / "previous")
         complete.replace(folder)

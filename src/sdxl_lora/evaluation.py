@@ -132,7 +132,8 @@ class Verdict:
     """What the samples are worth."""
 
     figures: dict[str, object]
-    """Those that `sample_metrics` names, their changes, the share of `copied` samples and its threshold."""
+    """Those that `sample_metrics` names, their changes and the share of `copied` samples, of free prompts;
+    the same of captions under `training_captions` and `held_out_captions`; and `copy_threshold`."""
     intervals: list[dict[str, object]]
     """Rows of INTERVAL_COLUMNS."""
     matches: list[Match]
@@ -154,9 +155,16 @@ def evaluate_samples(
         scorer.image_features(decode_image((pictures.images / name).read_bytes()) for name in names)
         for names in (pictures.held_out, pictures.training)
     )
-    metrics = sample_metrics(samples, features, held_out, scorer, config.style)
-    measurements = [measure(metric, config) for metric in metrics]
     threshold = copy_threshold(held_out, training, config.copy_quantile)
     found = matches(samples, features, pictures.training, training, threshold)
-    copying = {"copied": copied_share(found), "copy_threshold": threshold}
-    return Verdict({**as_numbers(measurements), **copying}, interval_rows(measurements), found)
+    figures: dict[str, object] = {"copy_threshold": threshold}
+    intervals = []
+    for origin in dict.fromkeys(sample.origin for sample in samples):
+        rows = [row for row, sample in enumerate(samples) if sample.origin == origin]
+        group = [samples[row] for row in rows]
+        metrics = sample_metrics(group, features[rows], held_out, scorer, config.style)
+        measurements = [measure(metric, config) for metric in metrics]
+        numbers = {**as_numbers(measurements), "copied": copied_share([found[row] for row in rows])}
+        figures |= numbers if origin == "free" else {f"{origin}_captions": numbers}
+        intervals += interval_rows(measurements, origin)
+    return Verdict(figures, intervals, found)

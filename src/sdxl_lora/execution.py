@@ -25,8 +25,11 @@ from typing import Literal
 
 import psutil
 
+from sdxl_lora.files import explained, write_text
+
 Status = Literal["running", "executed", "failed", "killed"]
 DVC_COMMANDS = {"repro", "exp", "experiments", "queue"}
+START_FIELD = 19  # of /proc/<pid>/stat behind the command's name (proc_pid_stat(5): field 22)
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 logger = logging.getLogger("sdxl_lora")
@@ -50,7 +53,7 @@ class Execution:
     """Digest that tells machines apart without naming them."""
     pid: int
     created: int
-    """When that process started, seconds since the epoch: process ids are used again."""
+    """When that process started, by `start_of`: process ids are used again."""
 
     @property
     def id(self) -> str:
@@ -67,8 +70,8 @@ class Execution:
         """Whether the command still runs; True on other machines, which cannot be asked."""
         if self.machine != machine_digest():
             return True
-        with suppress(psutil.NoSuchProcess):
-            return int(psutil.Process(self.pid).create_time()) == self.created
+        with suppress(psutil.NoSuchProcess, OSError):
+            return start_of(psutil.Process(self.pid)) == self.created
         return False
 
     def records(self) -> dict[str, StageRecord]:
@@ -81,11 +84,23 @@ def current_execution() -> Execution:
     """The nearest ancestor process that is `dvc repro` or an experiment; this process if there is none."""
     own = psutil.Process()
     for process in own.parents():
-        with suppress(psutil.Error):
+        with suppress(psutil.Error, OSError):
             words = process.cmdline()
             if any(Path(word).name in ("dvc", "dvc.exe") for word in words[:4]) and DVC_COMMANDS & set(words):
-                return Execution(machine_digest(), process.pid, int(process.create_time()))
-    return Execution(machine_digest(), own.pid, int(own.create_time()))
+                return Execution(machine_digest(), process.pid, start_of(process))
+    return Execution(machine_digest(), own.pid, start_of(own))
+
+
+def start_of(process: psutil.Process) -> int:
+    """When a process started: clock ticks since the machine did; outside Linux, seconds since the epoch.
+
+    psutil's seconds move whenever somebody sets the clock: an execution would turn into another one on its
+    way, and its run into one whose process is gone.
+    """
+    if not sys.platform.startswith("linux"):
+        return int(process.create_time())
+    stat = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8")
+    return int(stat.rpartition(")")[2].split()[START_FIELD])
 
 
 def parse_execution(execution_id: str) -> Execution | None:
@@ -122,22 +137,19 @@ def git_commit() -> str:
 def stage(name: str) -> Iterator[None]:
     """Notes how the stage `name` went and how long it took; ends it cleanly on SIGTERM."""
     file = current_execution().scratch / "stages" / f"{name}.json"
-    file.parent.mkdir(exist_ok=True)
-    started = time.time()
+    started, clock = time.time(), time.monotonic()
 
     def note(status: Status) -> None:
-        record = StageRecord(status, started, time.time() - started)
-        file.write_text(json.dumps(asdict(record)), encoding="utf-8")
+        record = StageRecord(status, started, time.monotonic() - clock)
+        write_text(file, json.dumps(asdict(record)))
 
     previous = signal.signal(signal.SIGTERM, exit_on_signal)
     note("running")
     try:
         yield
-    except SystemExit:
-        note("killed")
-        raise
-    except BaseException:
-        note("failed")
+    except BaseException as error:
+        with suppress(OSError):  # on a full disk, the error that matters is the first
+            note("killed" if isinstance(error, SystemExit) else "failed")
         raise
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -198,4 +210,5 @@ def run(main: Callable[[], None]) -> None:
         main()
     except USER_ERRORS as error:
         logger.debug("traceback", exc_info=True)
-        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+        told = explained(error) if isinstance(error, OSError) else error
+        sys.exit(f"{Path(sys.argv[0]).stem}: {told}")

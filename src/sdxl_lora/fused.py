@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
@@ -123,6 +123,8 @@ class FusedGroupNorm(nn.GroupNorm):
     """A group normalisation that keeps channels_last."""
 
     def forward(self, input: Tensor, silu: bool = False) -> Tensor:
+        if input.ndim != 4:  # the VAE's attention normalises tokens
+            return super().forward(input)
         return group_norm(input, self.weight, self.bias, self.num_groups, self.eps, silu)
 
 
@@ -135,11 +137,12 @@ class FusedConv2d(nn.Conv2d):
 
 
 class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
-    """A residual block: normalisation and SiLU in one kernel."""
+    """A residual block: normalisation and SiLU in one kernel. The VAE's know no time."""
 
-    def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
         hidden = self.conv1(self.norm1(input_tensor, silu=True))
-        hidden = hidden + self.time_emb_proj(silu(temb))[:, :, None, None]
+        if temb is not None:
+            hidden = hidden + self.time_emb_proj(silu(temb))[:, :, None, None]
         hidden = self.norm2(hidden, silu=True)
         hidden = self.conv2(self.dropout(hidden))
         if self.conv_shortcut is not None:
@@ -198,6 +201,13 @@ def fuse_unet(unet: UNet2DConditionModel, backend: AttentionBackend) -> None:
     unet.set_attn_processor(FusedAttentionProcessor(backend))
     if unet.device.type != "cpu":
         unet.to(memory_format=torch.channels_last)
+
+
+def fuse_vae(vae: AutoencoderKL) -> None:
+    """`fuse` for the VAE, and channels_last on a GPU."""
+    fuse(vae)
+    if vae.device.type != "cpu":
+        vae.to(memory_format=torch.channels_last)
 
 
 def attention_shapes(unet: UNet2DConditionModel, batch: int, height: int, width: int) -> list[AttentionShape]:

@@ -3,6 +3,7 @@
 What is chosen here changes results by rounding at most, so it comes from the environment, never from params.
 """
 
+import logging
 import os
 import resource
 import shutil
@@ -13,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from sdxl_lora.config import Precision
+from sdxl_lora.files import FREE_SPACE
 from sdxl_lora.processes import processes
 
 GIB = 2**30
 DEVICE_VARIABLE = "SDXL_LORA_DEVICE"
+
+logger = logging.getLogger(__name__)
 
 
 def choose_device() -> torch.device:
@@ -57,12 +61,27 @@ def reserved_device(vram_gib: float | None) -> Iterator[torch.device]:
         yield device
         return
     identity = torch.cuda.get_device_properties(device).uuid
-    with FileLock(Path(tempfile.gettempdir()) / f"sdxl-lora-{identity}.lock"):
+    with alone_on(identity):
         if vram_gib is not None:
             fraction = vram_gib * GIB / torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(fraction, 1.0), device)
         torch.cuda.reset_peak_memory_stats(device)
         yield device
+
+
+@contextmanager
+def alone_on(gpu: str) -> Iterator[None]:
+    """Keeps a GPU to this process while the block runs; waits, and says so, while another process has it."""
+    lock = FileLock(Path(tempfile.gettempdir()) / f"sdxl-lora-{gpu}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        logger.warning("another job has GPU %s (`nvidia-smi` shows it): waiting for its end", gpu)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -134,6 +153,5 @@ def require_disk_space(folder: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         raise OSError(
             f"{folder}/ needs {needed_bytes / GIB:.2f} GiB and the disk has {free / GIB:.2f} GiB free: "
-            "free some (`dvc gc --workspace` drops old results), then run again. "
-            "If dvc.lock is empty: `git checkout dvc.lock`"
+            f"{FREE_SPACE}"
         )

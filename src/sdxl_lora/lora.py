@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from sdxl_lora.config import LoraConfig
+from sdxl_lora.files import explained_write_errors
 from sdxl_lora.randomness import generator
 from sdxl_lora.sdxl import TextEncoders
 from sdxl_lora.tensor_files import read_header, write_tensors
@@ -114,7 +115,7 @@ def save_lora(
     layers = {f"{name}_lora_layers": adapter_weights(name, module) for name, module in parts.items()}
     headers = {f"{name}_lora_adapter_metadata": portable_config(module) for name, module in parts.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent) as partial:
+    with explained_write_errors(folder / WEIGHTS), TemporaryDirectory(dir=folder.parent) as partial:
         StableDiffusionXLPipeline.save_lora_weights(partial, **layers, **headers)
         path = Path(partial, WEIGHTS)
         write_tensors(folder / WEIGHTS, load_file(path), {**read_header(path), **(metadata or {})})

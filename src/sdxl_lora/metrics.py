@@ -102,7 +102,10 @@ def resamples(num_values: int, num_resamples: int, generator: torch.Generator) -
 
 
 def interval(draws: Tensor, confidence: float) -> tuple[float, float]:
-    """The percentile interval of a statistic's bootstrap draws, (R,): their middle `confidence`."""
+    """The percentile interval of a statistic's bootstrap draws, (R,): their middle `confidence`.
+
+    Draws are left out for which there is no statistic, NaN: one picture over and over has no pair.
+    """
     tail = (1 - confidence) / 2
-    low, high = draws.double().quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = draws.double().nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high

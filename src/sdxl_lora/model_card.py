@@ -129,8 +129,9 @@ def markdown(text: str) -> str:
 
 
 def card_pictures(samples: Sequence[Sample], limit: int) -> list[Sample]:
-    """The adapter's first picture of each prompt, at most `limit`."""
-    first = {sample.prompt: sample for sample in reversed(samples) if sample.strength == 1}
+    """The adapter's first picture of each free prompt, at most `limit`."""
+    free = [sample for sample in samples if sample.origin == "free" and sample.strength == 1]
+    first = {sample.prompt: sample for sample in reversed(free)}
     chosen = [sample for sample in samples if first.get(sample.prompt) == sample]
     return chosen[:limit]
 

@@ -1,10 +1,14 @@
 """What encoding and sampling do to GPU memory, traced as for training: without weights, on a CPU."""
 
+from functools import partial
+
 import torch
 
 from sdxl_lora.config import Params, SamplingConfig
+from sdxl_lora.drawing import fuse_all
 from sdxl_lora.encoders import embed_captions, encode_images
 from sdxl_lora.forecast import META, InferenceTrace, trace_inference
+from sdxl_lora.fused import fuse_vae
 from sdxl_lora.lora import add_adapters, lora_parameters
 from sdxl_lora.sdxl import DTYPES, embed_tokens, predict
 from sdxl_lora.shapes import Shapes
@@ -14,11 +18,14 @@ def trace_encoding(shapes: Shapes, params: Params) -> InferenceTrace:
     """What the stage encode_dataset takes for one batch."""
     config = params.encoding
     vae = shapes.make_vae(config.vae_precision, META)
+    fuse_vae(vae)
     frozen = params.model.text_encoders == "frozen"
     text_encoders = shapes.make_text_encoders(config.text_precision, META) if frozen else None
 
+    levels = torch.zeros(config.batch_size, 3, config.resolution, config.resolution, dtype=torch.uint8)
+
     def run() -> None:
-        encode_images(vae, torch.zeros(config.batch_size, 3, config.resolution, config.resolution))
+        encode_images(vae, levels)
         if text_encoders is not None:
             embed_captions(text_encoders, torch.zeros(config.batch_size, 2, 77, dtype=torch.long))
 
@@ -26,7 +33,7 @@ def trace_encoding(shapes: Shapes, params: Params) -> InferenceTrace:
 
 
 def trace_sampling(shapes: Shapes, params: Params) -> InferenceTrace:
-    """What the stage sample_images takes for one batch: its pipeline embeds, denoises and decodes."""
+    """What the stage sample_images takes for one batch: text, a recorded UNet, the VAE."""
     config = params.sampling
     unet = shapes.make_unet(config.precision, META)
     text_encoders = shapes.make_text_encoders(config.precision, META)
@@ -37,15 +44,19 @@ def trace_sampling(shapes: Shapes, params: Params) -> InferenceTrace:
     for parameter in adapters:
         parameter.data = parameter.data.to(DTYPES[config.precision])
 
+    fuse_all(unet, text_encoders, vae, "sdpa")  # all fused attentions take the same
+    size = config.batch_size * (2 if config.guidance_scale > 1 else 1)  # with and without the prompt
+    side = config.resolution // shapes.pixels_per_latent
+
     def run() -> None:
         embed_tokens(text_encoders, torch.zeros(config.batch_size, 2, 77, dtype=torch.long, device=META))
-        size = config.batch_size * (2 if config.guidance_scale > 1 else 1)  # with and without the prompt
-        latents = denoised(shapes, unet, config, size)[: config.batch_size]
         if vae.dtype == torch.float16 and vae.config.force_upcast:
             vae.to(torch.float32)  # as diffusers does
-        torch.cat([vae.decode(latent[None].to(vae.dtype)).sample for latent in latents])
+        latents = torch.empty(config.batch_size, 4, side, side, dtype=vae.dtype, device=META)
+        torch.cat([vae.decode(latent[None]).sample for latent in latents])
 
-    return trace_inference([unet, *text_encoders, vae], adapters, run)
+    denoise = partial(denoised, shapes, unet, config, size)
+    return trace_inference([unet, *text_encoders, vae], adapters, run, recorded=denoise)
 
 
 def denoised(shapes: Shapes, unet: torch.nn.Module, config: SamplingConfig, size: int) -> torch.Tensor:

@@ -16,14 +16,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from sdxl_lora.charts import line_chart
+from sdxl_lora.charts import line_chart, stacked_bar
 from sdxl_lora.images import decode_image
 from sdxl_lora.model_card import change_of
-from sdxl_lora.samples import Sample, strength_name
+from sdxl_lora.samples import ORIGINS, Sample, strength_name
 
 PICTURE_SIDE = 256  # pixels
 NUM_COPIES = 12
 TEMPLATE = "reporting.html.jinja"
+FORECAST = "forecast_gib"
 
 
 @dataclass(frozen=True)
@@ -60,21 +61,33 @@ def page(title: str, results: Results, samples: Path, images: Path) -> str:
         gates=results.gates.astype(object).where(results.gates.notna(), None).to_dict("records"),
         num_failed=int((~results.gates["passed"].astype(bool)).sum()),
         strengths=[strength_name(value) for value in strengths_of(results.samples)],
-        rows=sample_rows(results.samples, samples),
-        figures=figures(results.metrics),
+        groups=sample_groups(results, samples),
+        held_out_loss=figures(results.metrics, ["held_out_loss"]),
         threshold=results.metrics["copy_threshold"],
         copies=copy_pairs(results.copies, samples, images),
         loss=Markup(line_chart(*curve(results.loss), "step", log=False)),
         loss_by_timestep=Markup(
             line_chart(*curves_by_timestep(results.loss_by_timestep), "timestep", log=True)
         ),
-        training=leaves(results.training),
+        memory=Markup(memory_chart(results.training)),
+        training=leaves({name: v for name, v in results.training.items() if name != FORECAST}),
         facts=results.facts,
     )
 
 
 def strengths_of(samples: Sequence[Sample]) -> list[float]:
     return list(dict.fromkeys(sample.strength for sample in samples))
+
+
+def sample_groups(results: Results, folder: Path) -> list[dict[str, Any]]:
+    """For prompts of each origin their name, rows of pictures, and what was measured of these."""
+    groups = []
+    for origin in dict.fromkeys(sample.origin for sample in results.samples):
+        rows = sample_rows([sample for sample in results.samples if sample.origin == origin], folder)
+        metrics = results.metrics if origin == "free" else results.metrics.get(f"{origin}_captions", {})
+        names = [name for name in metrics if name != "held_out_loss"]
+        groups.append({"title": ORIGINS[origin], "rows": rows, "figures": figures(metrics, names)})
+    return groups
 
 
 def sample_rows(samples: Sequence[Sample], folder: Path) -> list[dict[str, Any]]:
@@ -85,8 +98,8 @@ def sample_rows(samples: Sequence[Sample], folder: Path) -> list[dict[str, Any]]
     return [{"prompt": prompt, "seed": seed, "pictures": row} for (prompt, seed), row in rows.items()]
 
 
-def figures(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every metric that base model and adapter both have, with its change and the change's interval."""
+def figures(metrics: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Those metrics that base model and adapter both have, with their change and the change's interval."""
     return [
         {
             "name": name.replace("_", " "),
@@ -94,7 +107,7 @@ def figures(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
             "adapter": values["adapter"],
             "change": change_of(name, metrics),
         }
-        for name, values in metrics.items()
+        for name, values in ((name, metrics.get(name)) for name in names)
         if isinstance(values, Mapping) and {"base", "adapter"} <= values.keys()
     ]
 
@@ -110,6 +123,7 @@ def copy_pairs(copies: pd.DataFrame, samples: Path, images: Path) -> list[dict[s
             "image": embedded(images / str(row.training_image)),
             "name": row.training_image,
             "strength": strength_name(float(str(row.strength))),
+            "origin": ORIGINS[row.origin],
             "similarity": row.similarity,
             "copied": bool(row.copied),
         }
@@ -124,6 +138,16 @@ def curve(loss: pd.DataFrame) -> tuple[list[float], dict[str, list[float]]]:
 def curves_by_timestep(loss: pd.DataFrame) -> tuple[list[float], dict[str, list[float]]]:
     lines = {"base model": loss["base"].tolist(), "adapter": loss["adapter"].tolist()}
     return loss["timestep"].tolist(), lines
+
+
+def memory_chart(training: Mapping[str, Any]) -> str:
+    """The forecast of training's GPU memory by part, and the peak that was measured; on a CPU, nothing."""
+    if FORECAST not in training:
+        return ""
+    parts = {name: value for name, value in training[FORECAST].items() if name != "total"}
+    measured, forecast = training["peak_memory_gib"], training[FORECAST]["total"]
+    label = f"measured {measured:.2f} GiB, forecast {forecast:.2f} GiB ({measured / forecast:.0%})"
+    return stacked_bar(parts, measured, label, "GiB")
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from sdxl_lora.files import write_text
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -16,14 +18,12 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 def write_numbers(path: Path, numbers: Mapping[str, object]) -> None:
     """A nested mapping of numbers as JSON, which DVC shows as metrics."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(numbers, indent=2) + "\n")
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
     """Rows as CSV with these columns, which DVC plots; no text can pass for a spreadsheet's formula."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows, columns=list(columns)).map(as_text).to_csv(path, index=False)
+    write_text(path, pd.DataFrame(rows, columns=list(columns)).map(as_text).to_csv(index=False))
 
 
 def as_text(value: object) -> object:

@@ -4,9 +4,32 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Generator
+
+from sdxl_lora.files import write_text, written_whole
+from sdxl_lora.randomness import generator
+
+Origin = Literal["free", "training", "held_out"]
+"""Where a prompt comes from: params, the caption of a training image, or that of a held-out one."""
+
+ORIGINS: dict[Origin, str] = {
+    "free": "free prompts",
+    "training": "captions of training images",
+    "held_out": "captions of held-out images",
+}
+"""What people call them."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to sample from."""
+
+    text: str
+    origin: Origin
 
 
 @dataclass(frozen=True)
@@ -19,6 +42,8 @@ class Sample:
     seed: int
     strength: float
     """Factor of the adapter's update: 0 is the base model."""
+    origin: Origin = "free"
+    """Of the prompt."""
 
 
 def strength_name(value: float) -> str:
@@ -36,25 +61,29 @@ def prompt_number(file: str) -> int:
     return int(Path(file).name.split("-")[0])
 
 
+def sample_generator(number: int, seed: int) -> Generator:
+    """Of the noise that the prompt at place `number` is drawn from."""
+    return generator("sample", number, seed)
+
+
 def save_sample(folder: Path, sample: Sample, image: Image, settings: Mapping[str, object]) -> None:
     """Writes the picture as a PNG whose text chunk `parameters` says in JSON what it was drawn from.
 
-    With the adapter and the base model that is enough to draw it again: `noise_key` are the words that
-    `randomness.generator` makes its noise from.
+    With the adapter and the base model that is enough for diffusers to draw it again. Its `latents` are
+    standard normal draws on the CPU, (1, 4, H/8, W/8), by a torch.Generator with the seed `noise_seed`.
     """
-    key = ["sample", prompt_number(sample.file), sample.seed]
+    seed = sample_generator(prompt_number(sample.file), sample.seed).initial_seed()
     info = PngInfo()
-    parameters = {**asdict(sample), "noise_key": key, **settings}
+    parameters = {**asdict(sample), "noise_seed": seed, **settings}
     info.add_itxt("parameters", json.dumps(parameters, ensure_ascii=False))
-    path = folder / sample.file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, pnginfo=info)
+    with written_whole(folder / sample.file) as partial:
+        image.save(partial, pnginfo=info)
 
 
 def save_table(path: Path, samples: Sequence[Sample]) -> None:
     """One line of JSON a picture."""
     lines = (json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
-    path.write_text("".join(lines), encoding="utf-8")
+    write_text(path, "".join(lines))
 
 
 def load_table(path: Path) -> list[Sample]:

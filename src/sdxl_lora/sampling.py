@@ -4,6 +4,7 @@ One pipeline serves every strength of the adapter: there is never a second copy 
 """
 
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -14,9 +15,10 @@ from PIL.Image import Image, Resampling
 from torch import Tensor, nn
 
 from sdxl_lora.config import ModelConfig, SamplingConfig
-from sdxl_lora.lora import saved_lora, strength
-from sdxl_lora.randomness import generator
-from sdxl_lora.samples import Sample, sample_file, strength_name
+from sdxl_lora.dataset import EncodedDataset, Split
+from sdxl_lora.drawing import draw, recorded
+from sdxl_lora.lora import ADAPTER, saved_lora, strength
+from sdxl_lora.samples import Origin, Prompt, Sample, sample_file, sample_generator, strength_name
 from sdxl_lora.sources import public_name
 
 MARGIN = 8  # pixels between the pictures of a grid
@@ -24,25 +26,51 @@ SMALLEST_CELL, LARGEST_CELL = 192, 384  # pixels a side that a picture takes in 
 
 
 def sample_images(
-    pipeline: StableDiffusionXLPipeline, config: SamplingConfig
+    pipeline: StableDiffusionXLPipeline, config: SamplingConfig, captions: Sequence[Prompt] = ()
 ) -> Iterator[tuple[Sample, Image]]:
     """Draws every prompt with every seed at every strength of the adapter that `pipeline` carries.
 
+    The prompts of `config` come first, then the `captions` of a data set.
+
     A picture's noise depends on its prompt's place and its seed alone: it is the same at every strength, in
-    any batch and on any device. Strength 0 leaves the adapter out and is the base model to the bit.
+    any batch and on any device. Strength 0 leaves the adapter out and is the base model to the bit. On a GPU
+    the UNet is recorded once per strength and shape.
 
     Raises:
         FloatingPointError: a picture has pixels that are not finite.
     """
-    jobs = [(number, prompt, seed) for number, prompt in enumerate(config.prompts) for seed in config.seeds]
+    prompts = [*(Prompt(text, "free") for text in config.prompts), *captions]
+    jobs = [(number, prompt, seed) for number, prompt in enumerate(prompts) for seed in config.seeds]
     for value in config.strengths:
-        with strength(adapted_modules(pipeline), value):
+        with strength(adapted_modules(pipeline), value), recorded(pipeline.unet):
             for start in range(0, len(jobs), config.batch_size):
                 batch = jobs[start : start + config.batch_size]
                 noise = [initial_noise(pipeline, config, number, seed) for number, _, seed in batch]
-                images = draw(pipeline, config, [prompt for _, prompt, _ in batch], torch.stack(noise))
+                images = draw(pipeline, config, [prompt.text for _, prompt, _ in batch], torch.stack(noise))
                 for (number, prompt, seed), image in zip(batch, images, strict=True):
-                    yield Sample(sample_file(number, seed, value), prompt, seed, value), image
+                    file = sample_file(number, seed, value)
+                    yield Sample(file, prompt.text, seed, value, prompt.origin), image
+
+
+def sampled_captions(config: SamplingConfig, folder: Path) -> list[Prompt]:
+    """The captions that `config` wants drawn, as many as there are, from the encoded data set in `folder`.
+
+    Those whose image files have the least SHA-256: a draw of each split that other images do not change.
+
+    Raises:
+        FileNotFoundError: captions are wanted, and nothing was encoded into `folder`.
+    """
+    prompts: list[Prompt] = []
+    wanted: list[tuple[Origin, Split, int]] = [
+        ("training", "train", config.training_captions),
+        ("held_out", "held_out", config.held_out_captions),
+    ]
+    for origin, split, count in wanted:
+        if count:
+            examples = sorted(EncodedDataset(folder, split).examples, key=attrgetter("id"))
+            captions = dict.fromkeys(example.caption for example in examples)
+            prompts += [Prompt(caption, origin) for caption in list(captions)[:count]]
+    return prompts
 
 
 def generation_settings(config: SamplingConfig, model: ModelConfig) -> dict[str, object]:
@@ -53,7 +81,8 @@ def generation_settings(config: SamplingConfig, model: ModelConfig) -> dict[str,
         "vae": None if model.vae is None else public_name(model.vae),
         "vae_revision": model.vae_revision,
     }
-    return {**drawn_with, **config.model_dump(exclude={"prompts", "seeds", "strengths", "batch_size"})}
+    of_all = {"negative_prompt", "num_inference_steps", "guidance_scale", "resolution", "precision"}
+    return {**drawn_with, **config.model_dump(include=of_all)}
 
 
 def load_adapter(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
@@ -63,7 +92,7 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
         FileNotFoundError: nothing was saved in `folder`.
     """
     path = saved_lora(folder)  # diffusers would look for a missing file on the Hub
-    pipeline.load_lora_weights(path.parent, weight_name=path.name)
+    pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=ADAPTER)
     for module in adapted_modules(pipeline):
         module.eval()  # adapters arrive in training mode
 
@@ -78,39 +107,16 @@ def initial_noise(
     """Standard normal noise of the prompt at place `number`, on the CPU, (4, H/8, W/8)."""
     side = config.resolution // pipeline.vae_scale_factor
     shape = (pipeline.unet.config.in_channels, side, side)
-    return torch.randn(shape, generator=generator("sample", number, seed))
-
-
-@torch.no_grad()
-def draw(
-    pipeline: StableDiffusionXLPipeline, config: SamplingConfig, prompts: Sequence[str], noise: Tensor
-) -> list[Image]:
-    """One image a prompt, from `noise`, (B, 4, H/8, W/8)."""
-    pixels = pipeline(
-        list(prompts),
-        negative_prompt=None if config.negative_prompt is None else [config.negative_prompt] * len(prompts),
-        latents=noise.to(pipeline.device, pipeline.unet.dtype),
-        height=config.resolution,
-        width=config.resolution,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        output_type="pt",
-    ).images
-    for prompt, image in zip(prompts, pixels, strict=True):
-        if not torch.isfinite(image).all():  # would be saved as black
-            raise FloatingPointError(
-                f"the picture of {prompt!r} has pixels that are not finite: set sampling.precision to bf16 "
-                "or fp32, or model.vae to one that is safe in fp16"
-            )
-    processor = pipeline.image_processor
-    images: list[Image] = processor.numpy_to_pil(processor.pt_to_numpy(pixels))
-    return images
+    return torch.randn(shape, generator=sample_generator(number, seed))
 
 
 def grid(pictures: Sequence[tuple[Sample, Image]]) -> Image:
-    """All pictures with their captions: a row for each prompt and seed, a column for each strength."""
+    """All pictures with their prompts: a row for each prompt and seed, a column for each strength.
+
+    Rows of captions say of which images.
+    """
     strengths = list(dict.fromkeys(sample.strength for sample, _ in pictures))
-    rows = list(dict.fromkeys((sample.prompt, sample.seed) for sample, _ in pictures))
+    rows = list(dict.fromkeys((sample.origin, sample.prompt, sample.seed) for sample, _ in pictures))
     side = min(max(pictures[0][1].width, SMALLEST_CELL), LARGEST_CELL)
     font = ImageFont.load_default(size=side // 12)
     line = side // 12 + MARGIN
@@ -119,11 +125,15 @@ def grid(pictures: Sequence[tuple[Sample, Image]]) -> Image:
     pen = ImageDraw.Draw(sheet)
     for column, value in enumerate(strengths):
         pen.text((MARGIN + column * step_x, MARGIN // 2), strength_name(value), "black", font)
-    for row, (prompt, seed) in enumerate(rows):
-        caption = shortened(f"{prompt} (seed {seed})", sheet.width - 2 * MARGIN, font)
-        pen.text((MARGIN, line + row * step_y), caption, "dimgray", font)
+    for row, (origin, prompt, seed) in enumerate(rows):
+        source = "" if origin == "free" else f"{origin.replace('_', '-')}: "
+        label = shortened(f"{source}{prompt} (seed {seed})", sheet.width - 2 * MARGIN, font)
+        pen.text((MARGIN, line + row * step_y), label, "dimgray", font)
     for sample, image in pictures:
-        column, row = strengths.index(sample.strength), rows.index((sample.prompt, sample.seed))
+        column, row = (
+            strengths.index(sample.strength),
+            rows.index((sample.origin, sample.prompt, sample.seed)),
+        )
         place = (MARGIN + column * step_x, 2 * line + row * step_y)
         sheet.paste(image.resize((side, side), Resampling.LANCZOS), place)
     return sheet

@@ -24,9 +24,11 @@ from sdxl_lora.metrics import (
     zero_shot_probability,
 )
 from sdxl_lora.randomness import generator
-from sdxl_lora.samples import Sample, strength_name
+from sdxl_lora.samples import Origin, Sample, strength_name
 
-INTERVAL_COLUMNS = ("metric", "strength", "value", "low", "high")
+INTERVAL_COLUMNS = ("origin", "metric", "strength", "value", "low", "high")
+FEWEST_PICTURES = 3
+"""Behind a distance or a diversity: two are one pair, whose interval would be a point."""
 
 Statistic = Callable[[Tensor], Tensor]
 """A figure of the samples at these indices, (N,): a scalar."""
@@ -85,10 +87,17 @@ def as_numbers(measurements: Sequence[Measurement]) -> dict[str, object]:
     return numbers
 
 
-def interval_rows(measurements: Sequence[Measurement]) -> list[dict[str, object]]:
-    """A row with INTERVAL_COLUMNS for each metric and strength."""
+def interval_rows(measurements: Sequence[Measurement], origin: Origin) -> list[dict[str, object]]:
+    """A row with INTERVAL_COLUMNS for each metric and strength, of samples with prompts of one origin."""
     return [
-        {"metric": m.name, "strength": name, "value": m.values[name], "low": low, "high": high}
+        {
+            "origin": origin,
+            "metric": m.name,
+            "strength": name,
+            "value": m.values[name],
+            "low": low,
+            "high": high,
+        }
         for m in measurements
         for name, (low, high) in m.intervals.items()
     ]
@@ -108,7 +117,7 @@ def sample_metrics(
     `style_distance`, CMMD to the held-out images of the prompts in the trained style (all, if there are no
     styles); and, if there are styles, `style_probability` of prompts in the trained style and
     `other_style_probability` of prompts in the others, each for the style that the prompt asks for. The last
-    falls where the adapter makes the model forget. A distance or diversity of a single picture there is not.
+    falls where the adapter makes the model forget. Fewer than FEWEST_PICTURES have no distance or diversity.
 
     Args:
         features: of the samples, (N, D), each of length 1.
@@ -136,10 +145,10 @@ def sample_metrics(
         for name, values in style_probabilities(prompts, images, scorer, style).items():
             add(name, strength, len(values), mean_of(values))
         in_style = images[trained]
-        if len(in_style) > 1 and len(held_out_features) > 1:
+        if len(in_style) >= FEWEST_PICTURES and len(held_out_features) > 1:
             distance = distance_to(in_style, held_out_features)
             add("style_distance", strength, len(in_style), distance)
-        if len(images) > 1:
+        if len(images) >= FEWEST_PICTURES:
             add("diversity", strength, len(images), diversity_of(images))
     return list(found.values())
 

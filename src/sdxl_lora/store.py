@@ -14,6 +14,8 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
+from sdxl_lora.files import write_bytes
+
 DIGEST_BYTES = hashlib.sha256().digest_size
 UNUSED_SECONDS = 30 * 24 * 3600
 
@@ -41,12 +43,8 @@ class Store:
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes an entry. Of two processes that put the same one, either may win: they are equal."""
-        path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
         payload = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_bytes(hashlib.sha256(payload).digest() + payload)
-        partial.replace(path)
+        write_bytes(self._path(key), hashlib.sha256(payload).digest() + payload)
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """An entry's tensors; None if there is none, or if its bytes are not those that were put there."""

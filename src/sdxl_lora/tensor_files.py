@@ -13,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from sdxl_lora.files import write_bytes
+
 ALIGNMENT = 8  # bytes: where the format wants its tensors to start
 LENGTH_SIZE = 8  # bytes, little-endian, before the header
 
@@ -24,9 +26,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
         {"__metadata__": dict(sorted(header.items())), **layout}, separators=(",", ":")
     ).encode()
     text += b" " * (-len(text) % ALIGNMENT)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(len(text).to_bytes(LENGTH_SIZE, "little") + text + content)
-    partial.replace(path)
+    write_bytes(path, len(text).to_bytes(LENGTH_SIZE, "little") + text + content)
 
 
 def read_header(path: Path) -> dict[str, str]:

@@ -1,16 +1,18 @@
 """MLflow while training runs: the project's experiment there, its runs, and live curves.
 
-Here, in `projection` and in `registry` alone is MLflow known. What goes wrong with the tracking server never
-stops a stage: results are files, and `dvc repro -sf track_run` shows them when the server is back.
+Here, in `projection`, `logged_model` and `registry` alone is MLflow known. What goes wrong with the tracking
+server never stops a stage: results are files, and `dvc repro -sf track_run` shows them when it is back.
 """
 
 import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 from filelock import FileLock
@@ -27,6 +29,9 @@ TRACKING_ERRORS = (MlflowException, OSError)  # requests' errors are OSErrors
 EXPERIMENT = "sdxl-lora"
 POINTS_A_REQUEST = 20
 ENTRIES_A_REQUEST = 100  # MLflow's own limit for params
+PATIENCE = 5.0  # seconds that a stage waits at its end for what is still to be sent
+
+Call = Callable[[MlflowClient, str], object]
 
 logger = logging.getLogger(__name__)
 
@@ -107,18 +112,17 @@ def connect() -> Connection:
 
 
 class LiveRun:
-    """Curves and pictures while training runs. Never raises: if the server goes, it says so once."""
+    """Curves and pictures while training runs, sent by a thread of their own: training waits for no answer.
+
+    Never raises. At the first call that fails it gives up and says so once; `track_run` logs what is missing.
+    """
 
     def __init__(self, params: Params) -> None:
         self._points: list[Metric] = []
-        self._connection: Connection | None = None
-        with self._forgiving():
-            connection = connect()
-            self._run_id = connection.new_run(current_execution(), params, {})
-            uri = connection.client.tracking_uri
-            self._monitor = SystemMetricsMonitor(self._run_id, tracking_uri=uri)
-            self._monitor.start()
-            self._connection = connection
+        self._calls: SimpleQueue[Call | None] = SimpleQueue()
+        self._status: str | None = None
+        self._thread = Thread(target=self._send, args=(params,), name="live run", daemon=True)
+        self._thread.start()
 
     def log(self, step: float, **values: float) -> None:
         """Puts a point on each curve, under `train/<name>`."""
@@ -128,37 +132,47 @@ class LiveRun:
             self.flush()
 
     def flush(self) -> None:
-        if self._connection is not None:
-            with self._forgiving():
-                self._connection.client.log_batch(self._run_id, metrics=self._points)
-        self._points = []
+        """Sends the points that wait for company."""
+        points, self._points = self._points, []
+        self._do(lambda client, run_id: client.log_batch(run_id, metrics=points))
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
         """Shows a picture under `name` at `step`."""
-        if self._connection is not None:
-            with self._forgiving():
-                self._connection.client.log_image(self._run_id, image, key=name, step=step)
+        self._do(lambda client, run_id: client.log_image(run_id, image, key=name, step=step))
 
     def end(self, status: str | None) -> None:
         """Sends what is left; with a status, closes the run. A run without one goes on in later stages."""
-        if self._connection is None:
-            return
         self.flush()
-        with self._forgiving():
-            self._monitor.finish()
-            if status is not None:
-                self._connection.client.set_terminated(self._run_id, status)
+        self._status = status
+        self._calls.put(None)
+        self._thread.join(PATIENCE)
+        if self._thread.is_alive():
+            logger.warning(
+                "MLflow does not answer: training ends without it, and track_run will log the results from "
+                "their files"
+            )
 
-    @contextmanager
-    def _forgiving(self) -> Iterator[None]:
+    def _do(self, call: Call) -> None:
+        if self._thread.is_alive():
+            self._calls.put(call)
+
+    def _send(self, params: Params) -> None:
+        """The thread: opens the run, makes call after call, and closes it."""
         try:
-            yield
+            connection = connect()
+            run_id = connection.new_run(current_execution(), params, {})
+            monitor = SystemMetricsMonitor(run_id, tracking_uri=connection.client.tracking_uri)
+            monitor.start()
+            for call in iter(self._calls.get, None):
+                call(connection.client, run_id)
+            monitor.finish()
+            if self._status is not None:
+                connection.client.set_terminated(run_id, self._status)
         except TRACKING_ERRORS as error:
-            self._connection = None
             logger.warning(
                 "MLflow cannot be reached (%s): training goes on without it, and track_run will log the "
                 "results from their files",
-                type(error).__name__,
+                cause(error),
             )
 
 
@@ -175,6 +189,13 @@ def live_run(params: Params) -> Iterator[LiveRun]:
         run.end("FAILED")
         raise
     run.end(None)
+
+
+def cause(error: BaseException) -> str:
+    """What went wrong at the bottom of it, unless that tells an address, which may hold a password."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return str(error) if str(error) and "@" not in str(error) else type(error).__name__
 
 
 def flat(tree: dict[str, Any], separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:

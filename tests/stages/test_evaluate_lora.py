@@ -1,5 +1,6 @@
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
 from sdxl_lora.lora import WEIGHTS
-from sdxl_lora.samples import Sample, save_table
+from sdxl_lora.samples import Sample, load_table, save_table
 from stages import evaluate_lora
 
 
@@ -83,6 +84,7 @@ def test_metrics_and_loss_by_timestep_are_written() -> None:
     intervals = read_csv(paths.INTERVALS)
     assert ("style_probability", "adapter") in [(row["metric"], row["strength"]) for row in intervals]
     assert all(float(row["low"]) <= float(row["high"]) for row in intervals)
+    assert {row["origin"] for row in intervals} == {"free"}
     gates = {row["name"]: row for row in read_csv(paths.GATES)}
     assert metrics["gates"]["all"] == metrics["gates"]["copied"] == 0
     assert gates["copied"]["reason"] == "copied.adapter is 1, should be at most 0.2"
@@ -91,6 +93,25 @@ def test_metrics_and_loss_by_timestep_are_written() -> None:
     assert [row["timestep"] for row in rows] == ["100", "900"]
     assert float(rows[0]["base"]) + float(rows[1]["base"]) == pytest.approx(2 * loss["base"])
     assert float(rows[0]["adapter"]) + float(rows[1]["adapter"]) == pytest.approx(2 * loss["adapter"])
+
+
+@pytest.mark.usefixtures("project")
+def test_samples_of_captions_are_scored_apart() -> None:
+    params = load_params()
+    write_adapter(paths.LORA, params.model, params.lora)
+    evaluate_lora.main()
+    alone = json.loads(paths.METRICS.read_text(encoding="utf-8"))
+    free = load_table(paths.SAMPLE_TABLE)
+    captions = [replace(sample, prompt="red apple", origin="training") for sample in free]
+    save_table(paths.SAMPLE_TABLE, [*free, *captions])
+    evaluate_lora.main()
+    metrics = json.loads(paths.METRICS.read_text(encoding="utf-8"))
+    apart = metrics.pop("training_captions")
+    assert metrics == alone
+    assert apart["copied"] == metrics["copied"]  # the same pictures
+    assert apart["clip_score"]["adapter"] < metrics["clip_score"]["adapter"] - 1  # other words
+    assert [row["origin"] for row in read_csv(paths.COPIES)] == ["free", "free", "training", "training"]
+    assert {row["origin"] for row in read_csv(paths.INTERVALS)} == {"free", "training"}
 
 
 @pytest.mark.usefixtures("project")

@@ -34,6 +34,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = {
         "file": "0.png",
         "strength": 1.0,
+        "origin": "free",
         "training_image": "train.png",
         "similarity": 0.5,
         "copied": False,

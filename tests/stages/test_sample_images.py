@@ -4,10 +4,12 @@ from pathlib import Path
 import pytest
 import yaml
 from adapters import write_adapter
+from encoded import CAPTIONS, write_encoded_dataset
 from PIL import Image
 
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
+from sdxl_lora.randomness import generator
 from stages import sample_images
 
 
@@ -18,6 +20,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     recipe = yaml.safe_load(Path("recipes/demo.yaml").read_text(encoding="utf-8"))
     recipe["sampling"].update(
         prompts=["pizza, fluent 3d style"],
+        training_captions=1,
+        held_out_captions=1,
         seeds=[3],
         strengths=[0.0, 1.0],
         num_inference_steps=2,
@@ -27,22 +31,31 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setenv("SDXL_LORA_DEVICE", "cpu")
     paths.PARAMS.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    paths.DATA.mkdir()
     return tmp_path
 
 
 def test_pictures_table_and_grid_are_written(project: Path) -> None:
     params = load_params()
     write_adapter(paths.LORA, params.model, params.lora)
+    write_encoded_dataset(paths.ENCODED, params.model)
     sample_images.main()
     rows = [json.loads(line) for line in paths.SAMPLE_TABLE.read_text(encoding="utf-8").splitlines()]
-    assert [(row["prompt"], row["seed"], row["strength"]) for row in rows] == [
-        ("pizza, fluent 3d style", 3, 0.0),
-        ("pizza, fluent 3d style", 3, 1.0),
+    assert [(row["prompt"], row["origin"], row["seed"], row["strength"]) for row in rows] == [
+        (prompt, origin, 3, strength)
+        for strength in (0.0, 1.0)
+        for prompt, origin in (
+            ("pizza, fluent 3d style", "free"),
+            (CAPTIONS[0], "training"),
+            (CAPTIONS[0], "held_out"),
+        )
     ]
     pictures = [Image.open(paths.SAMPLES / row["file"]) for row in rows]
-    assert [picture.size for picture in pictures] == [(64, 64), (64, 64)]
-    assert json.loads(pictures[1].info["parameters"])["noise_key"] == ["sample", 0, 3]
-    assert pictures[0].tobytes() != pictures[1].tobytes()
+    assert {picture.size for picture in pictures} == {(64, 64)}
+    assert (
+        json.loads(pictures[3].info["parameters"])["noise_seed"] == generator("sample", 0, 3).initial_seed()
+    )
+    assert len({picture.tobytes() for picture in pictures}) == 6
     assert Image.open(paths.SAMPLE_GRID).width > 2 * 192
     assert project == Path.cwd()
 

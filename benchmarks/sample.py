@@ -1,0 +1,206 @@
+"""Time, memory and likeness of drawn pictures: `python -m benchmarks.sample --help`.
+
+The library's way (`ours`) beside diffusers' own pipeline with the adapter as `load_lora_weights` leaves it
+(`diffusers`) and folded into the base model as by `fuse_lora` (`diffusers_folded`). On SDXL's real shapes
+with random weights, or on the embedded demo model, whose pictures mean something: there `psnr_db` holds them
+against those of diffusers in fp32. Options that take several values span a grid; each combination prints a
+JSON line as it ends.
+"""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL.Image import Image
+from transformers import CLIPTokenizer
+
+from benchmarks.grid import combinations, repeat
+from benchmarks.results import GIB, OK, Configuration, Result, now, publish, this_machine
+from benchmarks.saved_sdxl import TOKENIZER
+from benchmarks.timing import wait_for
+from sdxl_lora import shapes
+from sdxl_lora.config import Params, Precision, SamplingConfig, load_params
+from sdxl_lora.drawing import draw, prepare, recorded
+from sdxl_lora.forecast import forecast_inference
+from sdxl_lora.hardware import peak_memory_gib, reserved_device
+from sdxl_lora.lora import add_adapters, lora_parameters, strength
+from sdxl_lora.phases import trace_sampling
+from sdxl_lora.randomness import generator
+from sdxl_lora.sampling import adapted_modules, initial_noise
+from sdxl_lora.sdxl import DTYPES, load_pipeline
+
+VARIED = ("model", "way", "precision", "strength", "batch_size", "resolution", "num_inference_steps")
+RECIPES = {
+    "random_sdxl": Path("recipes/sdxl-naruto-16gb.yaml"),
+    "demo": Path("recipes/demo.yaml"),
+}
+WAYS = ("ours", "diffusers", "diffusers_folded")
+REPETITIONS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", nargs="+", choices=list(RECIPES), default=["random_sdxl"])
+    parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp16"])
+    parser.add_argument("--strength", nargs="+", type=float, default=[0.0, 1.0], help="of the adapter")
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[2], help="images drawn at once")
+    parser.add_argument("--resolution", nargs="+", type=int, default=[1024], help="pixels a side")
+    parser.add_argument("--num-inference-steps", nargs="+", type=int, default=[30])
+    parser.add_argument("--repetitions", type=int, default=REPETITIONS, help="batches, after a first one")
+    parser.add_argument("--output", type=Path, help="append the JSON lines to this file as well")
+    options = parser.parse_args()
+    for configuration in combinations(options, VARIED, fixed=()):
+        publish(measure(configuration, options.repetitions), options.output)
+
+
+def measure(configuration: Configuration, repetitions: int) -> Result:
+    """Draws the same batch again and again; the first one, with all that is done once, is timed apart."""
+    params = load_params(RECIPES[configuration["model"]])
+    config = sampling(params, configuration)
+    outcome, seconds, figures = OK, list[float](), dict[str, float]()
+    with reserved_device(None) as device:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # of the configuration before
+        try:
+            images, seconds = timed_draws(configuration, params, config, device, 1 + repetitions)
+            figures["first_batch_seconds"] = seconds.pop(0)
+        except torch.OutOfMemoryError:
+            outcome = "out of memory"
+        reserved = round(peak_memory_gib(device), 3) if device.type == "cuda" else None
+        allocated = round(torch.cuda.max_memory_allocated(device) / GIB, 3) if device.type == "cuda" else None
+        if outcome == OK and configuration["model"] == "demo":
+            exact = {**configuration, "way": "diffusers", "precision": "fp32"}
+            expected, _ = timed_draws(exact, params, sampling(params, exact), device, 1)
+            figures["psnr_db"] = psnr(images, expected)
+    return Result(
+        benchmark="sample",
+        date=now(),
+        command=repeat("sample", configuration, repetitions=repetitions),
+        machine=this_machine(),
+        configuration=configuration,
+        outcome=outcome,
+        seconds=seconds,
+        peak_reserved_gib=reserved,
+        peak_allocated_gib=allocated,
+        forecast_gib=forecast(configuration, params, config) if configuration["way"] == "ours" else None,
+        figures=figures,
+    )
+
+
+def forecast(configuration: Configuration, params: Params, config: SamplingConfig) -> float:
+    """What the library expects the batch to take, GiB."""
+    base = replace(shapes.SDXL_BASE, vae=shapes.KNOWN_VAES["madebyollin/sdxl-vae-fp16-fix"])
+    if configuration["model"] == "demo":
+        base = shapes.read_shapes(params.model)
+    trace = trace_sampling(base, params.model_copy(update={"sampling": config}))
+    return forecast_inference(trace).total / GIB
+
+
+def sampling(params: Params, configuration: Configuration) -> SamplingConfig:
+    """The recipe's section with the configuration's values, and the first prompts of a batch."""
+    names = configuration.keys() & SamplingConfig.model_fields.keys()
+    return params.sampling.model_copy(update={name: configuration[name] for name in names})
+
+
+def timed_draws(
+    configuration: Configuration, params: Params, config: SamplingConfig, device: torch.device, count: int
+) -> tuple[list[Image], list[float]]:
+    """The pictures of one batch, and the seconds of each of `count` draws of it."""
+    pipeline = adapted_pipeline(configuration["model"], params, config.precision, device)
+    numbers = [number % len(config.prompts) for number in range(config.batch_size)]
+    noise = torch.stack([initial_noise(pipeline, config, number, seed=0) for number in numbers])
+    prompts = [config.prompts[number] for number in numbers]
+    images, seconds = [], []
+    with way_of_drawing(pipeline, configuration["way"], config, configuration["strength"]):
+        for _ in range(count):
+            wait_for(device)
+            start = perf_counter()
+            images = draw(pipeline, config, prompts, noise)
+            wait_for(device)
+            seconds.append(round(perf_counter() - start, 6))
+    return images, seconds
+
+
+@contextmanager
+def way_of_drawing(
+    pipeline: StableDiffusionXLPipeline, way: str, config: SamplingConfig, value: float
+) -> Iterator[None]:
+    """Sets the pipeline up to draw with the adapter at this strength while the block runs."""
+    modules = adapted_modules(pipeline)
+    if way == "ours":
+        prepare(pipeline, config)
+    with strength(modules, value):
+        if way == "diffusers_folded" and value:
+            for layer in (layer for module in modules for layer in module.modules()):
+                if isinstance(layer, BaseTunerLayer):
+                    layer.merge()
+        with recorded(pipeline.unet) if way == "ours" else nullcontext():
+            yield
+
+
+def adapted_pipeline(
+    model: str, params: Params, precision: Precision, device: torch.device
+) -> StableDiffusionXLPipeline:
+    """The pipeline with an adapter that nobody trained: B is drawn at random."""
+    pipeline = (
+        random_pipeline(precision, device)
+        if model == "random_sdxl"
+        else load_pipeline(params.model, precision, device)
+    )
+    text_encoders = None
+    if params.model.text_encoders != "frozen":
+        text_encoders = pipeline.text_encoder, pipeline.text_encoder_2
+    add_adapters(pipeline.unet, text_encoders, params.lora, seed=0)
+    for module in adapted_modules(pipeline):
+        for number, parameter in enumerate(lora_parameters(module)):
+            if not parameter.any():
+                draws = torch.randn(parameter.shape, generator=generator("b", number)) * 0.02
+                parameter.data = draws.to(device)
+            parameter.data = parameter.data.to(DTYPES[precision])
+        module.eval().requires_grad_(False)
+    return pipeline
+
+
+def random_pipeline(precision: Precision, device: torch.device) -> StableDiffusionXLPipeline:
+    """SDXL base with random weights and the embedded demo's tokenizers, whose tokens SDXL has too."""
+    torch.manual_seed(0)
+    base = shapes.SDXL_BASE
+    text_encoder, text_encoder_2 = base.make_text_encoders(precision, device)
+    vae = base.make_vae(precision, device)
+    vae.register_to_config(force_upcast=False)  # as sdxl-vae-fp16-fix, the recipe's
+    vae.enable_slicing()
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER),
+        tokenizer_2=CLIPTokenizer.from_pretrained(TOKENIZER),
+        unet=base.make_unet(precision, device),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading"
+        ),
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def psnr(images: list[Image], expected: list[Image]) -> float:
+    """Peak signal-to-noise ratio over all pixels, dB; 100 for equal pictures."""
+    pairs = zip(images, expected, strict=True)
+    errors = [np.square(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in pairs]
+    return float(10 * np.log10(255**2 / max(np.mean(errors), 255**2 * 1e-10)))
+
+
+if __name__ == "__main__":
+    main()

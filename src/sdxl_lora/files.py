@@ -1,0 +1,90 @@
+"""Files that are written whole or not at all, and what to say when they cannot be."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from safetensors import SafetensorError
+
+FREE_SPACE = (
+    "free some (`dvc gc --workspace` drops old results), then run again. "
+    "If dvc.lock is empty: `git checkout dvc.lock`"
+)
+ALLOW_WRITING = "let this user write there, or run in a copy of the project that may be written to"
+REMEDIES = {
+    errno.ENOSPC: FREE_SPACE,
+    errno.EDQUOT: FREE_SPACE,
+    errno.EROFS: ALLOW_WRITING,
+    errno.EACCES: ALLOW_WRITING,
+    errno.EPERM: ALLOW_WRITING,
+}
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, which takes its place if the block ends well, and goes if not.
+
+    Raises:
+        OSError: it cannot be written; names `path`, the cause and the remedy.
+    """
+    partial = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        with explained_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            partial.replace(path)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Raises as `written_whole`."""
+    with written_whole(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Raises as `written_whole`."""
+    write_bytes(path, text.encode())
+
+
+def require_writable(folder: Path) -> None:
+    """Refuses a folder that a result could not be written to, before the work for it begins.
+
+    Raises:
+        OSError: names `folder`, the cause and the remedy.
+    """
+    with explained_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+
+
+@contextmanager
+def explained_write_errors(path: Path) -> Iterator[None]:
+    """Turns the errors of a disk that is full or may not be written to into ones that say what to do.
+
+    The system's own name no file if it was open already; safetensors' are no OSErrors.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error}): {FREE_SPACE}") from error
+    except OSError as error:
+        raise explained(error, path) from error
+
+
+def explained(error: OSError, path: Path | None = None) -> OSError:
+    """`error` with its remedy, if there is one for it.
+
+    Args:
+        path: what was to be written; None: only the error itself may know.
+    """
+    if error.errno not in REMEDIES:
+        return error
+    place = path or error.filename or "a file"
+    return OSError(f"{place} cannot be written ({error.strerror}): {REMEDIES[error.errno]}")

@@ -1,0 +1,49 @@
+"""The page on faults: what a machine, a disk or a server does wrong, injected for real, and what it costs.
+
+`python tests/faults.py` writes docs/faults.md from what happens (as root: some faults mount file systems).
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from disk_faults import disk_faults
+from fault import REPOSITORY, Fault
+from machine_faults import clock_faults, gpu_faults, remote_faults
+from tables import table
+from tracking_faults import tracking_faults
+
+DOCUMENT = REPOSITORY / "docs/faults.md"
+COLUMNS = ("fault", "what a user reads", "what is lost")
+HEAD = """# Faults, and what each costs
+
+Written by `python tests/faults.py` from what happens when each is injected for real; `tests/test_faults.py`
+injects them again and proves every line. What is lost is looked for, not supposed: files that were there
+before are compared by their content, adapters and curves with those of an undisturbed run.
+"""
+GROUPS: dict[str, Callable[[Path], Iterator[Fault]]] = {
+    "MLflow": tracking_faults,
+    "Disks": disk_faults,
+    "One GPU, two jobs": gpu_faults,
+    "The clock": clock_faults,
+    "DVC's remote": remote_faults,
+}
+
+
+def section(title: str, faults: list[Fault]) -> str:
+    """A group on the page."""
+    return f"\n## {title}\n\n{table(COLUMNS, (fault.row() for fault in faults))}"
+
+
+def main() -> None:
+    page = HEAD
+    for title, inject in GROUPS.items():
+        with TemporaryDirectory() as folder:
+            page += section(title, list(inject(Path(folder).resolve())))
+    DOCUMENT.write_text(page, encoding="utf-8")
+    sys.stdout.write(f"{DOCUMENT.relative_to(REPOSITORY)} written\n")
+
+
+if __name__ == "__main__":
+    main()

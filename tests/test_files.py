@@ -1,0 +1,70 @@
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from sdxl_lora.execution import run
+from sdxl_lora.files import require_writable, write_text, written_whole
+
+
+def test_file_takes_its_place_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    with written_whole(path) as partial:
+        partial.write_text("half")
+        assert not path.exists()
+        assert partial.suffix == path.suffix
+        partial.write_text("whole")
+    assert path.read_text() == "whole"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def write_half(path: Path, error: BaseException) -> None:
+    with written_whole(path) as partial:
+        partial.write_text("half")
+        raise error
+
+
+def failure(number: int) -> OSError:
+    """As the system reports it of a file that is open already."""
+    return OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize("error", [failure(errno.ENOSPC), KeyboardInterrupt()])
+def test_failure_leaves_what_was_there_and_no_half(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("before")
+    with pytest.raises(type(error)):
+        write_half(path, error)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.ENOSPC, "dvc gc"), (errno.EROFS, "let this"), (errno.EACCES, "let this")]
+)
+def test_error_names_file_cause_and_remedy(tmp_path: Path, number: int, remedy: str) -> None:
+    path = tmp_path / "file.txt"
+    with pytest.raises(OSError, match=rf"{path} cannot be written \({os.strerror(number)}\): .*{remedy}"):
+        write_half(path, failure(number))
+
+
+def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="source"), written_whole(tmp_path / "file.txt"):
+        raise FileNotFoundError("source not found")
+
+
+def test_stage_says_the_remedy_of_errors_that_nobody_explained(tmp_path: Path) -> None:
+    def main() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))
+
+    with pytest.raises(SystemExit, match=rf"{tmp_path} cannot be written .*: free some"):
+        run(main)
+
+
+def test_folder_that_can_be_written_to_stays_empty(tmp_path: Path) -> None:
+    require_writable(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+    write_text(tmp_path / "file", "")
+    with pytest.raises(OSError, match="file"):
+        require_writable(tmp_path / "file")

@@ -1,0 +1,91 @@
+"""MLflow's server in trouble while a training tells it of its losses."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+from encoded import write_encoded_dataset
+from fault import Fault, news, project
+from mlflow import MlflowClient
+from small_disks import fill, small_disk
+from tracked import write_results
+from tracking_servers import PASSWORD, Gate, Trouble, gate, mlflow_server
+
+from sdxl_lora import paths, ui
+from sdxl_lora.config import Params, load_params
+from sdxl_lora.lora import saved_lora
+from sdxl_lora.projection import track_run
+from sdxl_lora.sources import file_digest
+from sdxl_lora.tracking import EXPERIMENT
+from stages import train_lora
+
+STEPS = 12
+SLOW = 30  # seconds
+
+
+@contextmanager
+def training_project(folder: Path) -> Iterator[tuple[Params, pytest.MonkeyPatch]]:
+    """A working folder in which all is done but the training, of a dozen steps."""
+    with project(folder) as (recipe, patch):
+        write_results()
+        recipe["training"].update(steps=STEPS, batch_size=1, warmup_steps=1, log_every=1, preview_every=None)
+        recipe["model"]["text_encoders"] = "frozen"
+        paths.PARAMS.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        params = load_params()
+        shutil.rmtree(paths.ENCODED)
+        write_encoded_dataset(paths.ENCODED, params.model)
+        yield params, patch
+
+
+def tracking_faults(folder: Path) -> Iterator[Fault]:
+    """MLflow's server in trouble between two batches of losses, and well again after the training."""
+    with training_project(folder / "undisturbed"):
+        train_lora.main()
+        undisturbed = file_digest(saved_lora(paths.LORA))
+    disk = folder / "disk"
+
+    def slow(server: Gate) -> None:
+        server.delay = SLOW
+
+    def failing(server: Gate) -> None:
+        server.status = 500
+
+    def full(_: Gate) -> None:
+        fill(disk)
+
+    troubles: dict[str, Trouble] = {
+        "MLflow goes down in the middle of training": Gate.close,
+        "MLflow answers with status 500": failing,
+        "MLflow's disk is full": full,
+        f"MLflow takes {SLOW} s for an answer": slow,  # last, as a request that waits goes on to do so
+    }
+    with small_disk(disk, "64m"), mlflow_server(disk) as port:
+        server = MlflowClient(f"http://{ui.HOST}:{port}")
+        for number, (name, trouble) in enumerate(troubles.items()):
+            with training_project(folder / str(number)) as (params, patch), gate(port, trouble) as before:
+                patch.setenv("MLFLOW_TRACKING_URI", before.address)
+                start = time.monotonic()
+                with news() as said:
+                    train_lora.main()
+                assert time.monotonic() - start < SLOW, "training waited for an answer"
+                lost = [] if file_digest(saved_lora(paths.LORA)) == undisturbed else ["the adapter"]
+                (disk / "ballast").unlink(missing_ok=True)
+                assert steps_shown(server) == [1, 2, 3, 4], "the trouble began elsewhere"
+                patch.setenv("MLFLOW_TRACKING_URI", server.tracking_uri)
+                track_run(params)
+                lost += [] if steps_shown(server) == list(range(1, STEPS + 1)) else ["points of the curve"]
+                yield Fault(name, "; ".join(said), lost, "track_run will log the results")
+        told = [path for path in disk.rglob("*") if path.is_file() and PASSWORD.encode() in path.read_bytes()]
+        assert told == [], "the server was told its own password"
+
+
+def steps_shown(client: MlflowClient) -> list[int]:
+    """The points of the newest run's loss curve."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    order = ["attributes.start_time DESC"]
+    (run,) = client.search_runs([experiment.experiment_id], order_by=order, max_results=1)
+    return sorted(point.step for point in client.get_metric_history(run.info.run_id, "train/loss"))
