@@ -47,11 +47,10 @@ def sample_images(
         with strength(adapted_modules(pipeline), value), recorded(pipeline.unet):
             for start in range(0, len(jobs), config.batch_size):
                 batch = jobs[start : start + config.batch_size]
+                texts = [prompt.text for _, prompt, _ in batch]
                 noise = [initial_noise(pipeline, config, number, seed) for number, _, seed in batch]
                 with explained_memory_errors(config):
-                    images = draw(
-                        pipeline, config, [prompt.text for _, prompt, _ in batch], torch.stack(noise)
-                    )
+                    images = draw(pipeline, config, texts, torch.stack(noise))
                 for (number, prompt, seed), image in zip(batch, images, strict=True):
                     file = sample_file(number, seed, value)
                     yield Sample(file, prompt.text, seed, value, prompt.origin), image
