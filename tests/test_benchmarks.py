@@ -18,8 +18,9 @@ from benchmarks.apart import apart, side_by_side
 from benchmarks.grid import combinations, gib_or_none, repeat
 from benchmarks.matmul import measure as measure_matmul
 from benchmarks.results import Configuration, publish, read_results
-from benchmarks.sample import WAYS, psnr
 from benchmarks.sample import measure as measure_sample
+from benchmarks.sample import psnr
+from benchmarks.tables import WAYS
 from benchmarks.timing import timed
 from benchmarks.vae_encode import measure as measure_vae
 from sdxl_lora import shapes

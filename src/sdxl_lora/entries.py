@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from sdxl_lora import encoders as encoders_module
+from sdxl_lora import fused as fused_module
 from sdxl_lora import images as images_module
+from sdxl_lora import kernels as kernels_module
 from sdxl_lora import pictures as pictures_module
 from sdxl_lora import sdxl as sdxl_module
 from sdxl_lora.config import EncodingConfig
@@ -29,7 +31,7 @@ from sdxl_lora.encoders import (
     weights_digest,
 )
 from sdxl_lora.hardware import machine
-from sdxl_lora.images import BadImageError, to_pixels
+from sdxl_lora.images import BadImageError
 from sdxl_lora.pictures import CaptionedImage, Picture, decode_pictures
 from sdxl_lora.sdxl import DTYPES, tokenize
 from sdxl_lora.sources import file_digest
@@ -37,6 +39,9 @@ from sdxl_lora.store import Store, content_key
 
 IMAGE_LIBRARIES = ("pillow", "imagehash", "numpy")
 LAYER = "penultimate"
+
+Pictures = Sequence[tuple[CaptionedImage, Picture]]
+NOTHING: tuple[Pictures, Tensor] = ([], torch.empty(2, 0))
 
 
 class Entries:
@@ -55,7 +60,8 @@ class Entries:
             "vae": weights_digest(encoders.vae),
             "machine": machine(encoders.vae.device),
             "code": code_version(
-                [images_module, pictures_module, encoders_module], (*IMAGE_LIBRARIES, "torch", "diffusers")
+                [images_module, pictures_module, encoders_module, fused_module, kernels_module],
+                (*IMAGE_LIBRARIES, "torch", "diffusers"),
             ),
         }
         self._of_text: dict[str, Any] | None = None
@@ -79,6 +85,7 @@ class Entries:
             OSError: an image file is missing.
         """
         pictures: list[tuple[CaptionedImage, Picture]] = []
+        under_way = NOTHING  # on a GPU: it computes a batch while the one before is written
         captions: list[Tensor] = []
         lacking = [row for row in rows if self._lacks_picture(row)]
         decoded = decode_pictures(lacking, self._images, self._config, self._lacks_picture)
@@ -94,14 +101,16 @@ class Entries:
             if self._lacks_text(token_ids):
                 captions.append(token_ids)
             if len(pictures) == self._config.batch_size:
-                self._put_pictures(pictures)
+                encoded, under_way = under_way, self._encode_pictures(pictures)
+                self._put_pictures(*encoded)
                 pictures = []
             if len(captions) == self._config.batch_size:
                 self._put_texts(captions)
                 captions = []
             yield row, None
+        self._put_pictures(*under_way)
         if pictures:
-            self._put_pictures(pictures)
+            self._put_pictures(*self._encode_pictures(pictures))
         if captions:
             self._put_texts(captions)
 
@@ -138,21 +147,25 @@ class Entries:
         assert entry is not None, key
         return entry
 
-    def _put_pictures(self, pictures: Sequence[tuple[CaptionedImage, Picture]]) -> None:
+    def _encode_pictures(self, pictures: Pictures) -> tuple[Pictures, Tensor]:
+        """The pictures with the mean and standard deviation of their latents, (2, B, 4, H/8, W/8)."""
         levels = torch.stack([picture.levels for _, picture in pictures])
-        pixels = to_pixels(filled_up(levels, self._config.batch_size))
         with explained_memory_errors(self._config):
-            mean, std = encode_images(self._encoders.vae, pixels)
+            latents = encode_images(self._encoders.vae, filled_up(levels, self._config.batch_size))
+            return pictures, torch.stack(latents)
+
+    def _put_pictures(self, pictures: Pictures, latents: Tensor) -> None:
+        mean, std = latents.cpu()
         for number, (row, picture) in enumerate(pictures):
             part = slice(number, number + 1)
             require_finite(row, mean[part] + std[part], self._config)
-            latents = {
+            entry = {
                 "latents_mean": mean[part],
                 "latents_std": std[part],
                 "time_ids": torch.tensor([picture.time_ids], dtype=torch.int32),
             }
             self._store.put(self._picture_key(row), {"fingerprint": picture.fingerprint})
-            self._store.put(self._latents_key(row), latents)
+            self._store.put(self._latents_key(row), entry)
 
     def _put_texts(self, captions: Sequence[Tensor]) -> None:
         assert self._encoders.text_encoders is not None

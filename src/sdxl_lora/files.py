@@ -75,6 +75,8 @@ def explained_write_errors(path: Path) -> Iterator[None]:
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written ({error}): {FREE_SPACE}") from error
     except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
         raise explained(error, path) from error
 
 
