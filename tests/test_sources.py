@@ -1,5 +1,6 @@
 """Repositories from a Hub on the loopback, and from folders."""
 
+import hashlib
 import re
 import shutil
 import socket
@@ -201,3 +202,16 @@ def test_damaged_file_of_the_cache_is_named(hub: Hub, folder: Path, name: str) -
     assert damaged_files(snapshot) == [name]
     (snapshot / name).resolve().unlink()
     assert damaged_files(snapshot) == [name]
+
+
+def test_weights_in_the_cache_are_known_by_their_sha256(tmp_path: Path) -> None:
+    """As the Hub names what it keeps in LFS; the server above keeps nothing there."""
+    blob = tmp_path / "blobs" / hashlib.sha256(b"weights").hexdigest()
+    link = tmp_path / "snapshots/c0ffee/unet/model.safetensors"
+    for folder in (blob.parent, link.parent):
+        folder.mkdir(parents=True)
+    blob.write_bytes(b"weights")
+    link.symlink_to(blob)
+    assert damaged_files(tmp_path / "snapshots/c0ffee") == []
+    blob.write_bytes(b"Weights")
+    assert damaged_files(tmp_path / "snapshots/c0ffee") == ["unet/model.safetensors"]
