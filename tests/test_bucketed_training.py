@@ -14,7 +14,7 @@ from sdxl_lora.evaluation import HeldOutError, held_out_errors
 from sdxl_lora.lora import add_adapters
 from sdxl_lora.previews import Previewer
 from sdxl_lora.randomness import generator
-from sdxl_lora.training import Training, draw_examples, draw_flips, prepare
+from sdxl_lora.training import Training, draw_examples, draw_flips, one_of_each_size, prepare
 
 CPU = torch.device("cpu")
 PARAMS = load_params(Path("recipes/demo.yaml"))
@@ -103,6 +103,18 @@ def test_micro_batches_of_a_step_have_one_size_whatever_their_number(
         for name, tensor in examples.named_tensors().items():
             assert torch.equal(torch.cat([half.named_tensors()[name] for half in pair]), tensor)
     assert {examples.batch.latents_mean.shape[2:] for examples in halves} == {SQUARE, WIDE}
+
+
+def test_one_of_each_size_is_a_micro_batch_the_largest_first(
+    dataset: EncodedDataset, denoiser: Denoiser
+) -> None:
+    config = CONFIG.model_copy(update={"micro_batch_size": 2})
+    drawn = next(draw_examples(denoiser, dataset, config, 3))
+    found = list(one_of_each_size(denoiser, dataset, config))
+    assert [examples.batch.latents_mean.shape for examples in found] == [(2, 4, *SQUARE), (2, 4, *WIDE)]
+    for examples in found:
+        assert examples.named_tensors().keys() == drawn.named_tensors().keys()
+        assert {t.dtype for t in examples.tensors()} == {t.dtype for t in drawn.tensors()}
 
 
 def test_mirrored_images_are_drawn_for_half_of_the_visits(

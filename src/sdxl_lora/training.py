@@ -184,6 +184,7 @@ class Training(Iterable[Report]):
         self._engine.load_state_dict(state)
 
     def _micro_batches(self) -> Iterator[Examples]:
+        self._engine.record(one_of_each_size(self._denoiser, self._dataset, self._config))
         return draw_examples(self._denoiser, self._dataset, self._config, self._seed, self.step)
 
     def _text_encoders_have_had_their_steps(self) -> bool:
@@ -279,6 +280,19 @@ def draw_examples(
             draws = draw(batch, start, num_timesteps, config.caption_dropout, seed)
             images = [dataset.examples[index].image for index in indices]
             yield Examples(batch, draws, images, generator(seed, "dropout", micro_step).initial_seed())
+
+
+def one_of_each_size(
+    denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig
+) -> Iterator[Examples]:
+    """A micro-batch of each size of latents that there is, the largest first. Not to be trained on."""
+    first = {shape: index for index, shape in reversed(list(enumerate(dataset.latents_shapes)))}
+    size = config.batch_size // config.accumulation
+    num_timesteps = len(denoiser.noise_schedule.alphas_cumprod)
+    for shape in sorted(first, key=lambda shape: shape.numel(), reverse=True):
+        batch = dataset.batch([first[shape]] * size)
+        draws = draw(batch, 0, num_timesteps, config.caption_dropout, seed=0)
+        yield Examples(batch, draws, images=[], dropout_seed=0)
 
 
 def draw_flips(start: int, size: int, seed: int) -> list[bool]:
