@@ -134,6 +134,7 @@ def test_package_that_is_not_installed_fails(monkeypatch: pytest.MonkeyPatch) ->
 def test_cards_without_kernels_are_known(capability: tuple[int, int], runs: bool) -> None:
     kernels = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
     assert installation.has_kernels(capability, kernels) == runs
+    assert not installation.has_kernels((8, 0), ["sm_86"]), "made for a later minor version"
 
 
 def test_recipe_for_a_gpu_fails_without_one_and_its_trial_is_not_tried() -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sdxl_lora.config import LoraConfig, ModelConfig, TrainingConfig
-from sdxl_lora.files import explained_write_errors
+from sdxl_lora.files import explained_write_errors, require_safetensors
 from sdxl_lora.hardware import machine
 from sdxl_lora.processes import processes
 from sdxl_lora.sdxl import open_base
@@ -100,6 +100,7 @@ class Checkpoints:
         for path in self._files():
             content = path.read_bytes()
             if path.stem.endswith(f"-{digest(content)}"):
+                require_safetensors(path)
                 return Checkpoint(load(content), facts_of(content))
             logger.warning("%s is damaged: falling back to the checkpoint before it", path.name)
         return None
