@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -108,17 +109,14 @@ def run_stages(clone: Path, stages: Sequence[str]) -> str | None:
     command = ["dvc", "repro", "--single-item", "--force", "--no-run-cache", *stages]
     tail: deque[str] = deque(maxlen=LAST_LINES)
     with subprocess.Popen(
-        command,
-        cwd=clone,
-        env=environment_of(clone),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        command, cwd=clone, env=environment_of(clone), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
         assert process.stdout is not None
-        for line in process.stdout:
+        output = TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline="")
+        for line in output:  # ends as it came: a progress bar's carriage return draws over it
             sys.stderr.write(line)
-            if line.strip():
+            sys.stderr.flush()
+            if line.endswith("\n") and line.strip():
                 tail.append(line.strip())
     if process.returncode == 0:
         return None
