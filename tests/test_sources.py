@@ -21,7 +21,8 @@ from sdxl_lora.sources import (
 )
 
 KEY = "model.base"
-FILES = {"config.json": b"{}", "unet/weights.safetensors": b"12345678", "unet/weights.bin": b"pickle"}
+NO_TENSORS = b"\2\0\0\0\0\0\0\0{}"
+FILES = {"config.json": b"{}", "unet/weights.safetensors": NO_TENSORS, "unet/weights.bin": b"pickle"}
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_download_shows_its_bytes_and_the_time_left(
     open_model()
     printed = capfd.readouterr().err
     bars = [line.strip() for line in printed.replace("\r", "\n").splitlines() if line.strip()]
-    assert re.search(r"owner/model: 100%.* 10\.0/10\.0 \[\d\d:\d\d<\d\d:\d\d, .*B/s\]", bars[-1])
+    assert re.search(r"owner/model: 100%.* 12\.0/12\.0 \[\d\d:\d\d<\d\d:\d\d, .*B/s\]", bars[-1])
     assert all(bar.startswith("owner/model: ") for bar in bars)
     assert printed.endswith("\n")
 
@@ -101,7 +102,7 @@ def test_branch_resolves_to_its_commit(hub: Hub, folder: Path) -> None:
 def test_size_counts_what_is_not_in_the_cache_yet(hub: Hub, folder: Path) -> None:
     hub.add("owner/model", folder)
     patterns = ("*.json", "unet/*.safetensors")
-    assert download_size("owner/model", "main", KEY, patterns, "model") == 10
+    assert download_size("owner/model", "main", KEY, patterns, "model") == 2 + len(NO_TENSORS)
     open_model()
     assert download_size("owner/model", "main", KEY, patterns, "model") == 0
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from sdxl_lora.files import write_bytes, write_text
+from sdxl_lora.files import require_safetensors, write_bytes, write_text
 from sdxl_lora.randomness import generator
 from sdxl_lora.sources import DIGEST_PREFIX
 
@@ -96,7 +96,7 @@ class EncodedDataset:
 
         Raises:
             FileNotFoundError: nothing was encoded into `folder`.
-            ValueError: the split is empty.
+            ValueError: the split is empty, or a shard is something else.
         """
         index = folder / INDEX
         if not index.is_file():
@@ -106,6 +106,8 @@ class EncodedDataset:
         if not self.examples:
             raise ValueError(f"{folder}/ has no {split} example: add images, or change encoding.held_out")
         shards = {example.shard for example in self.examples}
+        for name in shards:
+            require_safetensors(folder / name)
         self._shards: dict[str, Any] = {name: safe_open(folder / name, "pt") for name in shards}
         self._embeddings: dict[str, Any] = {}
 

@@ -11,7 +11,7 @@ from sdxl_lora.checks import Check, failed, passed
 from sdxl_lora.config import DownloadConfig
 from sdxl_lora.encoders import encode_images
 from sdxl_lora.hardware import deterministic
-from sdxl_lora.images import decode_image, resize_and_crop, to_bytes, to_pixels
+from sdxl_lora.images import decode_image, resize_and_crop, to_bytes
 from sdxl_lora.lora import WEIGHTS
 from sdxl_lora.patient import NotTriedError, Patient
 from sdxl_lora.randomness import generator
@@ -35,7 +35,7 @@ def check_vae(patient: Patient) -> Iterator[Check]:
     size = (config.resolution, config.resolution)
     for name, picture in pictures:
         part, _ = resize_and_crop(picture, size, config.crop, generator("doctor"))
-        mean, std = encode_images(vae, to_pixels(to_bytes(part)[None]))
+        mean, std = encode_images(vae, to_bytes(part)[None])
         if not (mean.isfinite().all() and std.isfinite().all()):
             yield failed(
                 "vae",

@@ -110,7 +110,7 @@ def test_training_stopped_again_and_again_goes_on_to_the_same_results(
         assert exit_.value.code == STOPPED
         assert step <= checkpoints()[-1] <= step + 2
         assert f"{number.name}: stopped after step {checkpoints()[-1]} of 9" in caplog.text
-        assert not paths.LORA.exists()
+        assert not list(paths.LORA.iterdir())
         assert [run.info.status for run in connect().client.search_runs([connect().experiment_id])] == [
             "KILLED"
         ]
@@ -129,7 +129,7 @@ def test_training_goes_on_where_no_checkpoint_can_be_written(
 ) -> None:
     """There is a file in the place of the folder."""
     recipe["model"]["text_encoders"] = "frozen"
-    changes = {"steps": 3, "text_encoder_steps": None, "preview_every": None, "checkpoint_minutes": 0.0}
+    changes = {"steps": 3, "text_encoder_steps": None, "preview_every": 3, "checkpoint_minutes": 0.0}
     write_params(recipe, **changes)
     paths.CHECKPOINTS.parent.mkdir(parents=True)
     paths.CHECKPOINTS.write_text("not a folder")
