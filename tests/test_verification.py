@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -204,9 +205,12 @@ def test_data_of_another_run_is_no_damage() -> None:
 def test_file_without_lineage_or_tensors_fails() -> None:
     (check,) = verify(paths.LORA / "pytorch_lora_weights.safetensors")
     assert (check.status, "says nothing of where it comes from" in check.detail) == ("fail", True)
-    ADAPTER.write_bytes(b"no safetensors")
+    ADAPTER.write_bytes(pickle.dumps({"weights": 1}))
     (check,) = verify(ADAPTER)
-    assert (check.status, "cannot be read" in check.detail) == ("fail", True)
+    assert (check.status, "no safetensors file but a pickle" in check.detail) == ("fail", True)
+    ADAPTER.unlink()
+    (check,) = verify(ADAPTER)
+    assert check.status == "fail"
 
 
 @pytest.mark.usefixtures("project")

@@ -19,6 +19,7 @@ from sdxl_lora.checks import Check, as_json, exit_status, failed, line, passed, 
 from sdxl_lora.config import ModelConfig, Params
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.download import HUB_FILES
+from sdxl_lora.files import require_safetensors
 from sdxl_lora.history import commit_of
 from sdxl_lora.lineage import digest_of, facts_of
 from sdxl_lora.records import Record, find_record, locked_stages
@@ -33,12 +34,11 @@ Facts = Mapping[str, str]
 def verify(path: Path) -> Iterator[Check]:
     """Every check that the file's header allows, as it is made."""
     try:
-        facts, weights = facts_of(path), content_digest(load_file(path))
-    except (OSError, ValueError, SafetensorError) as error:
-        yield failed(
-            "file", f"{path} cannot be read ({error})", "take the file anew from where it was published"
-        )
+        require_safetensors(path)
+    except (ValueError, OSError) as error:
+        yield failed("file", str(error), "take the file anew from where it was published")
         return
+    facts, weights = facts_of(path), content_digest(load_file(path))
     if not facts:
         yield failed(
             "file",
