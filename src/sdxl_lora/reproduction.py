@@ -5,7 +5,6 @@ libraries and the device at hand.
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -184,7 +183,7 @@ def main() -> None:
     except (ValueError, subprocess.CalledProcessError, *TRACKING_ERRORS) as error:
         sys.exit(f"reproduce: {error}")
     text = page(verdict)
-    write_numbers(paths.REPRODUCTION, json.loads(json.dumps(asdict(verdict), default=str)))
+    write_numbers(paths.REPRODUCTION, asdict(verdict))
     paths.REPRODUCTION_PAGE.write_text(text, encoding="utf-8")
     sys.stdout.write(f"{text}\n{paths.REPRODUCTION_PAGE} and {paths.REPRODUCTION} say the same.\n")
     sys.exit(verdict.outcome not in ("bit-identical", "within tolerance"))
