@@ -50,6 +50,23 @@ def write_lock(params: dict[str, Any]) -> None:
     paths.LOCK.write_text(yaml.safe_dump({"stages": {"train_lora": entry}}), encoding="utf-8")
 
 
+def record_export() -> None:
+    """What DVC would know of the exported files: their list in its cache, under its hash."""
+    files = [
+        {"md5": hashlib.md5(path.read_bytes()).hexdigest(), "relpath": path.name}
+        for path in sorted(paths.EXPORT.iterdir())
+    ]
+    text = json.dumps(files)
+    digest = f"{hashlib.md5(text.encode()).hexdigest()}.dir"
+    listing = Path(".dvc/cache/files/md5", digest[:2], digest[2:])
+    listing.parent.mkdir(parents=True)
+    listing.write_text(text, encoding="utf-8")
+    Path(".dvc/config").touch()
+    lock = yaml.safe_load(paths.LOCK.read_text(encoding="utf-8"))
+    lock["stages"]["export_lora"] = {"outs": [{"path": str(paths.EXPORT), "md5": digest}]}
+    paths.LOCK.write_text(yaml.safe_dump(lock), encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project that has trained and exported an adapter, uncommitted."""
@@ -82,6 +99,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             params.model, weight_digests(params.model), paths.RAW_SOURCE, paths.ENCODED_INDEX, paths.LOCK
         )
         export_lora(paths.LORA, paths.EXPORT, params.export, facts, layers_per_block(params.model))
+        record_export()
     return root
 
 
@@ -103,7 +121,7 @@ def test_everything_passes_where_it_was_made() -> None:
         checks = found(paths.EXPORT / name)
         assert {check.status for check in checks.values()} == {"pass"}, checks
         assert set(checks) == {
-            "weights", "commit", "record", "code", "params", "data source", "data", "base model"
+            "weights", "commit", "record", "bytes", "code", "params", "data source", "data", "base model"
         }  # fmt: skip
 
 
@@ -175,12 +193,14 @@ def test_damage_fails_the_line_that_is_about_it(damage: Callable[[], object], na
     ("loss", "name", "words"),
     [
         (lambda: edit_header(git_commit="0" * 40), "commit", "not in this repository"),
+        (lambda: edit_header(note="mine"), "bytes", "or an edited one"),
+        (lambda: shutil.rmtree(".dvc/cache"), "bytes", "has no list"),
         (lambda: paths.LOCK.unlink(), "record", "neither here nor in any commit"),
         (lambda: shutil.rmtree(paths.ENCODED), "data", "is not here"),
         (lambda: shutil.rmtree("demo/dataset"), "data source", "is not here"),
         (lambda: shutil.rmtree("demo/base_model"), "base model", "is not here"),
     ],
-    ids=["commit", "record", "data", "source", "base"],
+    ids=["commit", "header", "cache", "record", "data", "source", "base"],
 )
 def test_what_is_not_here_warns_and_does_not_fail(loss: Callable[[], object], name: str, words: str) -> None:
     loss()
