@@ -30,7 +30,7 @@ def main() -> None:
     ):
         require_precision(device, params.training.precision, "training.precision")
         dataset = EncodedDataset(paths.ENCODED, "train")
-        latents = dataset[0].latents_mean.shape
+        latents = dataset.largest_latents
         plan = choose_plan(params.model, params.lora, params.training, latents, device)
         config = plan.applied_to(params.training)
         key = training_key(params.seed, params.lora, params.model, config, paths.ENCODED_INDEX, device)

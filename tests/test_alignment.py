@@ -2,29 +2,44 @@
 
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from patterns import pattern, row_of
+from PIL import ImageOps
 
-from sdxl_lora.config import load_params
-from sdxl_lora.dataset import Batch, EncodedDataset, example_order
+from sdxl_lora import training
+from sdxl_lora.buckets import bucket_sizes, nearest_size
+from sdxl_lora.config import EncodingConfig, load_params
+from sdxl_lora.dataset import Batch, EncodedDataset
+from sdxl_lora.denoising import Denoiser
+from sdxl_lora.diffusion import PredictionType
 from sdxl_lora.encoders import embed_captions, encode_images, load_encoders
 from sdxl_lora.encoding import EncodingReport, encode_dataset
 from sdxl_lora.entries import Entries
 from sdxl_lora.images import decode_image, resize_and_crop, to_bytes
 from sdxl_lora.randomness import generator
-from sdxl_lora.sdxl import tokenize
+from sdxl_lora.sdxl import NoiseSchedule, tokenize
 from sdxl_lora.store import Store
+from sdxl_lora.training import Examples, draw_examples, draw_flips
 
 COUNT = 23
-BATCH = 4
+MICRO_BATCH = 2
+ACCUMULATION = 2
 PROCESSES = 2
+PER_STEP = MICRO_BATCH * ACCUMULATION * PROCESSES
 EPOCHS = 3
+SEED = 7
 PARAMS = load_params(Path("recipes/demo.yaml"))
 CONFIG = PARAMS.encoding.model_copy(
     update={"resolution": 64, "crop": "random", "batch_size": 5, "shard_size": 6, "held_out": 0.2}
 )
+TRAINING = PARAMS.training.model_copy(
+    update={"batch_size": MICRO_BATCH * ACCUMULATION, "micro_batch_size": MICRO_BATCH}
+)
+
+Truth = tuple[EncodedDataset, dict[tuple[int, bool], Batch]]
 
 
 def number_of(batch: Batch, row: int) -> int:
@@ -32,75 +47,109 @@ def number_of(batch: Batch, row: int) -> int:
     return int(batch.time_ids[row, 1]) - 100
 
 
-@pytest.fixture(scope="module")
-def truth(tmp_path_factory: pytest.TempPathFactory) -> tuple[EncodedDataset, dict[int, Batch]]:
-    """The training split, and each image with its caption, encoded one by one from the files."""
+def height_of(number: int) -> int:
+    """Upright, wide or nearly square, for each number another of them."""
+    return (70 + number, 260 + number, 30 + number)[number % 3]
+
+
+@pytest.fixture(scope="module", params=["square", "buckets"])
+def truth(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Truth:
+    """The training split, and each image with its caption, encoded one by one from the files.
+
+    With buckets, of the mirrored images as well.
+    """
     folder = tmp_path_factory.mktemp("alignment")
     images = folder / "images"
     images.mkdir()
-    encoders = load_encoders(PARAMS.model, CONFIG, torch.device("cpu"))
+    buckets = request.param == "buckets"
+    config: EncodingConfig = CONFIG.model_copy(update={"aspect_ratios": request.param, "flip": buckets})
+    encoders = load_encoders(PARAMS.model, config, torch.device("cpu"))
     assert encoders.text_encoders is not None
     rows, expected = [], {}
     for number in range(COUNT):
         file = images / f"{COUNT - number}.png"  # an order of names that is not that of numbers
-        pattern(number, (100 + number, 70 + number)).save(file)
+        pattern(number, (100 + number, height_of(number))).save(file)
         rows.append(row_of(file, f"picture number {number}"))
-        part, time_ids = resize_and_crop(
-            decode_image(file.read_bytes()), (64, 64), "random", generator("crop", rows[-1].id)
-        )
-        token_ids = tokenize(encoders.tokenizers, [rows[-1].caption])
-        expected[number] = Batch(
-            *encode_images(encoders.vae, to_bytes(part)[None]),
-            token_ids,
-            torch.tensor([time_ids], dtype=torch.int32),
-            *embed_captions(encoders.text_encoders, token_ids),
-        )
-    entries = Entries(Store(folder / "store"), encoders, CONFIG, images)
-    list(encode_dataset(rows, entries, CONFIG, folder / "encoded", EncodingReport()))
+        image, identifier = decode_image(file.read_bytes()), rows[-1].id
+        size = nearest_size(image.size, bucket_sizes(64, config.aspect_ratios))
+        views = {False: (image, generator("crop", identifier))}
+        if config.flip:
+            views[True] = (ImageOps.mirror(image), generator("crop", identifier, "flipped"))
+        for flipped, (view, random) in views.items():
+            part, time_ids = resize_and_crop(view, size, "random", random)
+            token_ids = tokenize(encoders.tokenizers, [rows[-1].caption])
+            expected[number, flipped] = Batch(
+                *encode_images(encoders.vae, to_bytes(part)[None]),
+                token_ids,
+                torch.tensor([time_ids], dtype=torch.int32),
+                *embed_captions(encoders.text_encoders, token_ids),
+            )
+    entries = Entries(Store(folder / "store"), encoders, config, images)
+    list(encode_dataset(rows, entries, config, folder / "encoded", EncodingReport()))
     return EncodedDataset(folder / "encoded", "train"), expected
 
 
-def batches_of_process(
-    dataset: EncodedDataset, rank: int, stop_at: list[int]
-) -> list[tuple[list[int], Batch]]:
-    """What a process trains on: its part of every step's examples, stopped and resumed at these steps."""
-    per_step = BATCH * PROCESSES
-    batches = []
-    for first, last in zip([0, *stop_at], [*stop_at, EPOCHS * len(dataset) // per_step], strict=True):
-        for step in range(first, last):
-            order = islice(example_order(len(dataset), 7, step * per_step), per_step)
-            own = list(order)[rank * BATCH : (rank + 1) * BATCH]
-            batches.append((own, dataset.batch(own)))
-    return batches
+def micro_batches(
+    dataset: EncodedDataset, rank: int, stop_at: list[int], monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[int, Examples]]:
+    """What a process trains on, stopped and resumed at these steps, with the number of each one's step."""
+    state = SimpleNamespace(process_index=rank, num_processes=PROCESSES)
+    monkeypatch.setattr(training, "processes", lambda: state)
+    prediction_type: PredictionType = "epsilon"
+    schedule = NoiseSchedule(torch.zeros(1000), prediction_type)
+    denoiser = Denoiser(torch.nn.Identity(), None, schedule, "fp32")
+    found = []
+    for first, last in zip([0, *stop_at], [*stop_at, EPOCHS * len(dataset) // PER_STEP], strict=True):
+        drawn = draw_examples(denoiser, dataset, TRAINING, SEED, first)
+        for number, examples in enumerate(islice(drawn, (last - first) * ACCUMULATION)):
+            found.append((first + number // ACCUMULATION, examples))
+    return found
 
 
 def test_every_tensor_of_an_example_belongs_to_one_image_and_its_caption(
-    truth: tuple[EncodedDataset, dict[int, Batch]],
+    truth: Truth, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset, expected = truth
-    seen: list[int] = []
+    seen: list[tuple[int, bool]] = []
+    shapes: dict[int, set[torch.Size]] = {}
+    captions = {example.image: example.caption for example in dataset.examples}
     for rank in range(PROCESSES):
-        for indices, batch in batches_of_process(dataset, rank, stop_at=[2, 5]):
-            for row, index in enumerate(indices):
-                number = number_of(batch, row)
-                seen.append(number)
-                example = dataset.examples[index]
-                assert example.caption == f"picture number {number}"
-                assert example.image == f"{COUNT - number}.png"
-                for name, tensor in expected[number].tensors().items():
-                    found = batch.tensors()[name]
+        for number_of_batch, (step, examples) in enumerate(micro_batches(dataset, rank, [2, 5], monkeypatch)):
+            shapes.setdefault(step, set()).add(examples.batch.latents_mean.shape)
+            part = number_of_batch % ACCUMULATION * PROCESSES + rank
+            start = step * PER_STEP + part * MICRO_BATCH
+            flips = draw_flips(start, MICRO_BATCH, SEED) if dataset.has_flipped else [False] * MICRO_BATCH
+            for row, (image, flipped) in enumerate(zip(examples.images, flips, strict=True)):
+                number = number_of(examples.batch, row)
+                seen.append((number, flipped))
+                assert captions[image] == f"picture number {number}"
+                assert image == f"{COUNT - number}.png"
+                for name, tensor in expected[number, flipped].tensors().items():
+                    found = examples.batch.tensors()[name]
                     assert tensor is not None
                     assert found is not None
                     torch.testing.assert_close(found[row], tensor[0], rtol=1e-3, atol=1e-4)
-    counts = {seen.count(number) for number in seen}
-    assert len(set(seen)) == len(dataset)
-    assert counts <= {EPOCHS - 1, EPOCHS}
+    assert all(len(found) == 1 for found in shapes.values())
+    assert len(set(dataset.latents_shapes)) == (3 if dataset.has_flipped else 1)
+    assert {flipped for _, flipped in seen} == ({False, True} if dataset.has_flipped else {False})
+    visits = [number for number, _ in seen]
+    assert len(set(visits)) == len(dataset)
+    if not dataset.has_flipped:
+        assert {visits.count(number) for number in visits} <= {EPOCHS - 1, EPOCHS}
 
 
-def test_examples_are_told_apart(truth: tuple[EncodedDataset, dict[int, Batch]]) -> None:
+def test_examples_are_told_apart(truth: Truth) -> None:
     """Otherwise the test above would prove nothing."""
     _, expected = truth
     for name in ("latents_mean", "prompt_embeds", "pooled_prompt_embeds", "time_ids"):
-        rows = torch.stack([batch.tensors()[name].flatten().float() for batch in expected.values()])  # type: ignore[union-attr]
-        distances = torch.cdist(rows, rows) + torch.eye(COUNT) * 1e9
-        assert distances.min() > 0.1, name
+        rows: dict[torch.Size, list[torch.Tensor]] = {}
+        for (_, flipped), batch in expected.items():
+            tensor = batch.tensors()[name]
+            assert tensor is not None
+            if (
+                not flipped or name == "latents_mean"
+            ):  # a mirrored image has its caption, and may have its crop
+                rows.setdefault(tensor.shape, []).append(tensor.flatten().float())
+        for alike in map(torch.stack, rows.values()):
+            distances = torch.cdist(alike, alike) + torch.eye(len(alike)) * 1e9
+            assert distances.min() > 0.1, name

@@ -88,6 +88,22 @@ def test_tensors_that_are_not_those_that_were_encoded_are_refused(tmp_path: Path
         EncodedDataset(tmp_path, "train")[0]
 
 
+def test_mirrored_images_that_are_not_those_that_were_encoded_are_refused(tmp_path: Path) -> None:
+    batch, mirrored = numbered([0], embeds=False), numbered([1], embeds=False)
+    digests = batch.digest(), replace(mirrored, token_ids=batch.token_ids).digest()
+    write_index(tmp_path, [Example("0", "0.png", "", "train", "a.safetensors", 0, *digests)])
+    write_shard(tmp_path, "a.safetensors", batch, mirrored)
+    dataset = EncodedDataset(tmp_path, "train")
+    assert dataset.has_flipped
+    assert dataset.batch([0, 0], [True, False]).time_ids[:, 0].tolist() == [1, 0]
+    mirrored.latents_std.view(-1)[-1] += 1
+    write_shard(tmp_path, "a.safetensors", batch, mirrored)
+    damaged = EncodedDataset(tmp_path, "train")
+    assert len(damaged[0]) == 1
+    with pytest.raises(ValueError, match=r"a\.safetensors: row 0 \(0\.png\) is not what was encoded"):
+        damaged.example(0, flipped=True)
+
+
 EXAMPLES = [
     Example(f"id-{n}", f"{n}.png", f"caption {n}", "train", "a.safetensors", n, f"digest-{n}")
     for n in range(7)
@@ -114,7 +130,7 @@ def test_data_digest_is_the_merkle_root_whatever_the_order_and_the_shards(
     assert data_digest(shuffled) == f"sha256:{rfc_6962_root(leaves).hex()}"
 
 
-@pytest.mark.parametrize("change", [{"id": "x"}, {"caption": "x"}, {"digest": "x"}])
+@pytest.mark.parametrize("change", [{"id": "x"}, {"caption": "x"}, {"digest": "x"}, {"flipped_digest": "x"}])
 def test_data_digest_changes_with_every_part_of_an_example(change: dict[str, str]) -> None:
     changed = [*EXAMPLES[:3], replace(EXAMPLES[3], **change), *EXAMPLES[4:]]  # type: ignore[arg-type]
     assert data_digest(changed) != data_digest(EXAMPLES)

@@ -1,4 +1,5 @@
 import hashlib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,8 @@ FINDINGS = [
 @pytest.fixture
 def card(tmp_path: Path) -> str:
     (tmp_path / "train-00000.safetensors").write_bytes(b"tensors")
-    report = EncodingReport(FINDINGS, EXAMPLES, [(64, 100), (200, 100), (300, 500)])
+    encoded_sizes = Counter([(128, 128), (96, 160), (96, 160)])
+    report = EncodingReport(FINDINGS, EXAMPLES, [(64, 100), (200, 100), (300, 500)], encoded_sizes)
     return dataset_card(SOURCE, report, CONFIG, tmp_path)
 
 
@@ -49,7 +51,10 @@ def card(tmp_path: Path) -> str:
         "| images flagged: upscaled | 1 |",
         "| original width: least, median, most | 64, 200, 300 |",
         "| original height: least, median, most | 100, 100, 500 |",
-        "| encoded at | 128 x 128, crop: center |",
+        "| aspect ratios, crop | square, center |",
+        "| mirrored as well | no |",
+        "| encoded at 96 x 160 | 2 |",
+        "| encoded at 128 x 128 | 1 |",
         f"| train | {data_digest(EXAMPLES[:2])} |",
         f"| held_out | {data_digest(EXAMPLES[2:])} |",
         f"| both | {data_digest(EXAMPLES)} |",

@@ -6,13 +6,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from patterns import pattern, row_of, write_patterns
+from PIL import ImageOps
 
 from sdxl_lora.config import EncodingConfig, ModelConfig, load_params
-from sdxl_lora.dataset import Batch, EncodedDataset, example_order
+from sdxl_lora.dataset import Batch, EncodedDataset, data_digest
 from sdxl_lora.encoders import Encoders, embed_captions, encode_images, load_encoders
 from sdxl_lora.encoding import EncodingReport, Share, encode_dataset, read_captions, split_by_content
 from sdxl_lora.entries import Entries
-from sdxl_lora.images import decode_image, to_bytes, to_pixels
+from sdxl_lora.images import decode_image, resize_and_crop, to_bytes, to_pixels
 from sdxl_lora.pictures import CaptionedImage
 from sdxl_lora.sdxl import load_pipeline, tokenize
 from sdxl_lora.store import Store
@@ -197,6 +198,62 @@ def test_small_images_are_flagged_with_their_factor(
     assert finding.detail == "100 x 64, enlarged 2.00 times"
 
 
+def test_buckets_keep_shapes_apart_and_the_order_of_the_data_set(
+    images: Path, rows: list[CaptionedImage], encoders: Encoders, tmp_path: Path
+) -> None:
+    sizes = {"50.png": (300, 120), "51.png": (128, 128), "52.png": (120, 300), "53.png": (2000, 100)}
+    for number, (name, size) in enumerate(sizes.items()):
+        pattern(50 + number, size).save(images / name)
+        rows.insert(3 * number, row_of(images / name))
+    config = CONFIG.model_copy(update={"aspect_ratios": "buckets"})
+    report = encode(rows, images, encoders, tmp_path / "encoded", config)
+    assert report.encoded_sizes == {(64, 192): 1, (128, 128): COUNT + 1, (192, 64): 1, (256, 64): 1}
+    assert report.metrics()["sizes"] == {"64x192": 1, "128x128": COUNT + 1, "192x64": 1, "256x64": 1}
+    narrow = [(f.image, f.left_out, f.detail) for f in report.findings if f.kind == "cropped"]
+    assert narrow == [("53.png", False, "2000 x 100, of which 80% are cut off")]
+    for split in ("train", "held_out"):
+        dataset = EncodedDataset(tmp_path / "encoded", split)
+        in_order = [row.image for row in rows if row.image in dataset.images]
+        assert dataset.images == in_order
+        for index, shape in enumerate(dataset.latents_shapes):
+            batch = dataset[index]
+            assert batch.latents_mean.shape == batch.latents_std.shape == shape
+            assert batch.time_ids[0, 4:].tolist() == [8 * side for side in shape[2:]]
+    alone = encode([row_of(images / "50.png"), *rows[-2:]], images, encoders, tmp_path / "some", config)
+    digests = {example.image: example.digest for example in report.examples}
+    assert all(example.digest == digests[example.image] for example in alone.examples)
+
+
+def test_mirrored_images_are_encoded_beside_the_others(
+    images: Path, rows: list[CaptionedImage], encoders: Encoders, tmp_path: Path
+) -> None:
+    pattern(50, (200, 129)).save(images / "50.png")
+    rows[0] = row_of(images / "50.png")
+    encode(rows, images, encoders, tmp_path / "plain")
+    config = CONFIG.model_copy(update={"flip": True})
+    report = encode(rows, images, encoders, tmp_path / "flipped", config)
+    plain, flipped = (EncodedDataset(tmp_path / name, "train") for name in ("plain", "flipped"))
+    assert (plain.has_flipped, flipped.has_flipped) == (False, True)
+    for index, example in enumerate(flipped.examples):
+        as_it_is, mirrored = (flipped.example(index, value) for value in (False, True))
+        assert as_it_is.digest() == plain[index].digest() == example.digest
+        part, time_ids = resize_and_crop(
+            ImageOps.mirror(decode_image((images / example.image).read_bytes())),
+            (128, 128),
+            "center",
+            torch.Generator(),
+        )
+        expected = encode_images(encoders.vae, to_bytes(part)[None])
+        found = mirrored.latents_mean, mirrored.latents_std
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        assert mirrored.time_ids[0].tolist() == list(time_ids)
+        assert not torch.equal(mirrored.latents_mean, as_it_is.latents_mean)
+        assert mirrored.prompt_embeds is not None
+        assert as_it_is.prompt_embeds is not None
+        assert torch.equal(mirrored.prompt_embeds, as_it_is.prompt_embeds)
+    assert data_digest(report.examples) != data_digest(plain.examples)
+
+
 def test_near_duplicates_are_reported_and_never_on_both_sides(
     images: Path, rows: list[CaptionedImage], encoders: Encoders, tmp_path: Path
 ) -> None:
@@ -362,6 +419,8 @@ class TestStore:
         ("changes", "kinds"),
         [
             ({"crop": "random"}, {"latents"}),
+            ({"aspect_ratios": "buckets"}, {"latents"}),
+            ({"flip": True}, {"latents"}),  # of the mirrored images alone
             ({"resolution": 64}, {"latents"}),
             ({"batch_size": 4}, {"latents", "text"}),
             ({"held_out": 0.5, "shard_size": 3, "near_duplicate_bits": 2, "strict": True}, set()),
@@ -441,12 +500,3 @@ def test_missing_captions_name_the_stage_to_run(tmp_path: Path) -> None:
 def test_missing_dataset_names_the_stage_to_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="dvc repro encode_dataset"):
         EncodedDataset(tmp_path, "train")
-
-
-def test_order_visits_every_example_once_an_epoch_and_can_start_anywhere() -> None:
-    order = example_order(7, seed=0, start=0)
-    whole = [next(order) for _ in range(21)]
-    assert all(sorted(whole[start : start + 7]) == list(range(7)) for start in (0, 7, 14))
-    assert whole[:7] != whole[7:14]
-    late = example_order(7, seed=0, start=10)
-    assert [next(late) for _ in range(11)] == whole[10:]

@@ -269,6 +269,23 @@ def step_of(engine: Engine[Pairs], step: int) -> Update:
     return engine.update(1 / (step + 1))
 
 
+@pytest.mark.gpu
+def test_recordings_of_several_shapes_take_the_memory_of_the_largest(config: TrainingConfig) -> None:
+    device, taken = torch.device("cuda"), []
+    for sizes in ([65536], [65536, 60000, 50000, 40000]):
+        engine = make(network(device), config)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        engine.record(pairs(number, size) for number, size in enumerate(sizes))
+        torch.cuda.empty_cache()
+        taken.append(torch.cuda.memory_reserved() - before)
+        engine.accumulate(pairs(0, 50000))
+        assert math.isfinite(engine.update(1.0).loss)
+        del engine
+    assert taken[0] > 2**28
+    assert taken[1] < 1.1 * taken[0]
+
+
 def test_a_vote_to_stop_is_reported_with_its_step(config: TrainingConfig) -> None:
     engine = make(network(), config)
     engine.accumulate(pairs(0))

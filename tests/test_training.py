@@ -13,10 +13,11 @@ from sdxl_lora import training
 from sdxl_lora.checkpointing import find_units
 from sdxl_lora.config import LoraConfig, ModelConfig, Params, TrainingConfig, load_params
 from sdxl_lora.cuda_graph import Recorder
-from sdxl_lora.dataset import EncodedDataset, example_order
+from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.denoising import Denoiser, load_denoiser, with_captions_embedded
 from sdxl_lora.hardware import deterministic
 from sdxl_lora.lora import add_adapters, load_lora, lora_parameters, named_parts, save_lora
+from sdxl_lora.order import batch_order
 from sdxl_lora.randomness import generator
 from sdxl_lora.training import (
     Report,
@@ -272,7 +273,7 @@ def test_two_hundred_steps_follow_mixed_precision_training_as_usually_done(
     scaler = torch.amp.GradScaler("cuda")
     alphas, losses = denoiser.noise_schedule.alphas_cumprod, []
     for step in range(config.steps):
-        indices = list(islice(example_order(len(dataset), SEED, 2 * step), 2))
+        indices = next(batch_order(dataset.latents_shapes, 2, SEED, step))
         random = draw(dataset.batch(indices), 2 * step, 1000, config.caption_dropout, SEED).to(cuda)
         with torch.autocast("cuda", torch.float16):
             errors = denoiser.errors(

@@ -27,6 +27,7 @@ Precision = Literal["fp16", "bf16", "fp32"]
 Quantization = Literal["none", "int8", "nf4"]
 AttentionBackend = Literal["sdpa", "flash", "cudnn", "efficient", "math", "xformers"]
 Attention = Literal["auto", AttentionBackend]
+AspectRatios = Literal["square", "buckets"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 Timestep = Annotated[int, Field(ge=0, le=999)]
@@ -97,8 +98,14 @@ class ModelConfig(Section):
 class EncodingConfig(Section):
     resolution: Resolution
     """Side of the square that images are resized and cropped to, pixels, a multiple of 64."""
+    aspect_ratios: AspectRatios
+    """`buckets`: instead of to the square, each image is cropped to that size of nearly its area whose aspect
+    ratio is nearest to the image's. A batch has images of one size."""
     crop: Literal["center", "random"]
-    """Where the square is cut from a resized image; `random` is drawn once per image, from its content."""
+    """Where that is cut from a resized image; `random` is drawn once per image, from its content."""
+    flip: bool
+    """Encode each image mirrored as well; each visit of training draws one of the two. Captions stay as they
+    are, also where they say left or right."""
     vae_precision: Precision
     """Arithmetic of the VAE. SDXL's own VAE overflows in fp16; sdxl-vae-fp16-fix does not."""
     text_precision: Precision

@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Recorder(Generic[Inputs, Output]):
     def __init__(self, function: Callable[[Inputs], Output], device: torch.device) -> None:
         self._function = function
         self._device = device
+        self._pool: Any = None
         self._recordings: dict[tuple[torch.Size, ...], tuple[Inputs, torch.cuda.CUDAGraph, Output]] = {}
 
     def __call__(self, inputs: Inputs) -> Output:
@@ -47,19 +48,27 @@ class Recorder(Generic[Inputs, Output]):
         """Whether inputs of these shapes can be replayed."""
         return shapes(inputs) in self._recordings
 
-    def record(self, inputs: Inputs) -> None:
-        """Calls the function a few times for nothing, then records it without calling it."""
-        static = inputs.to(self._device)
+    def record(self, *several: Inputs) -> None:
+        """Calls the function a few times with each for nothing, then records each without calling it.
+
+        All recordings take their memory from one pool, as only one is replayed at a time. With the largest
+        inputs first, the others find room in what these took; and all calls come before all recordings, as
+        memory that a recording took is no longer there for calls.
+        """
+        statics = [inputs.to(self._device) for inputs in several]
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(WARMUP_CALLS):
-                self._function(static)
+            for static in statics:
+                for _ in range(WARMUP_CALLS):
+                    self._function(static)
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with undisturbed(), torch.cuda.graph(graph):
-            output = self._function(static)
-        self._recordings[shapes(inputs)] = (static, graph, output)
+        for static in statics:
+            graph = torch.cuda.CUDAGraph()
+            with undisturbed(), torch.cuda.graph(graph, pool=self._pool):
+                output = self._function(static)
+            self._pool = graph.pool()
+            self._recordings[shapes(static)] = (static, graph, output)
 
     def replay(self, inputs: Inputs) -> Output:
         """Does with `inputs` what was recorded. Its result has its values until the next replay."""

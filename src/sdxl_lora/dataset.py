@@ -1,13 +1,12 @@
 """The encoded data set: what training reads instead of images and captions.
 
 A folder of safetensors shards and an index. All tensors of one example lie in the same row of the same
-shard, so latents cannot meet another image's caption. Batches are a function of (seed, step): nothing to
-save, nothing to restart wrongly on a resume.
+shard, so latents cannot meet another image's caption. All latents of a shard have one size.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,11 +18,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sdxl_lora.files import require_safetensors, write_bytes, write_text
-from sdxl_lora.randomness import generator
 from sdxl_lora.sources import DIGEST_PREFIX
 
 Split = Literal["train", "held_out"]
 INDEX = "index.jsonl"
+OF_IMAGE = ("latents_mean", "latents_std", "time_ids")
+"""What a mirrored image has of its own. Its caption's tensors are those of the image as it is."""
+FLIPPED = "flipped."
+"""Before the names of what a shard holds of mirrored images."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Example:
     row: int
     digest: str = ""
     """Hash of the row's tensors; empty: unknown, and not checked when the row is read."""
+    flipped_digest: str = ""
+    """The same with those of the mirrored image, if that was encoded too."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +113,23 @@ class EncodedDataset:
         for name in shards:
             require_safetensors(folder / name)
         self._shards: dict[str, Any] = {name: safe_open(folder / name, "pt") for name in shards}
+        slices = {name: shard.get_slice("latents_mean") for name, shard in self._shards.items()}
+        latents = {name: torch.Size((1, *slice_.get_shape()[1:])) for name, slice_ in slices.items()}
+        self.latents_shapes = [latents[example.shard] for example in self.examples]
+        """Of each example, (1, 4, H/8, W/8)."""
+        self.has_flipped = all(example.flipped_digest for example in self.examples)
+        """Whether images were encoded mirrored as well."""
         self._embeddings: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Batch:
-        """Example `index` as a batch of one.
+        """Example `index`, its image as it is, as a batch of one. Raises as `example`."""
+        return self.example(index, flipped=False)
+
+    def example(self, index: int, flipped: bool) -> Batch:
+        """Example `index`, its image mirrored or as it is, as a batch of one.
 
         Raises:
             ValueError: its tensors are not those that were encoded.
@@ -123,12 +137,13 @@ class EncodedDataset:
         example = self.examples[index]
         shard, names = self._shards[example.shard], self._shards[example.shard].keys()
         rows = slice(example.row, example.row + 1)
-        columns: dict[str, Any] = {
-            field.name: shard.get_slice(field.name)[rows] if field.name in names else None
-            for field in fields(Batch)
-        }
+        columns: dict[str, Any] = {}
+        for field in fields(Batch):
+            stored = FLIPPED + field.name if flipped and field.name in OF_IMAGE else field.name
+            columns[field.name] = shard.get_slice(stored)[rows] if stored in names else None
         batch = Batch(**columns)
-        if example.digest and batch.digest() != example.digest:
+        expected = example.flipped_digest if flipped else example.digest
+        if expected and batch.digest() != expected:
             raise ValueError(
                 f"{example.shard}: row {example.row} ({example.image}) is not what was encoded: "
                 "run `dvc checkout data/encoded`, or `dvc repro -f encode_dataset`"
@@ -140,8 +155,19 @@ class EncodedDataset:
         """File names of the images, in the examples' order."""
         return [example.image for example in self.examples]
 
-    def batch(self, indices: Iterable[int]) -> Batch:
-        return Batch.cat([self[index] for index in indices])
+    @property
+    def largest_latents(self) -> torch.Size:
+        """Shape of the latents of an example with the most pixels, (1, 4, H/8, W/8)."""
+        return max(self.latents_shapes, key=lambda shape: shape.numel())
+
+    def batch(self, indices: Sequence[int], flipped: Sequence[bool] | None = None) -> Batch:
+        """Examples whose latents have one size.
+
+        Args:
+            flipped: whether each one's image is mirrored; None: all are as they are.
+        """
+        flipped = [False] * len(indices) if flipped is None else flipped
+        return Batch.cat([self.example(*key) for key in zip(indices, flipped, strict=True)])
 
     def with_embeddings(self, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Self:
         """The same examples with these embeddings, a row each, in place of any on disk."""
@@ -150,24 +176,14 @@ class EncodedDataset:
         return dataset
 
 
-def example_order(num_examples: int, seed: int, start: int) -> Iterator[int]:
-    """Indices of examples from position `start` of an endless sequence of shuffled epochs.
-
-    Every epoch visits every example once, in an order of its own; batches run on across its end.
-    """
-    epoch, position = divmod(start, num_examples)
-    while True:
-        order = torch.randperm(num_examples, generator=generator(seed, "order", epoch))
-        yield from order[position:].tolist()
-        epoch, position = epoch + 1, 0
-
-
 def data_digest(examples: Iterable[Example]) -> str:
     """`sha256:` and the Merkle root over examples: ids, captions and tensors, whatever their order or shards.
 
     Leaves and inner nodes are told apart as in RFC 6962, section 2.1; a node without a sibling moves up.
     """
-    leaves = sorted((example.id, example.caption, example.digest) for example in examples)
+    leaves = sorted(
+        (e.id, e.caption, e.digest, *([e.flipped_digest] if e.flipped_digest else [])) for e in examples
+    )
     nodes = [hashlib.sha256(b"\0" + json.dumps(leaf).encode()).digest() for leaf in leaves]
     while len(nodes) > 1:
         pairs = [nodes[start : start + 2] for start in range(0, len(nodes), 2)]
@@ -175,9 +191,15 @@ def data_digest(examples: Iterable[Example]) -> str:
     return DIGEST_PREFIX + (nodes[0] if nodes else hashlib.sha256().digest()).hex()
 
 
-def write_shard(folder: Path, name: str, batch: Batch) -> None:
-    """Writes the examples of `batch` as rows 0, 1, ... of shard `name`."""
+def write_shard(folder: Path, name: str, batch: Batch, flipped: Batch | None = None) -> None:
+    """Writes the examples of `batch` as rows 0, 1, ... of shard `name`.
+
+    Args:
+        flipped: the same examples with their images mirrored.
+    """
     tensors = {key: tensor.contiguous() for key, tensor in batch.tensors().items() if tensor is not None}
+    if flipped is not None:
+        tensors |= {FLIPPED + key: getattr(flipped, key).contiguous() for key in OF_IMAGE}
     write_bytes(folder / name, save(tensors))
 
 

@@ -28,7 +28,7 @@ def dataset_card(
             "# Data set\n",
             *section("Source", source_rows(source)),
             *section("Examples", example_rows(source, report)),
-            *section("Pictures", picture_rows(report.sizes, config)),
+            *section("Pictures", picture_rows(report, config)),
             *section("Digests", digest_rows(report.examples)),
             "\nA digest is the Merkle root over examples: each one's image, caption and tensors. "
             "Equal digests are equal data, however it is sharded and ordered.\n",
@@ -75,11 +75,14 @@ def example_rows(source: Mapping[str, object], report: EncodingReport) -> Iterat
         yield f"images flagged: {kind}", count
 
 
-def picture_rows(sizes: Sequence[tuple[int, int]], config: EncodingConfig) -> Iterator[tuple[str, object]]:
+def picture_rows(report: EncodingReport, config: EncodingConfig) -> Iterator[tuple[str, object]]:
     for number, name in enumerate(("width", "height")):
-        values = [size[number] for size in sizes]
+        values = [size[number] for size in report.sizes]
         yield f"original {name}: least, median, most", f"{min(values)}, {median(values):g}, {max(values)}"
-    yield "encoded at", f"{config.resolution} x {config.resolution}, crop: {config.crop}"
+    yield "aspect ratios, crop", f"{config.aspect_ratios}, {config.crop}"
+    yield "mirrored as well", "yes" if config.flip else "no"
+    for (width, height), count in sorted(report.encoded_sizes.items()):
+        yield f"encoded at {width} x {height}", count
 
 
 def digest_rows(examples: Sequence[Example]) -> Iterator[tuple[str, object]]:

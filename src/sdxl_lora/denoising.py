@@ -94,8 +94,9 @@ def with_captions_embedded(denoiser: Denoiser, dataset: EncodedDataset) -> Encod
     assert denoiser.text_encoders is not None
     embeds = []
     for start in range(0, len(dataset), EMBEDDED_AT_ONCE):
-        batch = dataset.batch(range(start, min(start + EMBEDDED_AT_ONCE, len(dataset))))
-        rows = embed_tokens(denoiser.text_encoders, batch.token_ids.to(denoiser.device))
+        indices = range(start, min(start + EMBEDDED_AT_ONCE, len(dataset)))
+        token_ids = torch.cat([dataset.batch([index]).token_ids for index in indices])
+        rows = embed_tokens(denoiser.text_encoders, token_ids.to(denoiser.device))
         embeds.append([tensor.cpu() for tensor in rows])
     return dataset.with_embeddings(*(torch.cat(column) for column in zip(*embeds, strict=True)))
 

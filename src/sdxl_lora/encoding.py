@@ -6,13 +6,14 @@ copies them into the encoded data set in the order of the captions.
 
 import json
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from sdxl_lora.buckets import Size, share_kept
 from sdxl_lora.config import EncodingConfig
 from sdxl_lora.dataset import Batch, Example, Split, write_index, write_shard
 from sdxl_lora.duplicates import nearest_earlier
@@ -21,6 +22,9 @@ from sdxl_lora.hardware import require_disk_space
 from sdxl_lora.images import FINGERPRINT_BITS, BadImageError
 from sdxl_lora.pictures import CaptionedImage
 from sdxl_lora.processes import processes
+
+LEAST_KEPT = 0.5
+"""Share of an image's area below which it is reported that the rest is cut off."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Finding:
 
     image: str
     kind: str
-    """A fault of the file (images.Fault), `duplicate`, `near_duplicate`, `leakage` or `upscaled`."""
+    """A fault of the file (images.Fault), `duplicate`, `near_duplicate`, `leakage`, `upscaled`, `cropped`."""
     left_out: bool
     detail: str
 
@@ -65,8 +69,10 @@ class EncodingReport:
 
     findings: list[Finding] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
+    sizes: list[Size] = field(default_factory=list)
     """Width and height of each example's image, pixels."""
+    encoded_sizes: Counter[Size] = field(default_factory=Counter)
+    """How many images were encoded at each width and height."""
 
     def metrics(self) -> dict[str, object]:
         """The report as numbers."""
@@ -76,6 +82,7 @@ class EncodingReport:
             "examples": {"train": sides["train"], "held_out": sides["held_out"]},
             "left_out": sum(finding.left_out for finding in self.findings),
             "findings": dict(sorted(kinds.items())),
+            "sizes": {f"{width}x{height}": n for (width, height), n in sorted(self.encoded_sizes.items())},
         }
 
 
@@ -129,19 +136,33 @@ def write_dataset(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for split, members in sides.items():
-        for number, start in enumerate(range(0, len(members), config.shard_size)):
+        written: dict[str, Example] = {}
+        for number, rows in enumerate(shards_of_one_size(members, entries, config)):
             shard = f"{split}-{number:05d}.safetensors"
-            rows = members[start : start + config.shard_size]
             batches = [entries.example(row) for row in rows]
-            write_shard(partial, shard, Batch.cat(batches))
+            flipped = [entries.example(row, flipped=True) for row in rows] if config.flip else None
+            write_shard(partial, shard, Batch.cat(batches), Batch.cat(flipped) if flipped else None)
             for position, (row, batch) in enumerate(zip(rows, batches, strict=True)):
-                report.examples.append(
-                    Example(row.id, row.image, row.caption, split, shard, position, batch.digest())
-                )
+                digests = batch.digest(), flipped[position].digest() if flipped else ""
+                written[row.id] = Example(row.id, row.image, row.caption, split, shard, position, *digests)
                 note_size(row, batch, report)
+        report.examples += [written[row.id] for row in members]
     write_index(partial, report.examples)
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
+
+
+def shards_of_one_size(
+    rows: Sequence[CaptionedImage], entries: Entries, config: EncodingConfig
+) -> Iterator[list[CaptionedImage]]:
+    """The rows of each shard, size by size, in the order of the data set within each."""
+    by_size: dict[Size, list[CaptionedImage]] = defaultdict(list)
+    for row in rows:
+        by_size[entries.size(row)].append(row)
+    for size in sorted(by_size):
+        members = by_size[size]
+        for start in range(0, len(members), config.shard_size):
+            yield members[start : start + config.shard_size]
 
 
 def without_bad_images(
@@ -167,13 +188,18 @@ def without_bad_images(
 
 
 def note_size(row: CaptionedImage, batch: Batch, report: EncodingReport) -> None:
-    """Puts the size of an image down in `report`, and that it is too small, if it is."""
+    """Puts the size of an image down in `report`, and that it is too small or too narrow, if it is."""
     height, width, _, _, target_height, target_width = batch.time_ids[0].tolist()
     report.sizes.append((width, height))
+    report.encoded_sizes[target_width, target_height] += 1
     factor = max(target_height / height, target_width / width)
     if factor > 1:
         detail = f"{width} x {height}, enlarged {factor:.2f} times"
         report.findings.append(Finding(row.image, "upscaled", False, detail))
+    kept = share_kept((width, height), (target_width, target_height))
+    if kept < LEAST_KEPT:
+        detail = f"{width} x {height}, of which {1 - kept:.0%} are cut off"
+        report.findings.append(Finding(row.image, "cropped", False, detail))
 
 
 def without_duplicates(rows: Sequence[CaptionedImage], report: EncodingReport) -> list[CaptionedImage]:

@@ -6,7 +6,7 @@ thousands. Knows neither diffusion nor SDXL: it is given a loss and parameters.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -82,11 +82,21 @@ class Engine(Generic[Inputs]):
         if self._recorder is None:
             self._forward_and_backward(inputs.to(self._device))
             return
-        if not self._recorder.knows(inputs):
-            kept = self._adapters.sums.clone()
-            self._recorder.record(inputs)
-            self._adapters.sums.copy_(kept)
+        self.record([inputs])
         self._recorder.replay(inputs)
+
+    def record(self, several: Iterable[Inputs]) -> None:
+        """Records steps for inputs of these shapes, the largest first, if steps are recorded at all.
+
+        Without it, each is recorded when it is first met. All at once, they share the memory of the largest.
+        """
+        if self._recorder is None:
+            return
+        unknown = [inputs for inputs in several if not self._recorder.knows(inputs)]
+        if unknown:
+            kept = self._adapters.sums.clone()
+            self._recorder.record(*unknown)
+            self._adapters.sums.copy_(kept)
 
     def _forward_and_backward(self, inputs: Inputs) -> None:
         loss = self._loss(inputs)

@@ -1,12 +1,14 @@
 """Encoded examples and the store: what each is called there, encoding what it lacks, reading it back.
 
 Three entries make an example. `picture`: what is known of the image itself. `latents`: what the VAE makes of
-it. `text`: what frozen text encoders make of the caption. Each has its own key, so that a change encodes no
-more than what depends on it.
+it; a mirrored image has its own. `text`: what frozen text encoders make of the caption. Each has its own key,
+so that a change encodes no more than what depends on it.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -15,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdxl_lora import buckets as buckets_module
 from sdxl_lora import encoders as encoders_module
 from sdxl_lora import fused as fused_module
 from sdxl_lora import images as images_module
 from sdxl_lora import kernels as kernels_module
 from sdxl_lora import pictures as pictures_module
 from sdxl_lora import sdxl as sdxl_module
+from sdxl_lora.buckets import Size
 from sdxl_lora.config import EncodingConfig
 from sdxl_lora.dataset import Batch
 from sdxl_lora.encoders import (
@@ -32,7 +36,7 @@ from sdxl_lora.encoders import (
 )
 from sdxl_lora.hardware import machine
 from sdxl_lora.images import BadImageError
-from sdxl_lora.pictures import CaptionedImage, Picture, decode_pictures
+from sdxl_lora.pictures import CaptionedImage, Picture, View, decode_pictures
 from sdxl_lora.sdxl import DTYPES, tokenize
 from sdxl_lora.sources import file_digest
 from sdxl_lora.store import Store, content_key
@@ -40,8 +44,17 @@ from sdxl_lora.store import Store, content_key
 IMAGE_LIBRARIES = ("pillow", "imagehash", "numpy")
 LAYER = "penultimate"
 
-Pictures = Sequence[tuple[CaptionedImage, Picture]]
-NOTHING: tuple[Pictures, Tensor] = ([], torch.empty(2, 0))
+
+@dataclass(frozen=True)
+class Job:
+    """A view that is still to be encoded."""
+
+    row: CaptionedImage
+    flipped: bool
+    view: View
+
+
+NOTHING: tuple[Sequence[Job], Tensor] = ([], torch.empty(2, 0))
 
 
 class Entries:
@@ -56,11 +69,20 @@ class Entries:
         self._store, self._encoders, self._config, self._images = store, encoders, config, images
         self._of_picture = {"code": code_version([images_module], IMAGE_LIBRARIES)}
         self._of_latents = {
-            **config.model_dump(include={"resolution", "crop", "vae_precision", "batch_size"}),
+            **config.model_dump(
+                include={"resolution", "aspect_ratios", "crop", "vae_precision", "batch_size"}
+            ),
             "vae": weights_digest(encoders.vae),
             "machine": machine(encoders.vae.device),
             "code": code_version(
-                [images_module, pictures_module, encoders_module, fused_module, kernels_module],
+                [
+                    buckets_module,
+                    images_module,
+                    pictures_module,
+                    encoders_module,
+                    fused_module,
+                    kernels_module,
+                ],
                 (*IMAGE_LIBRARIES, "torch", "diffusers"),
             ),
         }
@@ -75,7 +97,7 @@ class Entries:
             }
 
     def encode(self, rows: Sequence[CaptionedImage]) -> Iterator[tuple[CaptionedImage, BadImageError | None]]:
-        """Puts what the store lacks of these rows into it, whole batches at a time.
+        """Puts what the store lacks of these rows into it, whole batches of one size at a time.
 
         Yields:
             Each row in order, as it goes by, and why its image was left out, if it was.
@@ -84,8 +106,8 @@ class Entries:
             ValueError: latents are not finite, or a batch does not fit into the GPU's memory.
             OSError: an image file is missing.
         """
-        pictures: list[tuple[CaptionedImage, Picture]] = []
-        under_way = NOTHING  # on a GPU: it computes a batch while the one before is written
+        waiting: dict[torch.Size, list[Job]] = defaultdict(list)
+        encoded = NOTHING  # a GPU may still be at it, while the batch before it is written
         captions: list[Tensor] = []
         lacking = [row for row in rows if self._lacks_picture(row)]
         decoded = decode_pictures(lacking, self._images, self._config, self._lacks_picture)
@@ -95,32 +117,40 @@ class Entries:
             if isinstance(picture, BadImageError):
                 yield row, picture
                 continue
-            if picture is not None:
-                pictures.append((row, picture))
+            for job in self._lacking_latents(row, picture) if picture is not None else ():
+                jobs = waiting[job.view.levels.shape]
+                jobs.append(job)
+                if len(jobs) == self._config.batch_size:
+                    before, encoded = encoded, self._encode(waiting.pop(job.view.levels.shape))
+                    self._put_latents(*before)
             token_ids = self._token_ids(row)
             if self._lacks_text(token_ids):
                 captions.append(token_ids)
-            if len(pictures) == self._config.batch_size:
-                encoded, under_way = under_way, self._encode_pictures(pictures)
-                self._put_pictures(*encoded)
-                pictures = []
             if len(captions) == self._config.batch_size:
                 self._put_texts(captions)
                 captions = []
             yield row, None
-        self._put_pictures(*under_way)
-        if pictures:
-            self._put_pictures(*self._encode_pictures(pictures))
+        for jobs in waiting.values():
+            before, encoded = encoded, self._encode(jobs)
+            self._put_latents(*before)
+        self._put_latents(*encoded)
         if captions:
             self._put_texts(captions)
 
-    def example(self, row: CaptionedImage) -> Batch:
-        """The example of a row that was encoded, as a batch of one."""
+    def example(self, row: CaptionedImage, flipped: bool = False) -> Batch:
+        """The example of a row that was encoded, as a batch of one; with its image mirrored, if asked for."""
         token_ids = self._token_ids(row)
-        latents = self._require(row, self._latents_key(row))
+        latents = self._require(row, self._latents_key(row, flipped))
         text = self._require(row, self._text_key(token_ids)) if self._of_text is not None else {}
         embeds = {"prompt_embeds": None, "pooled_prompt_embeds": None, **text}
         return Batch(**latents, token_ids=token_ids, **embeds)
+
+    def size(self, row: CaptionedImage) -> Size:
+        """Width and height that a row's image was encoded at, pixels."""
+        if self._config.aspect_ratios == "square":
+            return self._config.resolution, self._config.resolution
+        height, width = self._require(row, self._latents_key(row))["time_ids"][0, 4:].tolist()
+        return width, height
 
     def fingerprint(self, row: CaptionedImage) -> Tensor:
         """The perceptual hash of a row's image: packed bits, uint8, (24,)."""
@@ -129,6 +159,7 @@ class Entries:
     def bytes_per_example(self) -> int:
         """Upper bound of an encoded example's size."""
         latents = 2 * 4 * (self._config.resolution // 8) ** 2 * DTYPES[self._config.vae_precision].itemsize
+        latents *= 1 + self._config.flip
         widths = [encoder.config.hidden_size for encoder in self._encoders.text_encoders or ()]
         return latents + 78 * sum(widths) * DTYPES[self._config.text_precision].itemsize + 2**12
 
@@ -147,25 +178,30 @@ class Entries:
         assert entry is not None, key
         return entry
 
-    def _encode_pictures(self, pictures: Pictures) -> tuple[Pictures, Tensor]:
-        """The pictures with the mean and standard deviation of their latents, (2, B, 4, H/8, W/8)."""
-        levels = torch.stack([picture.levels for _, picture in pictures])
+    def _lacking_latents(self, row: CaptionedImage, picture: Picture) -> list[Job]:
+        """What of a picture is still to be encoded; what is known of it without that, is put down."""
+        self._store.put(self._picture_key(row), {"fingerprint": picture.fingerprint})
+        jobs = [Job(row, bool(number), view) for number, view in enumerate(picture.views)]
+        return [job for job in jobs if self._latents_key(row, job.flipped) not in self._store]
+
+    def _encode(self, jobs: Sequence[Job]) -> tuple[Sequence[Job], Tensor]:
+        """The jobs with mean and standard deviation of their latents, (2, B, 4, H/8, W/8)."""
+        levels = torch.stack([job.view.levels for job in jobs])
         with explained_memory_errors(self._config):
             latents = encode_images(self._encoders.vae, filled_up(levels, self._config.batch_size))
-            return pictures, torch.stack(latents)
+            return jobs, torch.stack(latents)
 
-    def _put_pictures(self, pictures: Pictures, latents: Tensor) -> None:
+    def _put_latents(self, jobs: Sequence[Job], latents: Tensor) -> None:
         mean, std = latents.cpu()
-        for number, (row, picture) in enumerate(pictures):
+        for number, job in enumerate(jobs):
             part = slice(number, number + 1)
-            require_finite(row, mean[part] + std[part], self._config)
+            require_finite(job.row, mean[part] + std[part], self._config)
             entry = {
                 "latents_mean": mean[part],
                 "latents_std": std[part],
-                "time_ids": torch.tensor([picture.time_ids], dtype=torch.int32),
+                "time_ids": torch.tensor([job.view.time_ids], dtype=torch.int32),
             }
-            self._store.put(self._picture_key(row), {"fingerprint": picture.fingerprint})
-            self._store.put(self._latents_key(row), entry)
+            self._store.put(self._latents_key(job.row, job.flipped), entry)
 
     def _put_texts(self, captions: Sequence[Tensor]) -> None:
         assert self._encoders.text_encoders is not None
@@ -181,7 +217,9 @@ class Entries:
         return tokenize(self._encoders.tokenizers, [row.caption])
 
     def _lacks_picture(self, row: CaptionedImage) -> bool:
-        return self._picture_key(row) not in self._store or self._latents_key(row) not in self._store
+        keys = [self._picture_key(row), self._latents_key(row)]
+        keys += [self._latents_key(row, flipped=True)] if self._config.flip else []
+        return any(key not in self._store for key in keys)
 
     def _lacks_text(self, token_ids: Tensor) -> bool:
         return self._of_text is not None and self._text_key(token_ids) not in self._store
@@ -189,8 +227,8 @@ class Entries:
     def _picture_key(self, row: CaptionedImage) -> str:
         return content_key("picture", image=row.id, **self._of_picture)
 
-    def _latents_key(self, row: CaptionedImage) -> str:
-        return content_key("latents", image=row.id, **self._of_latents)
+    def _latents_key(self, row: CaptionedImage, flipped: bool = False) -> str:
+        return content_key("latents", image=row.id, flipped=flipped, **self._of_latents)
 
     def _text_key(self, token_ids: Tensor) -> str:
         assert self._of_text is not None

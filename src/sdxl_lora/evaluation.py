@@ -27,6 +27,10 @@ from sdxl_lora.scores import as_numbers, interval_rows, measure, sample_metrics
 LOSS_COLUMNS = ("timestep", "base", "adapter", "change_percent", "change_percent_low", "change_percent_high")
 
 
+Job = tuple[int, int, int]
+"""Example index, timestep, and number of the noise, of an error to be measured."""
+
+
 @dataclass(frozen=True)
 class HeldOutError:
     """Mean squared error of one held-out example under one draw of noise."""
@@ -43,10 +47,8 @@ def held_out_errors(
     denoiser: Denoiser, dataset: EncodedDataset, config: EvaluationConfig
 ) -> Iterator[list[HeldOutError]]:
     """Unweighted denoising errors of held-out examples with and without the adapter, a batch at a time."""
-    jobs = held_out_jobs(dataset, config)
-    for start in range(0, len(jobs), config.batch_size):
-        batch_jobs = jobs[start : start + config.batch_size]
-        batch = dataset.batch(index for index, _, _ in batch_jobs).to(denoiser.device)
+    for batch_jobs in batches_of_one_size(held_out_jobs(dataset, config), dataset, config.batch_size):
+        batch = dataset.batch([index for index, _, _ in batch_jobs]).to(denoiser.device)
         timesteps = torch.tensor([timestep for _, timestep, _ in batch_jobs], device=denoiser.device)
         keys = [(dataset.examples[index].id, timestep, number) for index, timestep, number in batch_jobs]
         latents = batch.latents_mean.float()
@@ -60,10 +62,20 @@ def held_out_errors(
         yield [HeldOutError(*column) for column in columns]
 
 
-def held_out_jobs(dataset: EncodedDataset, config: EvaluationConfig) -> list[tuple[int, int, int]]:
-    """Example index, timestep and number of the noise, of every error to be measured."""
+def held_out_jobs(dataset: EncodedDataset, config: EvaluationConfig) -> list[Job]:
+    """Every error that is to be measured."""
     num_examples = min(len(dataset), config.max_examples or len(dataset))
     return list(product(range(num_examples), config.timesteps, range(config.noises)))
+
+
+def batches_of_one_size(jobs: Sequence[Job], dataset: EncodedDataset, most: int) -> Iterator[list[Job]]:
+    """The jobs in batches of at most `most`, with latents of one size each."""
+    by_size: dict[torch.Size, list[Job]] = defaultdict(list)
+    for job in jobs:
+        by_size[dataset.latents_shapes[job[0]]].append(job)
+    for alike in by_size.values():
+        for start in range(0, len(alike), most):
+            yield alike[start : start + most]
 
 
 def evaluation_noise(shape: torch.Size, seed: int, example: str, timestep: int, number: int) -> Tensor:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sdxl_lora.buckets import bucket_sizes, nearest_size
 from sdxl_lora.config import EncodingConfig
 from sdxl_lora.images import BadImageError, TimeIds, decode_image, fingerprint, resize_and_crop, to_bytes
 from sdxl_lora.randomness import generator
@@ -30,12 +33,20 @@ class CaptionedImage:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What the VAE is given of an image, and what is known of the whole of it."""
+class View:
+    """What the VAE is given of an image."""
 
     levels: Tensor
     """uint8, (3, H, W)."""
     time_ids: TimeIds
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is made of an image."""
+
+    views: tuple[View, ...]
+    """The image as it is and, with encoding.flip, mirrored: of one size."""
     fingerprint: Tensor
     """Perceptual hash, packed bits, uint8, (24,)."""
 
@@ -74,9 +85,17 @@ class Pictures(Dataset[Outcome]):
                 "changed", "not the file that was downloaded: run `dvc repro download_dataset`"
             )
         image = decode_image(content)
-        size = (self._config.resolution, self._config.resolution)
-        part, time_ids = resize_and_crop(image, size, self._config.crop, generator("crop", row.id))
-        return Picture(to_bytes(part), time_ids, fingerprint(image))
+        views = [self.view(image, generator("crop", row.id))]
+        if self._config.flip:
+            views.append(self.view(ImageOps.mirror(image), generator("crop", row.id, "flipped")))
+        return Picture(tuple(views), fingerprint(image))
+
+    def view(self, image: Image.Image, random: torch.Generator) -> View:
+        """The part of an image that the model is shown. A mirrored image is one like any other."""
+        sizes = bucket_sizes(self._config.resolution, self._config.aspect_ratios)
+        size = nearest_size(image.size, sizes)
+        part, time_ids = resize_and_crop(image, size, self._config.crop, random)
+        return View(to_bytes(part), time_ids)
 
 
 def decode_pictures(

@@ -151,7 +151,7 @@ def choose_plan(
     """The fastest plan within training.vram_gib, or without one, the fastest; in seconds, without weights.
 
     Args:
-        latents: shape of an example's, (1, 4, H/8, W/8).
+        latents: shape of the largest example's, (1, 4, H/8, W/8).
         device: where training will run; a CPU needs no forecast.
 
     Raises:

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
-from itertools import count, islice
 from statistics import fmean
 from time import perf_counter
 from typing import Self
@@ -20,13 +19,14 @@ from torch import Tensor, nn
 from sdxl_lora.attention import choose_attention
 from sdxl_lora.checkpointing import checkpoint_units
 from sdxl_lora.config import AttentionBackend, TrainingConfig
-from sdxl_lora.dataset import Batch, EncodedDataset, example_order
+from sdxl_lora.dataset import Batch, EncodedDataset
 from sdxl_lora.denoising import Denoiser, with_captions_embedded
 from sdxl_lora.diffusion import min_snr_weight
 from sdxl_lora.engine import Engine, Group
 from sdxl_lora.fused import attention_shapes, fuse, fuse_unet
 from sdxl_lora.hardware import peak_memory_gib
 from sdxl_lora.lora import lora_parameters, named_parts
+from sdxl_lora.order import batch_order
 from sdxl_lora.processes import processes
 from sdxl_lora.randomness import generator
 from sdxl_lora.sdxl import DTYPES
@@ -184,8 +184,8 @@ class Training(Iterable[Report]):
         self._engine.load_state_dict(state)
 
     def _micro_batches(self) -> Iterator[Examples]:
-        first = self.step * self._config.accumulation
-        return draw_examples(self._denoiser, self._dataset, self._config, self._seed, first)
+        self._engine.record(one_of_each_size(self._denoiser, self._dataset, self._config))
+        return draw_examples(self._denoiser, self._dataset, self._config, self._seed, self.step)
 
     def _text_encoders_have_had_their_steps(self) -> bool:
         steps = self._config.text_encoder_steps
@@ -235,7 +235,7 @@ def prepare(
     """Sets up the base model's modules to train as `config` says; returns the attention that was chosen.
 
     Args:
-        latents: shape of an example's latents, (1, 4, H/8, W/8).
+        latents: shape of the largest example's latents, (1, 4, H/8, W/8).
         checkpointed: names of the units that compute their activations twice.
 
     Raises:
@@ -260,20 +260,45 @@ def has_dropout(denoiser: Denoiser) -> bool:
 def draw_examples(
     denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig, seed: int, first: int = 0
 ) -> Iterator[Examples]:
-    """This process's micro-batches of a training without end, from its number `first` on, on the CPU.
+    """This process's micro-batches of a training without end, from those of step `first` on, on the CPU.
 
-    Processes take turns in the sequence of examples: two with a batch each train on what one would with both.
+    All examples of a step have one size. Processes take turns in them: two with a batch each train on what
+    one would with both.
     """
     num_timesteps = len(denoiser.noise_schedule.alphas_cumprod)
     size = config.batch_size // config.accumulation
     rank, num_processes = processes().process_index, processes().num_processes
-    for micro_step in count(first * num_processes + rank, num_processes):
-        start = micro_step * size
-        indices = list(islice(example_order(len(dataset), seed, start), size))
-        batch = dataset.batch(indices)
-        draws = draw(batch, start, num_timesteps, config.caption_dropout, seed)
-        images = [dataset.examples[index].image for index in indices]
-        yield Examples(batch, draws, images, generator(seed, "dropout", micro_step).initial_seed())
+    parts = config.accumulation * num_processes
+    steps = batch_order(dataset.latents_shapes, parts * size, seed, first)
+    for step, examples in enumerate(steps, first):
+        for part in range(rank, parts, num_processes):
+            micro_step = step * parts + part
+            start = micro_step * size
+            indices = examples[part * size : (part + 1) * size]
+            flipped = draw_flips(start, size, seed) if dataset.has_flipped else None
+            batch = dataset.batch(indices, flipped)
+            draws = draw(batch, start, num_timesteps, config.caption_dropout, seed)
+            images = [dataset.examples[index].image for index in indices]
+            yield Examples(batch, draws, images, generator(seed, "dropout", micro_step).initial_seed())
+
+
+def one_of_each_size(
+    denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig
+) -> Iterator[Examples]:
+    """A micro-batch of each size of latents that there is, the largest first. Not to be trained on."""
+    first = {shape: index for index, shape in reversed(list(enumerate(dataset.latents_shapes)))}
+    size = config.batch_size // config.accumulation
+    num_timesteps = len(denoiser.noise_schedule.alphas_cumprod)
+    for shape in sorted(first, key=lambda shape: shape.numel(), reverse=True):
+        batch = dataset.batch([first[shape]] * size)
+        draws = draw(batch, 0, num_timesteps, config.caption_dropout, seed=0)
+        yield Examples(batch, draws, images=[], dropout_seed=0)
+
+
+def draw_flips(start: int, size: int, seed: int) -> list[bool]:
+    """Whether the images of the examples at positions start, start + 1, ... of training are mirrored."""
+    draws = [torch.rand((), generator=generator(seed, "flip", start + row)) for row in range(size)]
+    return [bool(value < 0.5) for value in draws]
 
 
 def require_finite(report: Report, config: TrainingConfig, examples: Sequence[Examples]) -> None:
