@@ -25,7 +25,7 @@ from sdxl_lora.export import export_lora
 from sdxl_lora.lineage import lineage
 from sdxl_lora.sdxl import layers_per_block, weight_digests
 from sdxl_lora.tensor_files import read_header, write_tensors
-from sdxl_lora.verification import verify
+from sdxl_lora.verification import main, verify
 
 REPOSITORY = Path(__file__).parents[1]
 CODE = Path("src/sdxl_lora/training.py")
@@ -234,9 +234,25 @@ def test_file_without_lineage_or_tensors_fails() -> None:
 
 
 @pytest.mark.usefixtures("project")
-def test_command_prints_a_line_a_check_and_its_status_says_whether_one_failed() -> None:
-    command = [sys.executable, "-m", "sdxl_lora.verification", str(ADAPTER)]
-    edit_weights()
-    result = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert {check["name"]: check["status"] for check in json.loads(result.stdout)}["weights"] == "fail"
+@pytest.mark.parametrize(
+    ("damage", "status"), [(lambda: None, 0), (edit_weights, 1)], ids=["none", "weights"]
+)
+def test_commands_status_says_whether_a_check_failed(
+    damage: Callable[[], object],
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damage()
+    monkeypatch.setattr(sys, "argv", ["verification", str(ADAPTER), "--json"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == status
+    weights = {check["name"]: check["status"] for check in json.loads(capsys.readouterr().out)}["weights"]
+    assert weights == ("fail" if status else "pass")
+    monkeypatch.setattr(sys, "argv", ["verification", str(ADAPTER)])
+    with pytest.raises(SystemExit):
+        main()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith(f"{weights}  weights      ")
+    assert printed[-1].endswith(f"{status} failed")
