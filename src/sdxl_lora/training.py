@@ -20,7 +20,7 @@ from sdxl_lora.attention import choose_attention
 from sdxl_lora.checkpointing import checkpoint_units
 from sdxl_lora.config import AttentionBackend, TrainingConfig
 from sdxl_lora.dataset import Batch, EncodedDataset
-from sdxl_lora.denoising import Denoiser, with_captions_embedded
+from sdxl_lora.denoising import Denoiser, embed_empty_caption, with_captions_embedded
 from sdxl_lora.diffusion import min_snr_weight
 from sdxl_lora.engine import Engine, Group
 from sdxl_lora.fused import attention_shapes, fuse, fuse_unet
@@ -222,10 +222,14 @@ def freeze_text_encoders(
     engine: Engine[Examples], denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig
 ) -> tuple[Denoiser, EncodedDataset]:
     """Goes on with the UNet alone; returns it, and the examples with their captions embedded once for all."""
-    unet_alone = replace(denoiser, text_encoders=None)
-    engine.restrict(1, make_loss(unet_alone, config))  # first, as it makes room on the GPU
-    for text_encoder in denoiser.text_encoders or ():
+    text_encoders, empty = denoiser.text_encoders, denoiser.empty_caption
+    assert text_encoders is not None, "they are frozen"
+    for text_encoder in text_encoders:
         text_encoder.eval()
+    if empty is not None:
+        empty = embed_empty_caption(text_encoders, empty.token_ids)
+    unet_alone = replace(denoiser, text_encoders=None, empty_caption=empty)
+    engine.restrict(1, make_loss(unet_alone, config))  # before the captions, as it makes room on the GPU
     return unet_alone, with_captions_embedded(denoiser, dataset)
 
 
