@@ -19,7 +19,7 @@ INSTALLED := .venv/installed
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check plan ui promote push-to-hub recipe reproduce verify lock rebuild clean
+.PHONY: help setup demo test check doctor plan ui promote push-to-hub recipe reproduce verify lock rebuild clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,11 +34,15 @@ demo: setup  ## run the whole pipeline on the embedded model and data set: CPU, 
 test: setup  ## run the tests, but for those that take minutes
 	@$(RUN) python -m pytest -m "not slow"
 
-check: setup  ## format, lint, types, direction of imports
+check: setup  ## format, lint, types, direction of imports, known vulnerabilities of dependencies
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(RUN) lint-imports
+	@$(BIN)/python .ci/audit.py
+
+doctor: setup  ## look at all that an expensive run needs, in a minute: software, GPU, disk, models, a step, services
+	@$(BIN)/python -m sdxl_lora.doctor
 
 plan: setup  ## forecast the GPU memory of params.yaml, and say which cards it fits (no GPU needed)
 	@$(BIN)/python -m sdxl_lora.plan

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
+from typing import Self
 
 import torch
 from diffusers import DDPMScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from sdxl_lora import shapes
@@ -79,3 +82,11 @@ class RandomDataset:
 
     def batch(self, indices: list[int], flipped: None = None) -> Batch:  # noqa: ARG002
         return Batch(*(tensor[indices] for tensor in self._batch.tensors().values() if tensor is not None))
+
+    def with_embeddings(self, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Self:
+        """The same examples with these embeddings, a row each."""
+        dataset = copy(self)
+        dataset._batch = replace(
+            self._batch, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds
+        )
+        return dataset

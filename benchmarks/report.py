@@ -11,7 +11,17 @@ from benchmarks.claims import CLAIMS, REFERENCE, Claim, find_pair
 from benchmarks.counts import Counted
 from benchmarks.results import FOLDER, OK, Machine, Result, read_results, select
 from benchmarks.sizes import adapter_claims, full_fine_tuning
-from benchmarks.tables import NONE, SUBJECTS, cell, encode_table, number, steps_table, table, work
+from benchmarks.tables import (
+    NONE,
+    SUBJECTS,
+    cell,
+    encode_table,
+    number,
+    sampling_table,
+    steps_table,
+    table,
+    work,
+)
 
 PAGE = Path("docs/performance.md")
 NOT_MEASURED = "not measured yet"
@@ -30,6 +40,10 @@ speed of one large matrix product that goes into the step's necessary work: {tfl
 ({recomputed:.1f} with recomputation, which is not counted in its favour), text encoders trained; see
 [benchmarks/counts.py](../benchmarks/counts.py).
 """
+DRAWING = """\
+Prompts to pictures, with guidance, text encoders and VAE. **x diffusers** is images a second over diffusers'
+own pipeline with the adapter as `load_lora_weights` leaves it. **PSNR** is of the pictures against that
+pipeline's in fp32; only those of the demo model mean something."""
 MEASURE = """\
 ## Measure it
 
@@ -44,11 +58,14 @@ On a machine with a CUDA GPU and nothing else on it; DIFFUSERS is a checkout of 
     python -m benchmarks.train_step --output $FILE $BASE --optimizer adamw
     python -m benchmarks.train_step --output $FILE $BASE --attention math xformers
     python -m benchmarks.train_step --output $FILE $BASE --text-encoders frozen
+    python -m benchmarks.sample --output $FILE
+    python -m benchmarks.sample --output $FILE $DEMO --precision fp16 bf16
     python -m benchmarks.report
 
-with FILE=benchmarks/results/DATE-GPU.jsonl and BASE="--checkpointing all --vram-gib none". An option that
-takes several values runs every combination; `--help` names the others. Each line of a file holds the
-command that repeats it.
+with FILE=benchmarks/results/DATE-GPU.jsonl BASE="--checkpointing all --vram-gib none" and
+DEMO="--model demo --resolution 128 --batch-size 8 --num-inference-steps 25". An option that takes several
+values runs every combination; `--help` names the others. Each line of a file holds the command that
+repeats it.
 """
 
 
@@ -82,6 +99,8 @@ def sitting_section(name: str, results: Sequence[Result], counted: Counted) -> s
         lines += ["### Training step", "", steps_table(steps, results, counted), ""]
     if encodes := list(select(results, "vae_encode", {})):
         lines += ["### Encoding images", "", encode_table(encodes), ""]
+    if samples := list(select(results, "sample", {})):
+        lines += ["### Drawing pictures", "", DRAWING, "", sampling_table(samples), ""]
     lines += [
         "<details><summary>Commands</summary>",
         "",

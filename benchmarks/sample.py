@@ -24,6 +24,7 @@ from transformers import CLIPTokenizer
 from benchmarks.grid import combinations, repeat
 from benchmarks.results import GIB, OK, Configuration, Result, now, publish, this_machine
 from benchmarks.saved_sdxl import TOKENIZER
+from benchmarks.tables import WAYS
 from benchmarks.timing import wait_for
 from sdxl_lora import shapes
 from sdxl_lora.config import Params, Precision, SamplingConfig, load_params
@@ -41,7 +42,6 @@ RECIPES = {
     "random_sdxl": Path("recipes/sdxl-naruto-16gb.yaml"),
     "demo": Path("recipes/demo.yaml"),
 }
-WAYS = ("ours", "diffusers", "diffusers_folded")
 REPETITIONS = 5
 
 
@@ -50,7 +50,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", nargs="+", choices=list(RECIPES), default=["random_sdxl"])
-    parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--way", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp16"])
     parser.add_argument("--strength", nargs="+", type=float, default=[0.0, 1.0], help="of the adapter")
     parser.add_argument("--batch-size", nargs="+", type=int, default=[2], help="images drawn at once")

@@ -10,6 +10,13 @@ SUBJECTS: dict[Benchmark, str] = {"official_script": "official script", "train_s
 NONE = "-"
 WORKLOAD = ("text_encoders", "batch_size", "rank", "resolution")
 """What two configurations must share for their samples to be worth the same."""
+DRAWN = ("model", "precision", "strength", "batch_size", "resolution", "num_inference_steps")
+"""The same for pictures that are drawn."""
+WAYS = {
+    "ours": "this project",
+    "diffusers": "diffusers",
+    "diffusers_folded": "diffusers, adapter folded in",
+}
 USUAL_16_GB: dict[str, str | None] = {
     "precision": "fp16", "checkpointing": "all", "optimizer": "adamw_8bit", "vram_gib": None
 }  # fmt: skip
@@ -86,6 +93,37 @@ def encode_table(encodes: Sequence[Result]) -> str:
         for result in encodes
     ]
     return table(["VAE", "images", "px", "s", "images/s", "reserved GiB", "outcome"], rows)
+
+
+def sampling_table(samples: Sequence[Result]) -> str:
+    """Batches of drawn pictures, beside diffusers' own pipeline on the same work."""
+    titles = ["drawn by", *(key.replace("_", " ") for key in DRAWN), "s/batch", "images/s", "x diffusers"]
+    titles += ["first batch s", "reserved GiB", "forecast GiB", "PSNR dB", "outcome"]
+    rows = [
+        (
+            WAYS[result.configuration["way"]],
+            *(cell(result.configuration[key]) for key in DRAWN),
+            number(result.seconds_per_step, 3),
+            number(result.samples_per_second, 2),
+            number(drawing_speedup(result, samples), 2),
+            number(result.figures.get("first_batch_seconds"), 1),
+            number(result.peak_reserved_gib, 2),
+            forecast(result),
+            number(result.figures.get("psnr_db"), 1),
+            result.outcome,
+        )
+        for result in samples
+    ]
+    return table(titles, rows)
+
+
+def drawing_speedup(result: Result, samples: Sequence[Result]) -> float | None:
+    """Images a second over diffusers' pipeline with the adapter as it was loaded; None without such a run."""
+    same = {key: result.configuration[key] for key in DRAWN}
+    baselines = select(samples, "sample", {**same, "way": "diffusers"})
+    baseline = next((run.samples_per_second for run in baselines if run.outcome == OK), None)
+    own = result.samples_per_second if result.outcome == OK else None
+    return own / baseline if own and baseline else None
 
 
 def speedup(result: Result, sitting: Sequence[Result]) -> float | None:

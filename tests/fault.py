@@ -13,6 +13,8 @@ import yaml
 
 from sdxl_lora.execution import run
 from sdxl_lora.sources import file_digest
+from sdxl_lora.training import Report
+from stages import train_lora
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -53,18 +55,26 @@ def news() -> Iterator[list[str]]:
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("sdxl_lora")
+    level = logger.level
     logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         yield messages
     finally:
+        logger.setLevel(level)
         logger.removeHandler(handler)
 
 
 def told(main: Callable[[], None]) -> str:
-    """What a stage says to its user as it fails, without what differs from run to run."""
+    """What a stage says to its user as it fails."""
     with pytest.raises(SystemExit) as ended:
         run(main)
-    message = str(ended.value.code).partition(": ")[2].replace(f"{Path.cwd()}/", "")
+    return plain(str(ended.value.code).partition(": ")[2])
+
+
+def plain(message: str) -> str:
+    """A message without what differs from run to run: places, hashes."""
+    message = message.replace(f"{Path.cwd()}/", "")
     return re.sub(r"[0-9a-f]{8}-\d+-\d+|(?:[0-9a-f]{2}/)?[0-9a-f]{12,}|\.download-\w+", "...", message)
 
 
@@ -72,3 +82,20 @@ def contents(folder: Path) -> dict[str, str]:
     """Digests of the files below a folder, but for notes on how stages went."""
     files = (path for path in folder.rglob("*") if path.is_file() and "mlflow" not in path.parts)
     return {str(path.relative_to(folder)): file_digest(path) for path in files}
+
+
+@contextmanager
+def at_step(step: int, patch: pytest.MonkeyPatch, act: Callable[[], object]) -> Iterator[None]:
+    """Does something in the middle of the stage's training: after a step, before its checkpoint."""
+    undisturbed = vars(train_lora)["Training"]
+
+    class Disturbed(undisturbed):  # type: ignore[misc, valid-type]
+        def __iter__(self) -> Iterator[Report]:
+            for report in super().__iter__():
+                if report.step == step:
+                    act()
+                yield report
+
+    with patch.context() as inner:
+        inner.setattr(train_lora, "Training", Disturbed)
+        yield

@@ -13,6 +13,7 @@ from fault import REPOSITORY, Fault
 from machine_faults import clock_faults, gpu_faults, remote_faults
 from tables import table
 from tracking_faults import tracking_faults
+from training_faults import training_faults
 
 DOCUMENT = REPOSITORY / "docs/faults.md"
 COLUMNS = ("fault", "what a user reads", "what is lost")
@@ -24,6 +25,7 @@ before are compared by their content, adapters and curves with those of an undis
 """
 GROUPS: dict[str, Callable[[Path], Iterator[Fault]]] = {
     "MLflow": tracking_faults,
+    "Training": training_faults,
     "Disks": disk_faults,
     "One GPU, two jobs": gpu_faults,
     "The clock": clock_faults,

@@ -6,13 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import yaml
-from fault import REPOSITORY, Fault, contents, news
+from fault import REPOSITORY, Fault, at_step, contents, news
 from project import Project, create_project
 from tracking_faults import STEPS, steps_shown, training_project
 from tracking_servers import free_port
@@ -28,6 +29,7 @@ from stages import train_lora
 
 GPU = "GPU-of-a-test"
 HOUR = 3600
+real_time = time.time
 SECOND_JOB = """
 import logging
 from sdxl_lora.hardware import alone_on
@@ -62,10 +64,8 @@ def clock_faults(folder: Path) -> Iterator[Fault]:
         undisturbed = file_digest(saved_lora(paths.LORA))
     for name, jump in {"back": -HOUR, "forward": HOUR}.items():
         with training_project(folder / name) as (params, patch):
-            work = vars(train_lora)["train_lora"]
-            patch.setattr(train_lora, "train_lora", jumping(patch, work, jump))
             execution = current_execution()
-            with news() as said:
+            with at_step(STEPS // 2, patch, partial(set_clock, patch, jump)), news() as said:
                 train_lora.main()
             assert abs(time.time() - real_time()) > HOUR / 2, "the clock did not jump"
             connect()  # would mark the run as killed, were its process taken for another
@@ -82,21 +82,11 @@ def clock_faults(folder: Path) -> Iterator[Fault]:
             yield Fault(f"The clock jumps an hour {name}", "; ".join(news_) or "nothing", lost, "^nothing$")
 
 
-real_time = time.time
-
-
-def jumping(patch: pytest.MonkeyPatch, work: Any, seconds: float) -> Any:
-    """The stage's generator, in whose middle the clock is set."""
+def set_clock(patch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Changes what Python and psutil make of the machine's clock."""
     start_of_machine = psutil.boot_time()
-
-    def wrapped(*arguments: Any) -> Iterator[Any]:
-        for report in work(*arguments):
-            if report.step == STEPS // 2:
-                patch.setattr(time, "time", lambda: real_time() + seconds)
-                patch.setattr("psutil._pslinux.boot_time", lambda: start_of_machine + seconds)
-            yield report
-
-    return wrapped
+    patch.setattr(time, "time", lambda: real_time() + seconds)
+    patch.setattr("psutil._pslinux.boot_time", lambda: start_of_machine + seconds)
 
 
 def remote_faults(folder: Path) -> Iterator[Fault]:

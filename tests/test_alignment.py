@@ -18,7 +18,7 @@ from sdxl_lora.diffusion import PredictionType
 from sdxl_lora.encoders import embed_captions, encode_images, load_encoders
 from sdxl_lora.encoding import EncodingReport, encode_dataset
 from sdxl_lora.entries import Entries
-from sdxl_lora.images import decode_image, resize_and_crop, to_bytes, to_pixels
+from sdxl_lora.images import decode_image, resize_and_crop, to_bytes
 from sdxl_lora.randomness import generator
 from sdxl_lora.sdxl import NoiseSchedule, tokenize
 from sdxl_lora.store import Store
@@ -79,7 +79,7 @@ def truth(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             part, time_ids = resize_and_crop(view, size, "random", random)
             token_ids = tokenize(encoders.tokenizers, [rows[-1].caption])
             expected[number, flipped] = Batch(
-                *encode_images(encoders.vae, to_pixels(to_bytes(part))[None]),
+                *encode_images(encoders.vae, to_bytes(part)[None]),
                 token_ids,
                 torch.tensor([time_ids], dtype=torch.int32),
                 *embed_captions(encoders.text_encoders, token_ids),

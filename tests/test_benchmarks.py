@@ -9,20 +9,23 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from encoded import write_encoded_dataset
 from PIL import Image
 from torch import nn
 
-from benchmarks import counts, random_sdxl, saved_sdxl, train_step
+from benchmarks import counts, random_sdxl, resume, saved_sdxl, train_step
 from benchmarks.apart import apart, side_by_side
 from benchmarks.grid import combinations, gib_or_none, repeat
 from benchmarks.matmul import measure as measure_matmul
 from benchmarks.results import Configuration, publish, read_results
-from benchmarks.sample import WAYS, psnr
 from benchmarks.sample import measure as measure_sample
+from benchmarks.sample import psnr
+from benchmarks.tables import WAYS
 from benchmarks.timing import timed
 from benchmarks.vae_encode import measure as measure_vae
 from sdxl_lora import shapes
 from sdxl_lora.config import load_params
+from sdxl_lora.denoising import load_denoiser
 from sdxl_lora.quantization import QuantizedLinear
 
 RECIPE = Path("recipes/sdxl-naruto-16gb.yaml")
@@ -269,3 +272,33 @@ def test_parameters_are_counted_as_published() -> None:
 @pytest.mark.slow
 def test_counts_are_those_of_the_code() -> None:
     assert counts.count() == counts.load()
+
+
+def test_a_killed_training_is_compared_with_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The benchmark of resuming, on the demo's model, with an exception in place of its death."""
+    params = resume.shortened(load_params(Path("recipes/demo.yaml")), steps=4)
+    params = params.model_copy(update={"training": params.training.model_copy(update={"batch_size": 1})})
+    dataset = write_encoded_dataset(tmp_path / "encoded", params.model)
+    monkeypatch.setattr(dataset, "latents", dataset[0].latents_mean.shape, raising=False)
+    monkeypatch.setattr(resume, "RandomDataset", lambda _: dataset)
+    monkeypatch.setattr(
+        resume,
+        "random_denoiser",
+        lambda precision, device, *_: load_denoiser(params.model, precision, device),
+    )
+
+    def die(*_: int) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(os, "kill", die)
+    whole = resume.train(params, tmp_path / "whole", save_after=2)
+    with pytest.raises(InterruptedError):
+        resume.train(params, tmp_path / "killed", save_after=2, kill_after=3)
+    resumed = resume.train(params, tmp_path / "killed")
+    found = resume.comparison(whole, resumed)
+    assert found["adapter_equal"]
+    assert found["reports_equal"]
+    assert found["went_on_after"] == 2
+    assert not resume.comparison(whole, resumed | {"adapter": "another"})["adapter_equal"]

@@ -29,6 +29,7 @@ EVERYTHING = {
     "precision": "fp16",
     "optimizer": "adamw_8bit",
     "ema_decay": 0.9,
+    "attention": "sdpa",
     "text_encoder_steps": STEPS // 2,
     "warmup_steps": 1,
     "caption_dropout": 0.5,
@@ -99,12 +100,12 @@ def test_killed_trainings_end_in_the_same_adapter_to_the_bit(
 
 @pytest.mark.parametrize(
     ("optimizer", "stop"),
-    [("adamw", 2), ("adamw_8bit", 3), ("adamw", 4)],
+    [("adamw", 2), ("adamw_8bit", 3), ("adamw", 4), ("adamw_8bit", 5)],
 )
 def test_resumed_training_is_the_uninterrupted_one(
     params: Params, encoded: Path, tmp_path: Path, optimizer: str, stop: int
 ) -> None:
-    """Before, at and after the step where the text encoders freeze; in fp32, where a weight is its master."""
+    """Before, at and after the freezing step, and the last; in fp32, where a weight is its master."""
     changes = {"precision": "fp32", "optimizer": optimizer, "batch_size": 2, "micro_batch_size": 1}
     config = params.training.model_copy(update={**changes, "steps": 5, "text_encoder_steps": 3})
     (whole, one), (first, _), (second, other) = (make(params, config, encoded) for _ in range(3))

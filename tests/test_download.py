@@ -1,7 +1,9 @@
 """Raw images and captions, from parquet on a Hub on the loopback and from folders."""
 
 import json
+import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -175,12 +177,64 @@ def test_path_of_a_private_folder_is_not_recorded(folder: Path, tmp_path: Path) 
     assert json.loads((tmp_path / "raw/source.json").read_text())["repository"] == "pictures"
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", ".hidden/0.png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.png",
+        "images/../../secret.png",
+        "..\\secret.png",
+        "/etc/hostname",
+        "//etc/hostname",
+        ".hidden/0.png",
+        "link.png",
+        "linked/secret.png",
+    ],
+)
 def test_table_cannot_lead_out_of_its_folder(folder: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "secret.png").write_bytes(png(0))
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "linked").symlink_to(tmp_path)
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
     with pytest.raises(ValueError, match="is hidden or leads out of the folder"):
         download(folder_config(folder), tmp_path / "raw")
+
+
+@pytest.mark.parametrize("name", ["a\0.png", "x" * 5000, "images/\ud800.png"])
+def test_name_that_no_file_can_have_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
+    with pytest.raises(ValueError, match=r"download.repository: row 0 of .* as no file can be called"):
+        download(folder_config(folder), tmp_path / "raw")
+
+
+@pytest.mark.parametrize(
+    "name", ["C:\\Windows\\0.png", "images.zip/0.png", "file:///etc/hostname", "~/0.png"]
+)
+def test_name_of_another_system_is_a_name_like_any_other(folder: Path, tmp_path: Path, name: str) -> None:
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        archive.writestr("0.png", png(0))
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
+    with pytest.raises(FileNotFoundError, match="which its metadata names"):
+        download(folder_config(folder), tmp_path / "raw")
+
+
+@pytest.mark.parametrize("name", ["-rf", "--help.png", "$(touch owned).png", "; rm 0.png", "a\nb.png"])
+def test_odd_name_is_given_to_nobody(folder: Path, tmp_path: Path, name: str) -> None:
+    (folder / name).write_bytes(png(0))
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
+    assert len(download(folder_config(folder), tmp_path / "raw")) == 1
+    (image,) = (tmp_path / "raw/images").iterdir()
+    assert image.read_bytes() == png(0)
+    assert re.fullmatch(r"00000-[0-9a-f]{12}\.png", image.name)
+
+
+def test_file_of_a_hub_repository_cannot_lead_out_of_the_cache(hub: Hub, tmp_path: Path) -> None:
+    write_naruto(tmp_path / "good", ["a fox"])
+    repository = hub.add(NARUTO, tmp_path / "good", "datasets")
+    (parquet,) = (content for name, content in repository.files.items() if name.endswith(".parquet"))
+    repository.files["../../../../evil.parquet"] = parquet
+    with pytest.raises(ValueError, match=r"evil\.parquet|pointer path"):
+        download(hub_config(), tmp_path / "raw")
+    assert list(tmp_path.rglob("evil.parquet")) == []
 
 
 def test_missing_image_table_or_row_is_named(folder: Path, tmp_path: Path) -> None:

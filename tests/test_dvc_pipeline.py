@@ -23,7 +23,16 @@ PIPELINE = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())
 STAGES = PIPELINE["stages"]
 
 # They check, locate and record what a stage does, and cannot change what it computes.
-INERT = {"__init__", "config", "paths", "environment", "execution", "tracking", "projection"}
+INERT = {
+    "__init__",
+    "config",
+    "paths",
+    "environment",
+    "execution",
+    "tracking",
+    "projection",
+    "logged_model",
+}
 
 WHOLE_FILE = "params.yaml:"
 

@@ -72,23 +72,24 @@ def entries_by_kind(store: Path) -> dict[str, set[str]]:
     return {kind: {file.name for file in (store / kind).rglob("*") if file.is_file()} for kind in kinds}
 
 
-def pixels_of(file: Path) -> torch.Tensor:
-    return to_pixels(to_bytes(decode_image(file.read_bytes())))[None]
+def levels_of(file: Path) -> torch.Tensor:
+    return to_bytes(decode_image(file.read_bytes()))[None]
 
 
 def test_latents_decode_to_the_picture(encoders: Encoders) -> None:
     """The demo's small VAE gives this picture back at 34.5 dB."""
-    pixels = pixels_of(PICTURE)
-    latents, std = encode_images(encoders.vae, pixels)
+    levels = levels_of(PICTURE)
+    latents, std = encode_images(encoders.vae, levels)
     with torch.no_grad():
         decoded = encoders.vae.decode(latents / encoders.vae.config.scaling_factor).sample
-    assert 10 * torch.log10(4 / (decoded - pixels).square().mean()) > 33
+    assert 10 * torch.log10(4 / (decoded - to_pixels(levels)).square().mean()) > 33
     assert (std > 0).all()
 
 
 def test_latents_are_what_diffusers_encodes_and_scales(encoders: Encoders) -> None:
-    pixels = pixels_of(PICTURE)
-    mean, std = encode_images(encoders.vae, pixels)
+    levels = levels_of(PICTURE)
+    mean, std = encode_images(encoders.vae, levels)
+    pixels = to_pixels(levels)
     drawn = [
         encoders.vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(s)) for s in range(64)
     ]
@@ -100,11 +101,11 @@ def test_latents_are_what_diffusers_encodes_and_scales(encoders: Encoders) -> No
 def test_latents_are_shifted_and_scaled_as_the_vae_says() -> None:
     """The demo's VAE has a factor of 1, which would hide a factor left out."""
     vae = load_encoders(PARAMS.model, CONFIG, CPU).vae
-    pixels = torch.zeros(1, 3, 64, 64)
-    mean, std = encode_images(vae, pixels)
+    levels = torch.full((1, 3, 64, 64), 90, dtype=torch.uint8)
+    mean, std = encode_images(vae, levels)
     factor = vae.config.scaling_factor
     vae.register_to_config(scaling_factor=0.5, shift_factor=0.25)
-    torch.testing.assert_close(encode_images(vae, pixels), ((mean / factor - 0.25) / 2, std / factor / 2))
+    torch.testing.assert_close(encode_images(vae, levels), ((mean / factor - 0.25) / 2, std / factor / 2))
 
 
 def test_captions_are_read_as_the_pipeline_reads_them(encoders: Encoders) -> None:
@@ -242,7 +243,7 @@ def test_mirrored_images_are_encoded_beside_the_others(
             "center",
             torch.Generator(),
         )
-        expected = encode_images(encoders.vae, to_pixels(to_bytes(part))[None])
+        expected = encode_images(encoders.vae, to_bytes(part)[None])
         found = mirrored.latents_mean, mirrored.latents_std
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
         assert mirrored.time_ids[0].tolist() == list(time_ids)

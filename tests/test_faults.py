@@ -4,14 +4,18 @@ from pathlib import Path
 import pytest
 from faults import DOCUMENT, GROUPS, section
 from small_disks import needs_mounts
+from tracking_servers import PASSWORD
 
 PAGE = DOCUMENT.read_text(encoding="utf-8")
 
 
 @needs_mounts
 @pytest.mark.parametrize("title", GROUPS)
-def test_faults_cost_nothing_and_say_what_to_do(title: str, tmp_path: Path) -> None:
+def test_faults_cost_nothing_and_say_what_to_do(
+    title: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     faults = list(GROUPS[title](tmp_path))
+    assert PASSWORD not in "".join(capfd.readouterr())
     for fault in faults:
         assert fault.lost == [], fault.name
         assert re.search(fault.remedy, fault.said), fault

@@ -1,6 +1,7 @@
 """The 16 GB recipe as `dvc repro` runs it, all of its repositories on a Hub on the loopback, in miniature."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,14 +12,29 @@ import yaml
 from hub import Hub, serving_hub
 from naruto import write_naruto
 from PIL import Image
+from playwright.sync_api import sync_playwright
 from project import REPOSITORY, Project, create_project
 
+CHROMIUM = shutil.which("chromium")
 CAPTIONS = [
     "arafed  man with black hair",
     "a woman with pink hair and a red bow",
     "",
-    *(f"a ninja number {number} in a forest" for number in range(13)),
+    "<script>document.title = 'owned'</script> a man with arafed hat",
+    """<img src="x" onerror="document.title = 'owned'"> arafed""",
+    *(f"a ninja number {number} in a forest" for number in range(11)),
 ]
+ATTACK = "<script>document.title = 'owned'</script>"
+SECRETS = {
+    "HF_TOKEN": "hf_PlantedTokenOfTheHub",
+    "AWS_ACCESS_KEY_ID": "AKIAPLANTEDKEY",
+    "AWS_SECRET_ACCESS_KEY": "PlantedSecretOfS3",
+    "MLFLOW_TRACKING_TOKEN": "PlantedTokenOfMLflow",
+    "MLFLOW_TRACKING_USERNAME": "planted-user-of-mlflow",
+    "MLFLOW_TRACKING_PASSWORD": "PlantedPasswordOfMLflow",
+}
+HOST_NAME = "host-of-kagome"
+SECRET_URL = "https://planted-user:PlantedPasswordOfTheRemote@storage.invalid/dvc"
 SMALLER = {
     "encoding": {
         "resolution": 64,
@@ -38,7 +54,7 @@ SMALLER = {
         "preview_every": 2,
     },
     "sampling": {
-        "prompts": ["naruto style, a fox"],
+        "prompts": [f"naruto style, a fox {ATTACK}"],
         "seeds": [0],
         "strengths": [0.0, 1.0],
         "num_inference_steps": 2,
@@ -46,6 +62,7 @@ SMALLER = {
         "precision": "fp32",
     },
     "evaluation": {"timesteps": [500], "noises": 1, "precision": "fp32"},
+    "export": {"title": f"Naruto {ATTACK}"},
 }
 
 
@@ -74,7 +91,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def project(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The project with the recipe selected and nothing run."""
+    """The project with the recipe selected and nothing run, of a user with secrets."""
     params = yaml.safe_load((REPOSITORY / "recipes/sdxl-naruto-16gb.yaml").read_text(encoding="utf-8"))
     for section, changes in SMALLER.items():
         params[section].update(changes)
@@ -83,14 +100,20 @@ def project(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Project:
     model["vae_revision"] = hub.repositories["models", model["vae"]].commit
     evaluation["clip_revision"] = hub.repositories["models", evaluation["clip_model"]].commit
     folder = tmp_path_factory.mktemp("recipe")
-    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "cache")}
-    return create_project(folder / "project", params, environment)
+    home = folder / "home-of-kagome"
+    home.mkdir()
+    places = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "cache"), "HOME": str(home)}
+    project = create_project(folder / "project", params, {**places, **SECRETS})
+    project.dvc("remote", "add", "--local", "private", SECRET_URL)
+    return project
 
 
 @pytest.fixture(scope="module")
 def output(project: Project) -> str:
-    """What the whole pipeline printed."""
-    return project.dvc("repro")
+    """What the whole pipeline printed, on a host with a name of its own where that can be given."""
+    if os.geteuid() != 0:
+        return project.dvc("repro")
+    return project.run("unshare", "--uts", "sh", "-c", f"hostname {HOST_NAME} && exec dvc repro")
 
 
 def test_data_set_is_recorded_with_the_commit_that_main_meant(
@@ -151,6 +174,56 @@ def test_nothing_that_lasts_holds_a_path_of_the_machine(project: Project, output
     files += [project.root / "dvc.lock", project.root / "data/lora/pytorch_lora_weights.safetensors"]
     for path in files:
         assert str(project.root.parent).encode() not in path.read_bytes(), path
+
+
+def test_no_secret_is_written_or_said(project: Project, output: str) -> None:
+    assert SECRET_URL in (project.root / ".dvc/config.local").read_text()
+    home = Path(project.environment["HOME"])
+    secrets = [*SECRETS.values(), "PlantedPasswordOfTheRemote", "planted-user", home.name, HOST_NAME]
+    folders = [project.root, Path(project.environment["HF_HOME"]), home]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    written = {path: path.read_bytes() for path in files if path.name != "config.local"}
+    for place in ("mlflow.db", "mlruns", "data/lora", "data/reports", "data/export", "dvc.lock", ".dvc/tmp"):
+        assert any(path.is_relative_to(project.root / place) for path in written), place
+    for secret in secrets:
+        assert secret not in output
+        assert [path for path, content in written.items() if secret.encode() in content] == [], secret
+
+
+def without_code(markdown: str) -> str:
+    """Markdown without its header and its blocks of code, where no HTML is looked for."""
+    return re.sub("\\A---\n.*?\n---\n|```.*?```", "", markdown, flags=re.DOTALL)
+
+
+def test_markdown_holds_nothing_that_a_stranger_wrote_as_html(project: Project, output: str) -> None:
+    assert output
+    for page in ("data/export/README.md", "data/reports/dataset.md"):
+        text = (project.root / page).read_text(encoding="utf-8")
+        assert "owned" in text or page.endswith("dataset.md")
+        assert not re.search(r"(?<!\\)<(script|img)", without_code(text))
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
+@pytest.mark.parametrize("policy", [True, False], ids=["as it is", "without the page's own policy"])
+@pytest.mark.parametrize("name", ["captions.html", "index.html"])
+def test_pages_run_nothing_that_a_stranger_wrote(
+    project: Project, output: str, name: str, policy: bool
+) -> None:
+    assert output
+    html = (project.root / "data/reports" / name).read_text(encoding="utf-8")
+    assert html.count("http-equiv") == 1
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.set_content(html if policy else html.replace("http-equiv", "data-was"))
+        page.wait_for_timeout(200)  # pictures that do not load would have said so
+        shown, title = page.inner_text("body"), page.title()
+        elements = page.evaluate("document.querySelectorAll('script, [onerror], [src=x]').length")
+        browser.close()
+    assert title != "owned"
+    assert ATTACK in shown
+    assert elements == 0
 
 
 def test_second_run_has_nothing_to_do(hub: Hub, project: Project, output: str) -> None:

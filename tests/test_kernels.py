@@ -59,6 +59,17 @@ def test_group_norm_and_its_gradient(
     assert relative_error(dx, gradient) < 3 * DTYPES[dtype]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_group_norm_of_a_picture_as_large_as_the_vaes(device: str) -> None:
+    """More pixels than one round of the kernel adds up."""
+    x = (draws(1, 32, 190, 190) + 10).half()
+    weight, bias = (draws(32, key=key).half() for key in ("weight", "bias"))
+    oracle = functional.group_norm(x.double(), 32, weight.double(), bias.double(), 1e-5)
+    ours = x.to(device, memory_format=torch.channels_last)
+    y = group_norm(ours, weight.to(device), bias.to(device), 32, 1e-5, silu=False)
+    assert relative_error(y, oracle) < 3 * DTYPES[torch.float16]
+
+
 @pytest.mark.gpu
 def test_group_norm_repeats_to_the_bit() -> None:
     x = draws(3, 640, 64, 64).half().to("cuda", memory_format=torch.channels_last)

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -44,7 +45,17 @@ def test_promoted_adapter_is_the_champion_and_can_be_fetched() -> None:
     assert champion.version == version.version
     assert champion.run_id == json.loads(paths.MLFLOW_POINTER.read_text(encoding="utf-8"))["mlflow"]["id"]
     uri = client().get_model_version_download_uri(EXPERIMENT, version.version)
-    assert (Path(uri.removeprefix("file://")) / "adapter.safetensors").read_bytes() == b"weights"
+    weights = Path(uri.removeprefix("file://")) / "adapter_weights" / paths.EXPORTED_WEIGHTS.name
+    assert weights.read_bytes() == paths.EXPORTED_WEIGHTS.read_bytes()
+
+
+def test_champion_is_loaded_by_its_alias(monkeypatch: pytest.MonkeyPatch) -> None:
+    promote()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", client().tracking_uri)
+    adapter = mlflow.diffusers.load_model(f"models:/{EXPERIMENT}@champion")
+    assert adapter.base_model == load_params().model.base
+    weights = Path(adapter.adapter_path) / paths.EXPORTED_WEIGHTS.name
+    assert weights.read_bytes() == paths.EXPORTED_WEIGHTS.read_bytes()
 
 
 def test_promoting_twice_registers_once() -> None:

@@ -8,7 +8,14 @@ from benchmarks import counts, report
 from benchmarks.claims import CLAIMS, REFERENCE, Change, find_pair
 from benchmarks.results import FOLDER, Benchmark, Machine, Result, read_results
 from benchmarks.sizes import ADAPTER, full_fine_tuning
-from benchmarks.tables import share_of_peak, speedup, steps_table
+from benchmarks.tables import (
+    DRAWN,
+    drawing_speedup,
+    sampling_table,
+    share_of_peak,
+    speedup,
+    steps_table,
+)
 
 MACHINE = Machine(
     gpu="Test GPU", gpu_memory_gib=80.0, driver="1.2", cpus=8, python="3.12.3", packages={"torch": "2.11.0"}
@@ -67,6 +74,22 @@ def test_only_the_usual_flags_are_a_baseline(changes: dict[str, Any]) -> None:
     other = measured("official_script", 2.0, **changes)
     assert speedup(SLOW, [other, SLOW]) is None
     assert speedup(other, [OFFICIAL, other]) == pytest.approx(1.0)
+
+
+def drawn(way: str, seconds: float, **changes: Any) -> Result:
+    configuration = dict.fromkeys(DRAWN, 1) | {"way": way, "batch_size": 2} | changes
+    result = measured("sample", seconds)
+    return result.model_copy(update={"configuration": configuration, "figures": {"psnr_db": 41.25}})
+
+
+def test_pictures_are_compared_with_diffusers_own_on_the_same_work() -> None:
+    ours, plain, other = drawn("ours", 1.0), drawn("diffusers", 3.0), drawn("ours", 1.0, strength=0.5)
+    assert drawing_speedup(ours, [ours, plain]) == pytest.approx(3.0)
+    assert drawing_speedup(other, [other, plain]) is None
+    lines = sampling_table([ours, plain, other]).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| this project", "| diffusers", "| this project"]
+    assert " 2.00 | 3.00 |" in lines[2]  # images a second, and times diffusers'
+    assert " 41.2 |" in lines[2]
 
 
 def test_a_failed_run_has_no_speed() -> None:

@@ -1,5 +1,6 @@
 """Repositories from a Hub on the loopback, and from folders."""
 
+import hashlib
 import re
 import shutil
 import socket
@@ -20,7 +21,8 @@ from sdxl_lora.sources import (
 )
 
 KEY = "model.base"
-FILES = {"config.json": b"{}", "unet/weights.safetensors": b"12345678", "unet/weights.bin": b"pickle"}
+NO_TENSORS = b"\2\0\0\0\0\0\0\0{}"
+FILES = {"config.json": b"{}", "unet/weights.safetensors": NO_TENSORS, "unet/weights.bin": b"pickle"}
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def test_download_shows_its_bytes_and_the_time_left(
     open_model()
     printed = capfd.readouterr().err
     bars = [line.strip() for line in printed.replace("\r", "\n").splitlines() if line.strip()]
-    assert re.search(r"owner/model: 100%.* 10\.0/10\.0 \[\d\d:\d\d<\d\d:\d\d, .*B/s\]", bars[-1])
+    assert re.search(r"owner/model: 100%.* 12\.0/12\.0 \[\d\d:\d\d<\d\d:\d\d, .*B/s\]", bars[-1])
     assert all(bar.startswith("owner/model: ") for bar in bars)
     assert printed.endswith("\n")
 
@@ -100,7 +102,7 @@ def test_branch_resolves_to_its_commit(hub: Hub, folder: Path) -> None:
 def test_size_counts_what_is_not_in_the_cache_yet(hub: Hub, folder: Path) -> None:
     hub.add("owner/model", folder)
     patterns = ("*.json", "unet/*.safetensors")
-    assert download_size("owner/model", "main", KEY, patterns, "model") == 10
+    assert download_size("owner/model", "main", KEY, patterns, "model") == 2 + len(NO_TENSORS)
     open_model()
     assert download_size("owner/model", "main", KEY, patterns, "model") == 0
 
@@ -201,3 +203,16 @@ def test_damaged_file_of_the_cache_is_named(hub: Hub, folder: Path, name: str) -
     assert damaged_files(snapshot) == [name]
     (snapshot / name).resolve().unlink()
     assert damaged_files(snapshot) == [name]
+
+
+def test_weights_in_the_cache_are_known_by_their_sha256(tmp_path: Path) -> None:
+    """As the Hub names what it keeps in LFS; the server above keeps nothing there."""
+    blob = tmp_path / "blobs" / hashlib.sha256(b"weights").hexdigest()
+    link = tmp_path / "snapshots/c0ffee/unet/model.safetensors"
+    for folder in (blob.parent, link.parent):
+        folder.mkdir(parents=True)
+    blob.write_bytes(b"weights")
+    link.symlink_to(blob)
+    assert damaged_files(tmp_path / "snapshots/c0ffee") == []
+    blob.write_bytes(b"Weights")
+    assert damaged_files(tmp_path / "snapshots/c0ffee") == ["unet/model.safetensors"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModel, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from PIL import Image
 from tracked import write_gates, write_results
@@ -70,11 +71,33 @@ def test_run_shows_params_curves_numbers_pictures_and_the_adapter(params: Params
     assert reports == {f"reports/{name}" for name in expected}
 
 
+def model_of(run_id: str | None) -> LoggedModel:
+    """The one model that a run logged."""
+    outputs = client().get_run(str(run_id)).outputs.model_outputs
+    assert len(outputs) == 1
+    return client().get_logged_model(outputs[0].model_id)
+
+
 def test_run_of_an_adapter_that_fails_says_why(params: Params) -> None:
     write_gates("copied.adapter is 1, should be at most 0.1")
-    tags = client().get_run(str(track_run(params)["mlflow"]["id"])).data.tags
-    assert tags["gates"] == "failed"
-    assert tags["gates.copied"] == "copied.adapter is 1, should be at most 0.1"
+    run_id = str(track_run(params)["mlflow"]["id"])
+    for tags in (client().get_run(run_id).data.tags, model_of(run_id).tags):
+        assert tags["gates"] == "failed"
+        assert tags["gates.copied"] == "copied.adapter is 1, should be at most 0.1"
+
+
+def test_evaluation_is_of_the_model_on_the_data_set(params: Params) -> None:
+    run_id = track_run(params)["mlflow"]["id"]
+    model, run = model_of(run_id), client().get_run(str(run_id))
+    assert (model.name, model.model_type, model.status) == ("adapter", "lora", LoggedModelStatus.READY)
+    assert model.params["lora.rank"] == str(params.lora.rank)
+    digest = file_digest(paths.ENCODED_INDEX)[:36]
+    number = paths.NUMBERS.index(paths.METRICS)
+    found = {metric.key: metric for metric in model.metrics}
+    value = found["group/value"]
+    assert set(found) == {"group/value", "peak_memory_gib"}  # those of metrics.json alone
+    assert value.value == run.data.metrics["group/value"] == number
+    assert (value.dataset_name, value.dataset_digest) == ("owner/pictures", digest)
 
 
 def test_live_curve_is_not_drawn_twice(params: Params) -> None:
@@ -148,6 +171,11 @@ def test_nothing_logged_tells_the_host_or_the_home_folder(params: Params) -> Non
     said = json.dumps({**run.data.tags, **run.data.params})
     assert str(Path.home()) not in said
     assert "mlflow.user" not in run.data.tags
+    model = model_of(run_id)
+    folder = Path(model.artifact_location.removeprefix("file://"))
+    said = "".join(path.read_text() for path in folder.iterdir() if path.is_file()) + json.dumps(model.tags)
+    assert str(Path.home()) not in said
+    assert str(Path.cwd()) not in said
 
 
 def test_two_processes_can_create_the_database_at_once(tmp_path: Path) -> None:

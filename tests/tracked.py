@@ -5,12 +5,15 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
+import torch
 import yaml
 from PIL import Image
 
 from sdxl_lora import paths
+from sdxl_lora.lineage import PREFIX
 from sdxl_lora.reports import write_numbers
 from sdxl_lora.samples import Sample, save_table
+from sdxl_lora.tensor_files import write_tensors
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -27,7 +30,8 @@ def write_results() -> None:
     curve = pd.DataFrame({"step": [10, 20], "loss": [0.5, 0.25]})
     curve.to_csv(paths.LOSS_CURVE, index=False)
     paths.EXPORT.mkdir()
-    (paths.EXPORT / "adapter.safetensors").write_bytes(b"weights")
+    header = {f"{PREFIX}git.commit": "c0ffee"}
+    write_tensors(paths.EXPORTED_WEIGHTS, {"unet.layer.lora_A.weight": torch.ones(1, 2)}, header)
     paths.CARD.write_text("---\nlicense: mit\n---\n# An adapter\n\n![Samples](grid.png)\n")
     for path in (paths.RAW_SOURCE, paths.ENCODED_INDEX):
         path.parent.mkdir()

@@ -13,7 +13,7 @@ from fault import Fault, news, project
 from mlflow import MlflowClient
 from small_disks import fill, small_disk
 from tracked import write_results
-from tracking_servers import Gate, Trouble, gate, mlflow_server
+from tracking_servers import PASSWORD, Gate, Trouble, gate, mlflow_server
 
 from sdxl_lora import paths, ui
 from sdxl_lora.config import Params, load_params
@@ -79,6 +79,8 @@ def tracking_faults(folder: Path) -> Iterator[Fault]:
                 track_run(params)
                 lost += [] if steps_shown(server) == list(range(1, STEPS + 1)) else ["points of the curve"]
                 yield Fault(name, "; ".join(said), lost, "track_run will log the results")
+        told = [path for path in disk.rglob("*") if path.is_file() and PASSWORD.encode() in path.read_bytes()]
+        assert told == [], "the server was told its own password"
 
 
 def steps_shown(client: MlflowClient) -> list[int]:

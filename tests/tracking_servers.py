@@ -13,6 +13,7 @@ from threading import Thread
 
 from sdxl_lora import ui
 
+PASSWORD = "PlantedPasswordOfMLflow"
 STARTUP_SECONDS = 120
 HOP_BY_HOP = {"connection", "transfer-encoding", "content-length", "date", "server"}
 Trouble = Callable[["Gate"], None]
@@ -73,7 +74,8 @@ class Gate(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        return f"http://{ui.HOST}:{self.server_address[1]}"
+        """With a password, as a user may write it."""
+        return f"http://somebody:{PASSWORD}@{ui.HOST}:{self.server_address[1]}"
 
     def close(self) -> None:
         """Stops listening."""

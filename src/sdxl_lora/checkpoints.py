@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sdxl_lora.config import LoraConfig, ModelConfig, TrainingConfig
+from sdxl_lora.files import explained_write_errors, require_safetensors
 from sdxl_lora.hardware import machine
 from sdxl_lora.processes import processes
 from sdxl_lora.sdxl import open_base
@@ -74,15 +75,16 @@ class Checkpoints:
         """
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         content = save(copies, dict(facts))
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:08d}-{digest(content)}.safetensors"
         partial = path.with_suffix(".partial")
         try:
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
+            with explained_write_errors(path):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with partial.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(path)
         except OSError:
             partial.unlink(missing_ok=True)
             raise
@@ -98,6 +100,7 @@ class Checkpoints:
         for path in self._files():
             content = path.read_bytes()
             if path.stem.endswith(f"-{digest(content)}"):
+                require_safetensors(path)
                 return Checkpoint(load(content), facts_of(content))
             logger.warning("%s is damaged: falling back to the checkpoint before it", path.name)
         return None

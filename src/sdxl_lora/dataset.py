@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from sdxl_lora.files import write_bytes, write_text
+from sdxl_lora.files import require_safetensors, write_bytes, write_text
 from sdxl_lora.sources import DIGEST_PREFIX
 
 Split = Literal["train", "held_out"]
@@ -100,7 +100,7 @@ class EncodedDataset:
 
         Raises:
             FileNotFoundError: nothing was encoded into `folder`.
-            ValueError: the split is empty.
+            ValueError: the split is empty, or a shard is something else.
         """
         index = folder / INDEX
         if not index.is_file():
@@ -110,6 +110,8 @@ class EncodedDataset:
         if not self.examples:
             raise ValueError(f"{folder}/ has no {split} example: add images, or change encoding.held_out")
         shards = {example.shard for example in self.examples}
+        for name in shards:
+            require_safetensors(folder / name)
         self._shards: dict[str, Any] = {name: safe_open(folder / name, "pt") for name in shards}
         slices = {name: shard.get_slice("latents_mean") for name, shard in self._shards.items()}
         latents = {name: torch.Size((1, *slice_.get_shape()[1:])) for name, slice_ in slices.items()}

@@ -226,7 +226,8 @@ def image_file(folder: Path, row: dict[str, Any], number: int, config: DownloadC
     """The image that a row of the metadata names.
 
     Raises:
-        ValueError: the name leads out of the folder, or to a hidden file, which has no part in its digest.
+        ValueError: the name leads out of the folder, or to a hidden file, which has no part in its digest, or
+            is none that a file can have.
         FileNotFoundError: there is no such file.
     """
     name = row[config.image_column]
@@ -234,9 +235,15 @@ def image_file(folder: Path, row: dict[str, Any], number: int, config: DownloadC
         raise ValueError(f"download.image_column: row {number} of {folder} has no file name but {name!r}")
     path = folder / name
     hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
-    if hidden or not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        outside, found = not path.resolve().is_relative_to(folder.resolve()), path.is_file()
+    except (OSError, ValueError) as error:  # too long, or with a NUL
+        raise ValueError(
+            f"{KEY}: row {number} of {folder} names {name[:99]!r}, as no file can be called"
+        ) from error
+    if hidden or outside:
         raise ValueError(f"{KEY}: {name!r} in the metadata of {folder} is hidden or leads out of the folder")
-    if not path.is_file():
+    if not found:
         raise FileNotFoundError(f"{KEY}: {folder} has no {name!r}, which its metadata names")
     return path
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sdxl_lora.attention import usual_attention
 from sdxl_lora.config import AttentionBackend, SamplingConfig
 from sdxl_lora.cuda_graph import Recorder
-from sdxl_lora.fused import attention_shapes, fuse, fuse_unet
+from sdxl_lora.fused import attention_shapes, fuse, fuse_unet, fuse_vae
 from sdxl_lora.sdxl import TextEncoders, predict
 
 
@@ -55,10 +55,9 @@ def fuse_all(
 ) -> None:
     """Gives a pipeline's modules the classes of `fused`, in channels_last on a GPU."""
     fuse_unet(unet, backend)
-    for module in (*text_encoders, vae):
-        fuse(module)
-    if vae.device.type != "cpu":
-        vae.to(memory_format=torch.channels_last)
+    for text_encoder in text_encoders:
+        fuse(text_encoder)
+    fuse_vae(vae)
 
 
 @contextmanager

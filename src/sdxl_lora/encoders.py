@@ -14,6 +14,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from sdxl_lora.config import EncodingConfig, ModelConfig
+from sdxl_lora.fused import fuse_vae
+from sdxl_lora.images import to_pixels
 from sdxl_lora.sdxl import (
     TextEncoders,
     Tokenizers,
@@ -37,27 +39,32 @@ class Encoders:
 def load_encoders(model: ModelConfig, config: EncodingConfig, device: torch.device) -> Encoders:
     """VAE and tokenizers, and the text encoders if they are frozen."""
     frozen = model.text_encoders == "frozen"
+    vae = load_vae(model, config.vae_precision, device)
+    fuse_vae(vae)
     return Encoders(
-        vae=load_vae(model, config.vae_precision, device),
+        vae=vae,
         tokenizers=load_tokenizers(model),
         text_encoders=load_text_encoders(model, config.text_precision, device) if frozen else None,
     )
 
 
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def encode_images(vae: AutoencoderKL, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the VAE's posterior, scaled as the UNet reads latents.
 
+    On a GPU returns before they are computed.
+
     Args:
-        pixels: in [-1, 1], (B, 3, H, W).
+        levels: uint8, (B, 3, H, W).
 
     Returns:
-        Two tensors in the VAE's precision, on the CPU, (B, 4, H/8, W/8).
+        Two tensors in the VAE's precision, on its device, (B, 4, H/8, W/8).
     """
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    pixels = to_pixels(levels.to(vae.device, non_blocking=True)).to(vae.dtype)
+    posterior = vae.encode(pixels).latent_dist
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     mean = (posterior.mean - shift) * vae.config.scaling_factor
-    return mean.cpu(), (posterior.std * vae.config.scaling_factor).cpu()
+    return mean, posterior.std * vae.config.scaling_factor
 
 
 @torch.no_grad()

@@ -104,6 +104,11 @@ class Engine(Generic[Inputs]):
         self._adapters.gradient += torch.cat([gradient.flatten() for gradient in gradients])
         self._adapters.loss += loss.detach()
 
+    def gradients(self) -> Sequence[Tensor]:
+        """What was accumulated for each parameter that is still trained, times the loss scale; flat views."""
+        parameters = self._adapters.parameters
+        return self._adapters.gradient.split([parameter.numel() for parameter in parameters])
+
     @torch.no_grad()
     def update(self, learning_rate_factor: float, stop: bool = False) -> Update:
         """Moves the weights along the mean gradient of what all processes have accumulated, clipped.

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from sdxl_lora import buckets as buckets_module
 from sdxl_lora import encoders as encoders_module
+from sdxl_lora import fused as fused_module
 from sdxl_lora import images as images_module
+from sdxl_lora import kernels as kernels_module
 from sdxl_lora import pictures as pictures_module
 from sdxl_lora import sdxl as sdxl_module
 from sdxl_lora.buckets import Size
@@ -33,7 +35,7 @@ from sdxl_lora.encoders import (
     weights_digest,
 )
 from sdxl_lora.hardware import machine
-from sdxl_lora.images import BadImageError, to_pixels
+from sdxl_lora.images import BadImageError
 from sdxl_lora.pictures import CaptionedImage, Picture, View, decode_pictures
 from sdxl_lora.sdxl import DTYPES, tokenize
 from sdxl_lora.sources import file_digest
@@ -50,6 +52,9 @@ class Job:
     row: CaptionedImage
     flipped: bool
     view: View
+
+
+NOTHING: tuple[Sequence[Job], Tensor] = ([], torch.empty(2, 0))
 
 
 class Entries:
@@ -70,7 +75,14 @@ class Entries:
             "vae": weights_digest(encoders.vae),
             "machine": machine(encoders.vae.device),
             "code": code_version(
-                [buckets_module, images_module, pictures_module, encoders_module],
+                [
+                    buckets_module,
+                    images_module,
+                    pictures_module,
+                    encoders_module,
+                    fused_module,
+                    kernels_module,
+                ],
                 (*IMAGE_LIBRARIES, "torch", "diffusers"),
             ),
         }
@@ -95,6 +107,7 @@ class Entries:
             OSError: an image file is missing.
         """
         waiting: dict[torch.Size, list[Job]] = defaultdict(list)
+        under_way = NOTHING  # on a GPU: it computes a batch while the one before is written
         captions: list[Tensor] = []
         lacking = [row for row in rows if self._lacks_picture(row)]
         decoded = decode_pictures(lacking, self._images, self._config, self._lacks_picture)
@@ -108,7 +121,8 @@ class Entries:
                 jobs = waiting[job.view.levels.shape]
                 jobs.append(job)
                 if len(jobs) == self._config.batch_size:
-                    self._put_latents(waiting.pop(job.view.levels.shape))
+                    encoded, under_way = under_way, self._encode(waiting.pop(job.view.levels.shape))
+                    self._put_latents(*encoded)
             token_ids = self._token_ids(row)
             if self._lacks_text(token_ids):
                 captions.append(token_ids)
@@ -116,8 +130,9 @@ class Entries:
                 self._put_texts(captions)
                 captions = []
             yield row, None
+        self._put_latents(*under_way)
         for jobs in waiting.values():
-            self._put_latents(jobs)
+            self._put_latents(*self._encode(jobs))
         if captions:
             self._put_texts(captions)
 
@@ -168,20 +183,24 @@ class Entries:
         jobs = [Job(row, bool(number), view) for number, view in enumerate(picture.views)]
         return [job for job in jobs if self._latents_key(row, job.flipped) not in self._store]
 
-    def _put_latents(self, jobs: Sequence[Job]) -> None:
+    def _encode(self, jobs: Sequence[Job]) -> tuple[Sequence[Job], Tensor]:
+        """The jobs with the mean and standard deviation of their latents, (2, B, 4, H/8, W/8)."""
         levels = torch.stack([job.view.levels for job in jobs])
-        pixels = to_pixels(filled_up(levels, self._config.batch_size))
         with explained_memory_errors(self._config):
-            mean, std = encode_images(self._encoders.vae, pixels)
+            latents = encode_images(self._encoders.vae, filled_up(levels, self._config.batch_size))
+            return jobs, torch.stack(latents)
+
+    def _put_latents(self, jobs: Sequence[Job], latents: Tensor) -> None:
+        mean, std = latents.cpu()
         for number, job in enumerate(jobs):
             part = slice(number, number + 1)
             require_finite(job.row, mean[part] + std[part], self._config)
-            latents = {
+            entry = {
                 "latents_mean": mean[part],
                 "latents_std": std[part],
                 "time_ids": torch.tensor([job.view.time_ids], dtype=torch.int32),
             }
-            self._store.put(self._latents_key(job.row, job.flipped), latents)
+            self._store.put(self._latents_key(job.row, job.flipped), entry)
 
     def _put_texts(self, captions: Sequence[Tensor]) -> None:
         assert self._encoders.text_encoders is not None

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what to say when they cannot be."""
+"""Files that are written whole or not at all; what to say if one cannot be written, or must not be read."""
 
 import errno
 import os
@@ -7,8 +7,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
+PICKLE_STARTS = (b"\x80", b"PK\x03\x04")  # a pickle, and the ZIP archive of one that PyTorch writes
 FREE_SPACE = (
     "free some (`dvc gc --workspace` drops old results), then run again. "
     "If dvc.lock is empty: `git checkout dvc.lock`"
@@ -75,7 +76,27 @@ def explained_write_errors(path: Path) -> Iterator[None]:
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written ({error}): {FREE_SPACE}") from error
     except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
         raise explained(error, path) from error
+
+
+def require_safetensors(path: Path) -> None:
+    """Refuses a file that is not what its name says, a pickle before all.
+
+    Raises:
+        ValueError: names `path`, and what to do.
+    """
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        with path.open("rb") as file:
+            is_pickle = file.read(4).startswith(PICKLE_STARTS)
+        reason = "a pickle, which can run any code as it is loaded" if is_pickle else f"damaged ({error})"
+        raise ValueError(
+            f"{path} is no safetensors file but {reason}: take it anew from its source"
+        ) from error
 
 
 def explained(error: OSError, path: Path | None = None) -> OSError:

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
@@ -201,6 +201,13 @@ def fuse_unet(unet: UNet2DConditionModel, backend: AttentionBackend) -> None:
     unet.set_attn_processor(FusedAttentionProcessor(backend))
     if unet.device.type != "cpu":
         unet.to(memory_format=torch.channels_last)
+
+
+def fuse_vae(vae: AutoencoderKL) -> None:
+    """`fuse` for the VAE, and channels_last on a GPU."""
+    fuse(vae)
+    if vae.device.type != "cpu":
+        vae.to(memory_format=torch.channels_last)
 
 
 def attention_shapes(unet: UNet2DConditionModel, batch: int, height: int, width: int) -> list[AttentionShape]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from sdxl_lora.config import LoraConfig
-from sdxl_lora.files import explained_write_errors
+from sdxl_lora.files import explained_write_errors, require_safetensors
 from sdxl_lora.randomness import generator
 from sdxl_lora.sdxl import TextEncoders
 from sdxl_lora.tensor_files import read_header, write_tensors
@@ -126,10 +126,12 @@ def saved_lora(folder: Path) -> Path:
 
     Raises:
         FileNotFoundError: it did not.
+        ValueError: it is something else.
     """
     path = folder / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: run `dvc repro train_lora` first")
+    require_safetensors(path)
     return path
 
 

@@ -8,6 +8,7 @@ from sdxl_lora.config import Params, SamplingConfig
 from sdxl_lora.drawing import fuse_all
 from sdxl_lora.encoders import embed_captions, encode_images
 from sdxl_lora.forecast import META, InferenceTrace, trace_inference
+from sdxl_lora.fused import fuse_vae
 from sdxl_lora.lora import add_adapters, lora_parameters
 from sdxl_lora.sdxl import DTYPES, embed_tokens, predict
 from sdxl_lora.shapes import Shapes
@@ -17,11 +18,14 @@ def trace_encoding(shapes: Shapes, params: Params) -> InferenceTrace:
     """What the stage encode_dataset takes for one batch."""
     config = params.encoding
     vae = shapes.make_vae(config.vae_precision, META)
+    fuse_vae(vae)
     frozen = params.model.text_encoders == "frozen"
     text_encoders = shapes.make_text_encoders(config.text_precision, META) if frozen else None
 
+    levels = torch.zeros(config.batch_size, 3, config.resolution, config.resolution, dtype=torch.uint8)
+
     def run() -> None:
-        encode_images(vae, torch.zeros(config.batch_size, 3, config.resolution, config.resolution))
+        encode_images(vae, levels)
         if text_encoders is not None:
             embed_captions(text_encoders, torch.zeros(config.batch_size, 2, 77, dtype=torch.long))
 

@@ -1,10 +1,13 @@
 """A look at the adapter while it trains: one held-out caption drawn again and again from the same noise."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from PIL.Image import Image
+from torch import nn
 
 from sdxl_lora.config import ModelConfig
 from sdxl_lora.dataset import EncodedDataset
@@ -46,7 +49,11 @@ class Previewer:
 
     @torch.no_grad()
     def draw(self) -> Image:
-        """The held-out caption's image at the size that training sees."""
+        """The held-out caption's image at the size that training sees, without the adapters' dropout."""
+        with evaluating(self._denoiser.modules):
+            return self._draw()
+
+    def _draw(self) -> Image:
         denoiser = self._denoiser
         noise = torch.randn(self._batch.latents_mean.shape, generator=generator("preview"))
         prompt_embeds, pooled_prompt_embeds = denoiser.conditions(self._batch)
@@ -63,3 +70,15 @@ class Previewer:
             num_inference_steps=NUM_INFERENCE_STEPS,
             guidance_scale=GUIDANCE_SCALE,
         ).images[0]
+
+
+@contextmanager
+def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Takes the modules out of training mode while the block runs."""
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.train()

@@ -17,7 +17,8 @@ from sdxl_lora import paths
 from sdxl_lora.config import Params
 from sdxl_lora.execution import current_execution
 from sdxl_lora.gates import failures
-from sdxl_lora.lineage import training_digest
+from sdxl_lora.lineage import facts_of, training_digest
+from sdxl_lora.logged_model import log_adapter
 from sdxl_lora.sources import file_digest
 from sdxl_lora.tracking import ENTRIES_A_REQUEST, TRACKING_ERRORS, Connection, cause, chunks, connect, flat
 
@@ -64,10 +65,10 @@ def show_results(connection: Connection, params: Params) -> str:
         return shown
     run_id = connection.new_run(execution, params, {} if records else {"dvc.origin": "restored"})
     log_curves(client, run_id)
-    log_reports(client, run_id)
+    model_id = log_adapter(client, run_id, params, paths.EXPORTED_WEIGHTS, facts_of(paths.EXPORTED_WEIGHTS))
+    log_reports(client, run_id, model_id, log_dataset(client, run_id))
     log_pictures(client, run_id)
-    log_verdict(client, run_id)
-    log_dataset(client, run_id)
+    log_verdict(client, run_id, model_id)
     for name in pipeline_stages():
         client.set_tag(run_id, f"stage.{name}", records[name].status if name in records else "cached")
         if name in records:
@@ -107,32 +108,37 @@ def log_curves(client: MlflowClient, run_id: str) -> None:
         client.log_batch(run_id, metrics=chunk)
 
 
-def log_reports(client: MlflowClient, run_id: str) -> None:
-    """Every number of every report as a metric under the report's name, every word as a tag."""
+def log_reports(client: MlflowClient, run_id: str, model_id: str, dataset: Dataset) -> None:
+    """Every number of every report as a metric under the report's name, every word as a tag.
+
+    What was evaluated is a metric of the model on the data set as well.
+    """
+    evaluated = {"model_id": model_id, "dataset_name": dataset.name, "dataset_digest": dataset.digest}
     now = int(time.time() * 1000)
     for path in paths.NUMBERS:
         prefix = "" if path == paths.METRICS else f"{path.stem}/"
         leaves = flat(json.loads(path.read_text(encoding="utf-8")), separator="/")
         entries = {f"{prefix}{key}": value for key, value in leaves}
         words = [RunTag(key, value) for key, value in entries.items() if isinstance(value, str)]
-        points = [
-            Metric(key, float(value), now, 0) for key, value in entries.items() if not isinstance(value, str)
-        ]
+        of = evaluated if path == paths.METRICS else {}
+        numbers = {key: float(value) for key, value in entries.items() if not isinstance(value, str)}
+        points = [Metric(key, value, now, 0, **of) for key, value in numbers.items()]
         client.log_batch(run_id, metrics=points, tags=words)
     for path in sorted(paths.REPORTS.iterdir()):
         if path.suffix in (".csv", ".html", ".md") and path != paths.REPRODUCTION_PAGE:
             client.log_artifact(run_id, str(path), "reports")
 
 
-def log_verdict(client: MlflowClient, run_id: str) -> None:
+def log_verdict(client: MlflowClient, run_id: str, model_id: str) -> None:
     """Tags that say whether the adapter passed its gates, and why not: `gates` and `gates.<name>`."""
     failed = failures(paths.GATES)
-    client.set_tag(run_id, "gates", "failed" if failed else "passed")
-    for name, reason in failed.items():
-        client.set_tag(run_id, f"gates.{name}", reason)
+    tags = {"gates": "failed" if failed else "passed"}
+    tags |= {f"gates.{name}": reason for name, reason in failed.items()}
+    client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+    client.set_logged_model_tags(model_id, tags)
 
 
-def log_dataset(client: MlflowClient, run_id: str) -> None:
+def log_dataset(client: MlflowClient, run_id: str) -> Dataset:
     """The data set that the adapter was trained on, with the digest of its images and captions."""
     record = json.loads(paths.RAW_SOURCE.read_text(encoding="utf-8"))
     digest = file_digest(paths.ENCODED_INDEX)
@@ -144,6 +150,7 @@ def log_dataset(client: MlflowClient, run_id: str) -> None:
         profile=json.dumps({"sha256": digest, "examples": record["examples"]}),
     )
     client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+    return dataset
 
 
 def log_pictures(client: MlflowClient, run_id: str) -> None:

@@ -52,9 +52,13 @@ def version_of(client: MlflowClient, run_id: str) -> ModelVersion:
     for version in client.search_model_versions(f"name = '{EXPERIMENT}'"):
         if version.run_id == run_id:
             return version
-    source = f"{client.get_run(run_id).info.artifact_uri}/adapter"
-    tags = {key: value for key, value in client.get_run(run_id).data.tags.items() if key.startswith("dvc.")}
-    return client.create_model_version(EXPERIMENT, source, run_id, tags={**tags, "gates": "passed"})
+    run = client.get_run(run_id)
+    model_id = run.outputs.model_outputs[0].model_id
+    tags = {key: value for key, value in run.data.tags.items() if key.startswith("dvc.")}
+    source = client.get_logged_model(model_id).artifact_location
+    return client.create_model_version(
+        EXPERIMENT, source, run_id, tags={**tags, "gates": "passed"}, model_id=model_id
+    )
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -133,11 +133,11 @@ def dvc(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def environment_of(project: Path) -> dict[str, str]:
     """Variables with which commands use this interpreter's packages, and the library of `project`."""
-    inherited: Mapping[str, str] = {name: value for name, value in os.environ.items() if name not in FOREIGN}
-    return {
-        **inherited,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", "")]),
-        "PYTHONPATH": os.pathsep.join([str(project / "src"), str(project)]),
+    inherited = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+    first = {"PATH": [Path(sys.executable).parent], "PYTHONPATH": [project / "src", project]}
+    return inherited | {
+        name: os.pathsep.join([*map(str, places), *filter(None, [inherited.get(name)])])
+        for name, places in first.items()
     }
 
 

@@ -57,7 +57,8 @@ class Session:
                 if report.step % self.config.log_every == 0:
                     live.log(**mean_report(self.training.reports[-self.config.log_every :]))
                 if previewer and self.config.preview_every and report.step % self.config.preview_every == 0:
-                    self._draw(previewer, live)
+                    path = paths.PREVIEWS / preview_name(report.step)
+                    live.image("preview", previewer.save(path), report.step)
                 if self.checkpoints.are_due():  # after the preview, which a resume would not draw
                     self._save_or_warn()
                 if self.deadline.is_near():
@@ -100,6 +101,8 @@ class Session:
             raise SystemExit(STOPPED)
 
     def _save(self) -> None:
+        """Saves a checkpoint, and the previews so far: DVC deletes a stage's outputs before it runs."""
+        shutil.copytree(paths.PREVIEWS, self._kept_previews, dirs_exist_ok=True)
         self.checkpoints.save(self.training.step, self.training.state_dict(), self.choices)
 
     def _save_or_warn(self) -> None:
@@ -118,14 +121,6 @@ class Session:
         for step in multiples(self.config.preview_every, len(past)):
             path = shutil.copy(self._kept_previews / preview_name(step), paths.PREVIEWS)
             live.image("preview", Image.open(path), step)
-
-    def _draw(self, previewer: Previewer, live: LiveRun) -> None:
-        """A preview, and its copy for a resume: DVC deletes a stage's outputs before it runs."""
-        step = self.training.step
-        path = paths.PREVIEWS / preview_name(step)
-        live.image("preview", previewer.save(path), step)
-        self._kept_previews.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, self._kept_previews)
 
     @property
     def _kept_previews(self) -> Path:

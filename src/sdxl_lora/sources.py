@@ -27,12 +27,14 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import tqdm
 
+from sdxl_lora.files import require_safetensors
 from sdxl_lora.hardware import require_disk_space
 
 DIGEST_PREFIX = "sha256:"
 BYTES_ON_DISK = "huggingface_hub.snapshot_download"  # the client's name for the bar that is drawn
 BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
 REFUSED = (401, 403)
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 RepositoryType = Literal["model", "dataset"]
 
@@ -130,12 +132,29 @@ def open_repository(
             )
         folder = Path(snapshot)
     for pattern in patterns:
-        if pattern.endswith(".safetensors") and not any(folder.glob(pattern)):
-            raise FileNotFoundError(
-                f"{key}: {repository} has no {pattern}. Only safetensors are read: weights in pickle (*.bin, "
-                f"*.ckpt) can run any code. Choose a repository, revision or variant that has them"
-            )
+        if pattern.endswith(".safetensors"):
+            require_weights(folder, pattern, f"{key}: {repository}")
     return folder
+
+
+def require_weights(folder: Path, pattern: str, place: str) -> None:
+    """Refuses a folder without safetensors, or with something else under their name.
+
+    Raises:
+        FileNotFoundError: nothing matches `pattern`; names the pickles that lie there instead.
+        ValueError: what matches is no safetensors file.
+    """
+    weights = sorted(folder.glob(pattern))
+    if not weights:
+        beside = (folder / pattern).parent.glob("*")
+        pickles = sorted(path.name for path in beside if path.suffix in PICKLES)
+        found = f"{pattern}, but {', '.join(pickles)}" if pickles else pattern
+        raise FileNotFoundError(
+            f"{place} has no {found}. Only safetensors are read: weights in pickle ({', '.join(PICKLES)}) "
+            "can run any code. Choose a repository, revision or variant that has them"
+        )
+    for path in weights:
+        require_safetensors(path)
 
 
 def local_copy(

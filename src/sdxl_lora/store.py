@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sdxl_lora.files import write_bytes
@@ -58,7 +59,11 @@ class Store:
             path.unlink(missing_ok=True)
             return None
         os.utime(path)
-        tensors: dict[str, Tensor] = safetensors.torch.load(payload)
+        try:
+            tensors: dict[str, Tensor] = safetensors.torch.load(payload)
+        except SafetensorError:
+            path.unlink(missing_ok=True)
+            return None
         return tensors
 
     def prune(self) -> None:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from sdxl_lora.files import write_bytes
+from sdxl_lora.files import require_safetensors, write_bytes
 
 ALIGNMENT = 8  # bytes: where the format wants its tensors to start
 LENGTH_SIZE = 8  # bytes, little-endian, before the header
@@ -30,7 +30,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """The entries that `write_tensors` got as `header`."""
+    """The entries that `write_tensors` got as `header`.
+
+    Raises:
+        ValueError: the file is something else.
+    """
+    require_safetensors(path)
     with safe_open(path, "pt") as file:
         return dict(file.metadata() or {})
 

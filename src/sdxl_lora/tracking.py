@@ -1,7 +1,7 @@
 """MLflow while training runs: the project's experiment there, its runs, and live curves.
 
-Here, in `projection` and in `registry` alone is MLflow known. What goes wrong with the tracking server never
-stops a stage: results are files, and `dvc repro -sf track_run` shows them when the server is back.
+Here, in `projection`, `logged_model` and `registry` alone is MLflow known. What goes wrong with the tracking
+server never stops a stage: results are files, and `dvc repro -sf track_run` shows them when it is back.
 """
 
 import logging

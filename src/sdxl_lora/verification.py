@@ -34,7 +34,7 @@ def verify(path: Path) -> Iterator[Check]:
     """Every check that the file's header allows, as it is made."""
     try:
         facts, weights = facts_of(path), content_digest(load_file(path))
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         yield failed(
             "file", f"{path} cannot be read ({error})", "take the file anew from where it was published"
         )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -75,16 +76,11 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
-def signal_after_preview(number: signal.Signals, step: int) -> Thread:
-    """Sends this process a signal as soon as the stage has drawn the preview of `step`."""
-
-    def wait_and_send() -> None:
-        wait_for((paths.PREVIEWS / f"step-{step:06d}.png").is_file)
-        os.kill(os.getpid(), number)
-
-    thread = Thread(target=wait_and_send)
-    thread.start()
-    return thread
+def signal_after_preview(number: signal.Signals, step: int) -> float:
+    """Sends this process a signal as soon as the stage has drawn the preview of `step`; says when it did."""
+    wait_for((paths.PREVIEWS / f"step-{step:06d}.png").is_file)
+    os.kill(os.getpid(), number)
+    return time.monotonic()
 
 
 def test_training_stopped_again_and_again_goes_on_to_the_same_results(
@@ -106,14 +102,15 @@ def test_training_stopped_again_and_again_goes_on_to_the_same_results(
 
     for number, step in ((signal.SIGTERM, 3), (signal.SIGINT, 6)):
         delete_outputs()
-        sender = signal_after_preview(number, step)
-        with pytest.raises(SystemExit) as exit_:
-            train_lora.main()
-        sender.join()
+        with ThreadPoolExecutor() as other_thread:
+            sent = other_thread.submit(signal_after_preview, number, step)
+            with pytest.raises(SystemExit) as exit_:
+                train_lora.main()
+        assert time.monotonic() - sent.result() < 10
         assert exit_.value.code == STOPPED
         assert step <= checkpoints()[-1] <= step + 2
         assert f"{number.name}: stopped after step {checkpoints()[-1]} of 9" in caplog.text
-        assert not paths.LORA.exists()
+        assert not list(paths.LORA.iterdir())
         assert [run.info.status for run in connect().client.search_runs([connect().experiment_id])] == [
             "KILLED"
         ]
@@ -125,6 +122,20 @@ def test_training_stopped_again_and_again_goes_on_to_the_same_results(
     assert f"going on after step {last} of 9" in caplog.text
     assert results() == uninterrupted
     assert list(paths.CHECKPOINTS.rglob("*.safetensors")) == []
+
+
+def test_training_goes_on_where_no_checkpoint_can_be_written(
+    recipe: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is a file in the place of the folder."""
+    recipe["model"]["text_encoders"] = "frozen"
+    changes = {"steps": 3, "text_encoder_steps": None, "preview_every": 3, "checkpoint_minutes": 0.0}
+    write_params(recipe, **changes)
+    paths.CHECKPOINTS.parent.mkdir(parents=True)
+    paths.CHECKPOINTS.write_text("not a folder")
+    train_lora.main()
+    assert caplog.text.count("training goes on") == 3
+    assert saved_lora(paths.LORA).is_file()
 
 
 def test_step_without_a_finite_loss_leaves_all_that_it_was_made_from(recipe: dict[str, Any]) -> None:

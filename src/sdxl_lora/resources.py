@@ -1,0 +1,127 @@
+"""Whether memory and disk hold what the forecast says, and whether the models are whole."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+from sdxl_lora import paths
+from sdxl_lora.checks import Check, failed, passed, warned
+from sdxl_lora.config import Params
+from sdxl_lora.forecast import META
+from sdxl_lora.hardware import GIB
+from sdxl_lora.patient import NotTriedError, Patient
+from sdxl_lora.sdxl import DTYPES
+from sdxl_lora.shapes import Shapes
+from sdxl_lora.sources import damaged_files, folder_digest, is_folder
+
+CUDA_CONTEXT = 0.9 * GIB  # what CUDA takes beside PyTorch: 0.85 GiB measured on an H100
+COPIES = 3  # of encoded data: the store of entries, the shards, DVC's cache
+TOKENS = 78  # embeddings of a caption: 77 and the pooled one
+
+
+def check_gpu_memory(patient: Patient) -> Iterator[Check]:
+    """Whether the GPU has free what training is forecast to take."""
+    if not patient.has_its_gpu:
+        raise NotTriedError("there is no GPU, and this recipe is made for one")
+    if patient.device.type != "cuda":
+        yield passed("gpu memory", "none is needed")
+        return
+    free, _ = torch.cuda.mem_get_info(patient.device)
+    yield compare("gpu memory", free, needed_gpu_memory(patient), "end what else runs on it (`nvidia-smi`)")
+
+
+def needed_gpu_memory(patient: Patient) -> float:
+    """Bytes at the peak of training, CUDA's own included."""
+    assert patient.plan.forecast is not None
+    return patient.plan.forecast.total + CUDA_CONTEXT
+
+
+def check_memory(patient: Patient) -> Iterator[Check]:
+    """Whether main memory holds the weights on their way to the GPU; on a CPU, all that training takes."""
+    free = psutil.virtual_memory().available
+    if patient.device.type == "cuda" or not patient.has_its_gpu:
+        needed: float = pipeline_bytes(patient.shapes, patient.params)
+    else:
+        assert patient.plan.forecast is not None
+        needed = patient.plan.forecast.total
+    yield compare("memory", free, needed, "end other programs, or take a machine with more")
+
+
+def pipeline_bytes(shapes: Shapes, params: Params) -> int:
+    """Bytes of all weights of the base model, as they are loaded to draw samples."""
+    precision = params.sampling.precision
+    modules = (
+        shapes.make_unet(precision, META),
+        shapes.make_vae(precision, META),
+        *shapes.make_text_encoders(precision, META),
+    )
+    return sum(weight.numel() * weight.element_size() for module in modules for weight in module.parameters())
+
+
+def check_disk(patient: Patient) -> Iterator[Check]:
+    """Whether the disk holds the encoded data set in all its copies."""
+    free = shutil.disk_usage(Path()).free
+    count = number_of_examples(patient.params)
+    if count is None:
+        yield warned(
+            "disk",
+            f"{free / GIB:.1f} GiB free; the data set's size is not known before it is downloaded",
+            "`dvc repro download_dataset`, then again",
+        )
+        return
+    needed = COPIES * count * example_bytes(patient.shapes, patient.params)
+    yield compare("disk", free, needed, "free some: `dvc gc --workspace` drops old results")
+
+
+def number_of_examples(params: Params) -> int | None:
+    """Examples of the data set, at most; None if nothing tells."""
+    if paths.RAW_CAPTIONS.is_file():
+        return len(paths.RAW_CAPTIONS.read_text(encoding="utf-8").splitlines())
+    if params.download.max_examples is not None:
+        return params.download.max_examples
+    if is_folder(params.download.repository):
+        return sum(path.is_file() for path in Path(params.download.repository).rglob("*"))
+    return None
+
+
+def example_bytes(shapes: Shapes, params: Params) -> int:
+    """Bytes of an encoded example: two moments of the latents, embeddings if text encoders are frozen."""
+    config = params.encoding
+    latents = 2 * 4 * (config.resolution // shapes.pixels_per_latent) ** 2
+    embeddings = TOKENS * shapes.embedding_widths[0] if params.model.text_encoders == "frozen" else 0
+    return (
+        latents * DTYPES[config.vae_precision].itemsize + embeddings * DTYPES[config.text_precision].itemsize
+    )
+
+
+def compare(name: str, free: float, needed: float, remedy: str) -> Check:
+    text = f"{free / GIB:.2f} GiB free, {needed / GIB:.2f} needed"
+    return passed(name, text) if free >= needed else failed(name, text, remedy)
+
+
+def check_models(patient: Patient) -> Iterator[Check]:
+    """Whether the files of base model and VAE are those that were published, or that the params pin."""
+    model = patient.params.model
+    pins = {"model.base": (model.base, model.revision), "model.vae": (model.vae, model.vae_revision)}
+    for key, folder in patient.models.items():
+        repository, revision = (str(value) for value in pins[key])
+        if folder is None:
+            yield warned(
+                key, f"{repository} is not here, or incomplete", "the first stage to need it downloads it"
+            )
+        elif not is_folder(repository):
+            damaged = damaged_files(folder)
+            yield (
+                failed(key, f"damaged: {', '.join(damaged)}", "delete these files from the Hub's cache")
+                if damaged
+                else passed(key, f"{repository}: every file has the hash that it was published with")
+            )
+        elif folder_digest(folder) == revision:
+            yield passed(key, f"{repository} at {revision[:19]}")
+        else:
+            yield failed(
+                key, f"{repository} is not what {key}'s revision pins", f"`git checkout {repository}`"
+            )
