@@ -1,4 +1,4 @@
-"""The whole pipeline on pictures of many shapes, in buckets and mirrored."""
+"""The whole pipeline on pictures of many shapes, in buckets and mirrored, with several captions."""
 
 import json
 from collections import Counter
@@ -46,7 +46,8 @@ def project(tmp_path: Path) -> Project:
     lines = []
     for number in range(COUNT):
         pattern(number, SHAPES[number % len(SHAPES)]).save(source / f"{number}.png")
-        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"picture number {number}"}))
+        captions = [f"picture number {number}", f"the number {number}"][: 1 + number % 2]
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": captions}))
     (source / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     params["download"].update(repository=str(source), revision=folder_digest(source))
     project = create_project(tmp_path / "project", params)
@@ -67,7 +68,8 @@ def test_pictures_of_many_shapes_go_through_the_whole_pipeline(project: Project)
     }
     datasets = [EncodedDataset(project.root / "data/encoded", split) for split in SPLITS]
     assert sum(map(len, datasets)) == COUNT
-    assert all(dataset.has_flipped for dataset in datasets)
+    assert all(example.flipped_digest for dataset in datasets for example in dataset.examples)
+    assert project.read("data/reports/encoding.json")["captions"] == COUNT + COUNT // 2
     assert project.read("data/reports/training.json")["steps"] == 4
     assert project.read("data/reports/metrics.json")["held_out_loss"]["base"] > 0
     assert (project.root / "data/previews/step-000004.png").is_file()

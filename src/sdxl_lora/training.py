@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sdxl_lora.attention import choose_attention
 from sdxl_lora.checkpointing import checkpoint_units
 from sdxl_lora.config import AttentionBackend, TrainingConfig
-from sdxl_lora.dataset import Batch, EncodedDataset
+from sdxl_lora.dataset import Batch, EncodedDataset, Example, Variant
 from sdxl_lora.denoising import Denoiser, embed_empty_caption, with_captions_embedded
 from sdxl_lora.diffusion import min_snr_weight
 from sdxl_lora.engine import Engine, Group
@@ -279,8 +279,8 @@ def draw_examples(
             micro_step = step * parts + part
             start = micro_step * size
             indices = examples[part * size : (part + 1) * size]
-            flipped = draw_flips(start, size, seed) if dataset.has_flipped else None
-            batch = dataset.batch(indices, flipped)
+            variants = draw_variants([dataset.examples[index] for index in indices], start, seed)
+            batch = dataset.batch(indices, variants)
             draws = draw(batch, start, num_timesteps, config.caption_dropout, seed)
             images = [dataset.examples[index].image for index in indices]
             yield Examples(batch, draws, images, generator(seed, "dropout", micro_step).initial_seed())
@@ -299,10 +299,14 @@ def one_of_each_size(
         yield Examples(batch, draws, images=[], dropout_seed=0)
 
 
-def draw_flips(start: int, size: int, seed: int) -> list[bool]:
-    """Whether the images of the examples at positions start, start + 1, ... of training are mirrored."""
-    draws = [torch.rand((), generator=generator(seed, "flip", start + row)) for row in range(size)]
-    return [bool(value < 0.5) for value in draws]
+def draw_variants(examples: Sequence[Example], start: int, seed: int) -> list[Variant]:
+    """Which image and caption is taken of each example, at positions start, start + 1, ... of training."""
+    variants = []
+    for position, example in enumerate(examples, start):
+        flip, number = torch.rand(2, generator=generator(seed, "variant", position)).tolist()
+        flipped = bool(example.flipped_digest) and flip < 0.5
+        variants.append(Variant(flipped, int(number * (1 + len(example.more_captions)))))
+    return variants
 
 
 def require_finite(report: Report, config: TrainingConfig, examples: Sequence[Examples]) -> None:
