@@ -4,7 +4,9 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
@@ -41,11 +43,17 @@ def training_project(folder: Path) -> Iterator[tuple[Params, pytest.MonkeyPatch]
         yield params, patch
 
 
+@cache
+def undisturbed_adapter() -> str:
+    """Digest of what the training comes to where nothing goes wrong."""
+    with TemporaryDirectory() as folder, training_project(Path(folder).resolve()):
+        train_lora.main()
+        return file_digest(saved_lora(paths.LORA))
+
+
 def tracking_faults(folder: Path) -> Iterator[Fault]:
     """MLflow's server in trouble between two batches of losses, and well again after the training."""
-    with training_project(folder / "undisturbed"):
-        train_lora.main()
-        undisturbed = file_digest(saved_lora(paths.LORA))
+    undisturbed = undisturbed_adapter()
     disk = folder / "disk"
 
     def slow(server: Gate) -> None:

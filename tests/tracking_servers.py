@@ -77,6 +77,9 @@ class Gate(ThreadingHTTPServer):
         """With a password, as a user may write it."""
         return f"http://somebody:{PASSWORD}@{ui.HOST}:{self.server_address[1]}"
 
+    def handle_error(self, *_: object) -> None:
+        """Nothing: whom a request was for may have gone."""
+
     def close(self) -> None:
         """Stops listening."""
         self.shutdown()
