@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 from sdxl_lora import ui
 
@@ -71,6 +71,7 @@ class Gate(ThreadingHTTPServer):
         self.status: int | None = None
         """Of every answer; None: as the server behind it says."""
         self.trouble = trouble
+        self.in_trouble = Event()
 
     @property
     def address(self) -> str:
@@ -109,6 +110,7 @@ class Passage(BaseHTTPRequestHandler):
         self.end_headers()
         if b"train/loss" in body:
             self.server.trouble(self.server)
+            self.server.in_trouble.set()
         self.wfile.write(content)
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_any  # noqa: N815, as http.server names them
