@@ -64,7 +64,7 @@ class RandomDataset:
     def __init__(self, resolution: int = 1024) -> None:
         side = resolution // 8
         self.latents = torch.Size((1, 4, side, side))
-        self.latents_shapes, self.has_flipped = [self.latents] * 8, False
+        self.latents_shapes = [self.latents] * 8
         self.examples = [Example(str(n), f"{n}.png", "", "train", "random", n) for n in range(8)]
         token_ids = torch.randint(0, 49000, (8, 2, 77))
         token_ids[..., -1] = shapes.SDXL_BASE.text_encoder["eos_token_id"]
@@ -80,7 +80,7 @@ class RandomDataset:
     def __len__(self) -> int:
         return len(self._batch)
 
-    def batch(self, indices: list[int], flipped: None = None) -> Batch:  # noqa: ARG002
+    def batch(self, indices: list[int], variants: object = None) -> Batch:  # noqa: ARG002
         return Batch(*(tensor[indices] for tensor in self._batch.tensors().values() if tensor is not None))
 
     def with_embeddings(self, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Self:

@@ -1,6 +1,7 @@
 """From files to batches: what training gets side by side belongs to one image and its caption."""
 
-from itertools import islice
+from dataclasses import replace
+from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from PIL import ImageOps
 from sdxl_lora import training
 from sdxl_lora.buckets import bucket_sizes, nearest_size
 from sdxl_lora.config import EncodingConfig, load_params
-from sdxl_lora.dataset import Batch, EncodedDataset
+from sdxl_lora.dataset import FIRST, Batch, EncodedDataset, Variant
 from sdxl_lora.denoising import Denoiser
 from sdxl_lora.diffusion import PredictionType
 from sdxl_lora.encoders import embed_captions, encode_images, load_encoders
@@ -22,7 +23,7 @@ from sdxl_lora.images import decode_image, resize_and_crop, to_bytes
 from sdxl_lora.randomness import generator
 from sdxl_lora.sdxl import NoiseSchedule, tokenize
 from sdxl_lora.store import Store
-from sdxl_lora.training import Examples, draw_examples, draw_flips
+from sdxl_lora.training import Examples, draw_examples, draw_variants
 
 COUNT = 23
 MICRO_BATCH = 2
@@ -39,7 +40,7 @@ TRAINING = PARAMS.training.model_copy(
     update={"batch_size": MICRO_BATCH * ACCUMULATION, "micro_batch_size": MICRO_BATCH}
 )
 
-Truth = tuple[EncodedDataset, dict[tuple[int, bool], Batch]]
+Truth = tuple[EncodedDataset, dict[tuple[int, Variant], Batch]]
 
 
 def number_of(batch: Batch, row: int) -> int:
@@ -56,7 +57,7 @@ def height_of(number: int) -> int:
 def truth(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Truth:
     """The training split, and each image with its caption, encoded one by one from the files.
 
-    With buckets, of the mirrored images as well.
+    With buckets, of the mirrored images as well, and every other image has two captions.
     """
     folder = tmp_path_factory.mktemp("alignment")
     images = folder / "images"
@@ -69,7 +70,9 @@ def truth(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     for number in range(COUNT):
         file = images / f"{COUNT - number}.png"  # an order of names that is not that of numbers
         pattern(number, (100 + number, height_of(number))).save(file)
-        rows.append(row_of(file, f"picture number {number}"))
+        more = ["other words"] if buckets and number % 2 else []
+        captions = [f"picture number {number}", *(f"{number} in {words}" for words in more)]
+        rows.append(replace(row_of(file, captions[0]), more_captions=tuple(captions[1:])))
         image, identifier = decode_image(file.read_bytes()), rows[-1].id
         size = nearest_size(image.size, bucket_sizes(64, config.aspect_ratios))
         views = {False: (image, generator("crop", identifier))}
@@ -77,13 +80,14 @@ def truth(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             views[True] = (ImageOps.mirror(image), generator("crop", identifier, "flipped"))
         for flipped, (view, random) in views.items():
             part, time_ids = resize_and_crop(view, size, "random", random)
-            token_ids = tokenize(encoders.tokenizers, [rows[-1].caption])
-            expected[number, flipped] = Batch(
-                *encode_images(encoders.vae, to_bytes(part)[None]),
-                token_ids,
-                torch.tensor([time_ids], dtype=torch.int32),
-                *embed_captions(encoders.text_encoders, token_ids),
-            )
+            for choice, caption in enumerate(captions):
+                token_ids = tokenize(encoders.tokenizers, [caption])
+                expected[number, Variant(flipped, choice)] = Batch(
+                    *encode_images(encoders.vae, to_bytes(part)[None]),
+                    token_ids,
+                    torch.tensor([time_ids], dtype=torch.int32),
+                    *embed_captions(encoders.text_encoders, token_ids),
+                )
     entries = Entries(Store(folder / "store"), encoders, config, images)
     list(encode_dataset(rows, entries, config, folder / "encoded", EncodingReport()))
     return EncodedDataset(folder / "encoded", "train"), expected
@@ -110,31 +114,32 @@ def test_every_tensor_of_an_example_belongs_to_one_image_and_its_caption(
     truth: Truth, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset, expected = truth
-    seen: list[tuple[int, bool]] = []
+    seen: list[tuple[int, Variant]] = []
     shapes: dict[int, set[torch.Size]] = {}
-    captions = {example.image: example.caption for example in dataset.examples}
+    by_image = {example.image: example for example in dataset.examples}
+    varied = bool(dataset.examples[0].flipped_digest)
     for rank in range(PROCESSES):
         for number_of_batch, (step, examples) in enumerate(micro_batches(dataset, rank, [2, 5], monkeypatch)):
             shapes.setdefault(step, set()).add(examples.batch.latents_mean.shape)
             part = number_of_batch % ACCUMULATION * PROCESSES + rank
             start = step * PER_STEP + part * MICRO_BATCH
-            flips = draw_flips(start, MICRO_BATCH, SEED) if dataset.has_flipped else [False] * MICRO_BATCH
-            for row, (image, flipped) in enumerate(zip(examples.images, flips, strict=True)):
+            variants = draw_variants([by_image[image] for image in examples.images], start, SEED)
+            for row, (image, variant) in enumerate(zip(examples.images, variants, strict=True)):
                 number = number_of(examples.batch, row)
-                seen.append((number, flipped))
-                assert captions[image] == f"picture number {number}"
+                seen.append((number, variant))
+                assert by_image[image].caption == f"picture number {number}"
                 assert image == f"{COUNT - number}.png"
-                for name, tensor in expected[number, flipped].tensors().items():
+                for name, tensor in expected[number, variant].tensors().items():
                     found = examples.batch.tensors()[name]
                     assert tensor is not None
                     assert found is not None
                     torch.testing.assert_close(found[row], tensor[0], rtol=1e-3, atol=1e-4)
     assert all(len(found) == 1 for found in shapes.values())
-    assert len(set(dataset.latents_shapes)) == (3 if dataset.has_flipped else 1)
-    assert {flipped for _, flipped in seen} == ({False, True} if dataset.has_flipped else {False})
+    assert len(set(dataset.latents_shapes)) == (3 if varied else 1)
+    assert {variant for _, variant in seen} == ({*product((False, True), (0, 1))} if varied else {FIRST})
     visits = [number for number, _ in seen]
     assert len(set(visits)) == len(dataset)
-    if not dataset.has_flipped:
+    if not varied:
         assert {visits.count(number) for number in visits} <= {EPOCHS - 1, EPOCHS}
 
 
@@ -143,12 +148,12 @@ def test_examples_are_told_apart(truth: Truth) -> None:
     _, expected = truth
     for name in ("latents_mean", "prompt_embeds", "pooled_prompt_embeds", "time_ids"):
         rows: dict[torch.Size, list[torch.Tensor]] = {}
-        for (_, flipped), batch in expected.items():
+        for (_, variant), batch in expected.items():
             tensor = batch.tensors()[name]
             assert tensor is not None
-            if (
-                not flipped or name == "latents_mean"
-            ):  # a mirrored image has its caption, and may have its crop
+            of_image = name in ("latents_mean", "time_ids")
+            repeated = variant.caption if of_image else variant.flipped
+            if not repeated and (name != "time_ids" or not variant.flipped):  # its crop may be the same
                 rows.setdefault(tensor.shape, []).append(tensor.flatten().float())
         for alike in map(torch.stack, rows.values()):
             distances = torch.cdist(alike, alike) + torch.eye(len(alike)) * 1e9

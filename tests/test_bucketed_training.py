@@ -14,7 +14,7 @@ from sdxl_lora.evaluation import HeldOutError, held_out_errors
 from sdxl_lora.lora import add_adapters
 from sdxl_lora.previews import Previewer
 from sdxl_lora.randomness import generator
-from sdxl_lora.training import Training, draw_examples, draw_flips, one_of_each_size, prepare
+from sdxl_lora.training import Training, draw_examples, draw_variants, one_of_each_size, prepare
 
 CPU = torch.device("cpu")
 PARAMS = load_params(Path("recipes/demo.yaml"))
@@ -46,9 +46,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             batch, mirrored = (with_latents(plain, rows, shape, key) for key in ("as it is", "mirrored"))
             write_shard(folder, shard, batch, mirrored)
             for row, number in enumerate(rows):
-                digests = [Batch.cat([part]).digest() for part in (row_of(batch, row), row_of(mirrored, row))]
+                digest, flipped = row_of(batch, row).digest(), row_of(mirrored, row).digest()
                 name, caption = f"{number}.png", CAPTIONS[number]
-                examples.append(Example(str(number), name, caption, split, shard, row, *digests))
+                examples.append(Example(str(number), name, caption, split, shard, row, digest, flipped))
     write_index(folder, examples)
     return folder
 
@@ -120,10 +120,11 @@ def test_one_of_each_size_is_a_micro_batch_the_largest_first(
 def test_mirrored_images_are_drawn_for_half_of_the_visits(
     dataset: EncodedDataset, denoiser: Denoiser
 ) -> None:
-    flips = draw_flips(0, 400, seed=3)
+    examples_ = dataset.examples[:1] * 400
+    flips = [variant.flipped for variant in draw_variants(examples_, 0, seed=3)]
     assert 160 < sum(flips) < 240
-    assert draw_flips(100, 5, seed=3) == flips[100:105]
-    assert draw_flips(0, 400, seed=4) != flips
+    assert [variant.flipped for variant in draw_variants(examples_[:5], 100, seed=3)] == flips[100:105]
+    assert [variant.flipped for variant in draw_variants(examples_, 0, seed=4)] != flips
     for position, examples in enumerate(islice(draw_examples(denoiser, dataset, CONFIG, 3), 20)):
         number = int(examples.images[0].removesuffix(".png"))
         key = "mirrored" if flips[position] else "as it is"

@@ -8,7 +8,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdxl_lora.dataset import Batch, EncodedDataset, Example, data_digest, write_index, write_shard
+from sdxl_lora.dataset import (
+    FIRST,
+    Batch,
+    EncodedDataset,
+    Example,
+    Variant,
+    data_digest,
+    text_digest,
+    write_index,
+    write_shard,
+)
 
 
 def numbered(numbers: list[int], *, embeds: bool) -> Batch:
@@ -94,14 +104,50 @@ def test_mirrored_images_that_are_not_those_that_were_encoded_are_refused(tmp_pa
     write_index(tmp_path, [Example("0", "0.png", "", "train", "a.safetensors", 0, *digests)])
     write_shard(tmp_path, "a.safetensors", batch, mirrored)
     dataset = EncodedDataset(tmp_path, "train")
-    assert dataset.has_flipped
-    assert dataset.batch([0, 0], [True, False]).time_ids[:, 0].tolist() == [1, 0]
+    assert dataset.batch([0, 0], [Variant(flipped=True), FIRST]).time_ids[:, 0].tolist() == [1, 0]
     mirrored.latents_std.view(-1)[-1] += 1
     write_shard(tmp_path, "a.safetensors", batch, mirrored)
     damaged = EncodedDataset(tmp_path, "train")
     assert len(damaged[0]) == 1
     with pytest.raises(ValueError, match=r"a\.safetensors: row 0 \(0\.png\) is not what was encoded"):
-        damaged.example(0, flipped=True)
+        damaged.example(0, Variant(flipped=True))
+
+
+def write_captioned(folder: Path, texts: Batch) -> EncodedDataset:
+    """Two examples, the second of which has two further captions, in the order of `texts`."""
+    first, more = numbered([0, 1], embeds=True), replace(texts, latents_mean=torch.empty(0))
+    write_shard(folder, "a.safetensors", first, more=more)
+    genuine = [text_digest(numbered([n], embeds=True)) for n in (5, 6)]
+    examples = [
+        Example("0", "0.png", "", "train", "a.safetensors", 0),
+        Example("1", "1.png", "", "train", "a.safetensors", 1, "", "", ("five", "six"), 0, tuple(genuine)),
+    ]
+    write_index(folder, examples)
+    dataset = EncodedDataset(folder, "train")
+    assert dataset.examples == examples
+    return dataset
+
+
+def test_further_captions_are_read_with_their_image_and_checked(tmp_path: Path) -> None:
+    dataset = write_captioned(tmp_path, numbered([5, 6], embeds=True))
+    batch = dataset.batch([1, 0, 1], [Variant(caption=2), FIRST, Variant(caption=1)])
+    assert batch.token_ids[:, 0, 0].tolist() == [6, 0, 5]
+    assert batch.latents_mean[:, 0, 0, 0].tolist() == [1, 0, 1]
+    assert batch.prompt_embeds is not None
+    assert batch.prompt_embeds[:, 0, 0].tolist() == [6, 0, 5]
+    swapped = write_captioned(tmp_path, numbered([6, 5], embeds=True))
+    assert len(swapped[1]) == 1
+    with pytest.raises(ValueError, match=r"row 1 \(1\.png\) is not what was encoded"):
+        swapped.example(1, Variant(caption=1))
+
+
+def test_other_embeddings_keep_to_their_captions(tmp_path: Path) -> None:
+    dataset = write_captioned(tmp_path, numbered([5, 6], embeds=True))
+    rows = torch.arange(4.0)
+    embedded = dataset.with_embeddings(rows.view(4, 1, 1).expand(4, 77, 8), rows.view(4, 1).expand(4, 8))
+    batch = embedded.batch([1, 0, 1], [Variant(caption=2), FIRST, FIRST])
+    assert batch.prompt_embeds is not None
+    assert batch.prompt_embeds[:, 0, 0].tolist() == [3, 0, 1]
 
 
 EXAMPLES = [
@@ -130,8 +176,18 @@ def test_data_digest_is_the_merkle_root_whatever_the_order_and_the_shards(
     assert data_digest(shuffled) == f"sha256:{rfc_6962_root(leaves).hex()}"
 
 
-@pytest.mark.parametrize("change", [{"id": "x"}, {"caption": "x"}, {"digest": "x"}, {"flipped_digest": "x"}])
-def test_data_digest_changes_with_every_part_of_an_example(change: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": "x"},
+        {"caption": "x"},
+        {"digest": "x"},
+        {"flipped_digest": "x"},
+        {"more_captions": ("x",)},
+        {"more_digests": ("x",)},
+    ],
+)
+def test_data_digest_changes_with_every_part_of_an_example(change: dict[str, object]) -> None:
     changed = [*EXAMPLES[:3], replace(EXAMPLES[3], **change), *EXAMPLES[4:]]  # type: ignore[arg-type]
     assert data_digest(changed) != data_digest(EXAMPLES)
     assert data_digest(EXAMPLES[:-1]) != data_digest(EXAMPLES)

@@ -35,6 +35,14 @@ def download(config: DownloadConfig, folder: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
 
 
+def write_listed(folder: Path, captions: list[list[str | None]]) -> None:
+    """A data set of the Hub with a list of captions for each image."""
+    folder.mkdir()
+    structs = [{"bytes": png(number), "path": None} for number in range(len(captions))]
+    table = pa.table({"image": structs, "text": pa.array(captions, pa.list_(pa.string()))})
+    pq.write_table(table, folder / "train-00000-of-00001.parquet")
+
+
 @pytest.fixture
 def naruto(hub: Hub, tmp_path: Path) -> tuple[str, list[bytes]]:
     """The data set on the Hub: its commit and its images."""
@@ -67,6 +75,34 @@ def test_hub_images_keep_their_bytes_and_captions_their_text(
     rows = download(hub_config(), tmp_path / "raw")
     assert [row["caption"] for row in rows] == ["a man with black hair", "", "", "arafed  woman"]
     assert [(tmp_path / "raw/images" / row["image"]).read_bytes() for row in rows] == naruto[1]
+
+
+@pytest.mark.parametrize("from_hub", [True, False])
+def test_list_of_captions_has_a_line_for_each(hub: Hub, folder: Path, tmp_path: Path, from_hub: bool) -> None:
+    captions: list[list[str | None]] = [["one", "two"], [], ["three", None], ["four"]]
+    if from_hub:
+        write_listed(tmp_path / "listed", captions)
+        hub.add(NARUTO, tmp_path / "listed", "datasets")
+        config = hub_config()
+    else:
+        lines = [
+            json.dumps({"file_name": f"images/{n % 3}.png", "text": texts})
+            for n, texts in enumerate(captions)
+        ]
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+        config = folder_config(folder)
+    rows = download(config, tmp_path / "raw")
+    names = sorted({row["image"] for row in rows})
+    found = [[row["caption"] for row in rows if row["image"] == name] for name in names]
+    assert found == [["one", "two"], [""], ["three", ""], ["four"]]
+    assert json.loads((tmp_path / "raw/source.json").read_text())["examples"] == 4
+
+
+def test_list_of_anything_else_is_refused(folder: Path, tmp_path: Path) -> None:
+    row = {"file_name": "images/0.png", "text": ["a man", 7]}
+    (folder / "metadata.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"download\.caption_column: row 0 .* but int"):
+        download(folder_config(folder), tmp_path / "raw")
 
 
 def test_commit_behind_a_branch_is_recorded_and_said(
@@ -257,7 +293,7 @@ def test_new_download_replaces_the_old_one_whole(folder: Path, tmp_path: Path) -
 
 def test_interrupted_download_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     def interrupted() -> Iterator[RawExample]:
-        yield RawExample(png(0), "one")
+        yield RawExample(png(0), ["one"])
         raise KeyboardInterrupt
 
     source = replace(open_source(folder_config(folder)), examples=interrupted())

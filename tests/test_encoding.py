@@ -1,4 +1,6 @@
 import hashlib
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from patterns import pattern, row_of, write_patterns
 from PIL import ImageOps
 
 from sdxl_lora.config import EncodingConfig, ModelConfig, load_params
-from sdxl_lora.dataset import Batch, EncodedDataset, data_digest
+from sdxl_lora.dataset import Batch, EncodedDataset, Variant, data_digest
 from sdxl_lora.encoders import Encoders, embed_captions, encode_images, load_encoders
 from sdxl_lora.encoding import EncodingReport, Share, encode_dataset, read_captions, split_by_content
 from sdxl_lora.entries import Entries
@@ -233,9 +235,9 @@ def test_mirrored_images_are_encoded_beside_the_others(
     config = CONFIG.model_copy(update={"flip": True})
     report = encode(rows, images, encoders, tmp_path / "flipped", config)
     plain, flipped = (EncodedDataset(tmp_path / name, "train") for name in ("plain", "flipped"))
-    assert (plain.has_flipped, flipped.has_flipped) == (False, True)
+    assert not any(example.flipped_digest for example in plain.examples)
     for index, example in enumerate(flipped.examples):
-        as_it_is, mirrored = (flipped.example(index, value) for value in (False, True))
+        as_it_is, mirrored = (flipped.example(index, Variant(value)) for value in (False, True))
         assert as_it_is.digest() == plain[index].digest() == example.digest
         part, time_ids = resize_and_crop(
             ImageOps.mirror(decode_image((images / example.image).read_bytes())),
@@ -252,6 +254,50 @@ def test_mirrored_images_are_encoded_beside_the_others(
         assert as_it_is.prompt_embeds is not None
         assert torch.equal(mirrored.prompt_embeds, as_it_is.prompt_embeds)
     assert data_digest(report.examples) != data_digest(plain.examples)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_further_captions_lie_beside_the_first(
+    images: Path, rows: list[CaptionedImage], encoders: Encoders, tmp_path: Path, frozen: bool
+) -> None:
+    encoders = replace(encoders, text_encoders=encoders.text_encoders if frozen else None)
+    encode(rows, images, encoders, tmp_path / "plain")
+    for number, row in enumerate(rows):
+        more = tuple(f"{number} in words {n}" for n in range(number % 3))
+        rows[number] = replace(row, more_captions=more)
+    report = encode(rows, images, encoders, tmp_path / "encoded")
+    assert report.metrics()["captions"] == 2 * COUNT
+    plain, found = (examples_with_captions(tmp_path / name) for name in ("plain", "encoded"))
+    for row in rows:
+        assert found[row.image][0].digest() == plain[row.image][0].digest()
+        assert len(found[row.image]) == len(row.captions)
+        for caption, batch in zip(row.captions, found[row.image], strict=True):
+            assert torch.equal(batch.token_ids, tokenize(encoders.tokenizers, [caption]))
+            assert torch.equal(batch.latents_mean, plain[row.image][0].latents_mean)
+            if encoders.text_encoders is not None:
+                expected = embed_captions(encoders.text_encoders, batch.token_ids)
+                embeds = batch.prompt_embeds, batch.pooled_prompt_embeds
+                torch.testing.assert_close(embeds, expected, rtol=1e-3, atol=1e-4)
+
+
+def examples_with_captions(folder: Path) -> dict[str, list[Batch]]:
+    """All examples of both sides with each of their captions, by the name of their image."""
+    sides = [EncodedDataset(folder, split) for split in ("train", "held_out")]
+    return {
+        example.image: [side.example(n, Variant(caption=m)) for m in range(1 + len(example.more_captions))]
+        for side in sides
+        for n, example in enumerate(side.examples)
+    }
+
+
+def test_lines_of_one_image_are_its_captions(tmp_path: Path) -> None:
+    lines = [("a", "0.png", "one"), ("a", "0.png", "two"), ("b", "1.png", "x"), ("a", "0.png", "one")]
+    content = [json.dumps(dict(zip(("id", "image", "caption"), line, strict=True))) for line in lines]
+    (tmp_path / "captions.jsonl").write_text("\n".join(content))
+    assert read_captions(tmp_path / "captions.jsonl") == [
+        CaptionedImage("a", "0.png", "one", ("two",)),
+        CaptionedImage("b", "1.png", "x"),
+    ]
 
 
 def test_near_duplicates_are_reported_and_never_on_both_sides(

@@ -184,5 +184,5 @@ def test_pickled_type_of_a_parquet_column_is_not_loaded(hub: Hub, tmp_path: Path
     config = load_params(REPOSITORY / "recipes/sdxl-naruto-16gb.yaml").download
     source = open_source(config.model_copy(update={"repository": "owner/planted"}))
     (example,) = download_dataset(source, tmp_path / "raw")
-    assert example.caption == "a fox"
+    assert example.captions == ["a fox"]
     assert not crater.exists()

@@ -51,7 +51,7 @@ class DownloadConfig(Section):
     image_column: str
     """Column that holds the image (Hub) or its file name (folder)."""
     caption_column: str
-    """Column that holds the caption."""
+    """Column that holds the caption, or a list of captions, one of which each visit of training draws."""
     max_examples: PositiveInt | None
     """Take the first so many examples; null: all."""
 

@@ -6,11 +6,12 @@ shard, so latents cannot meet another image's caption. All latents of a shard ha
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from safetensors import safe_open
@@ -24,8 +25,10 @@ Split = Literal["train", "held_out"]
 INDEX = "index.jsonl"
 OF_IMAGE = ("latents_mean", "latents_std", "time_ids")
 """What a mirrored image has of its own. Its caption's tensors are those of the image as it is."""
-FLIPPED = "flipped."
-"""Before the names of what a shard holds of mirrored images."""
+OF_CAPTION = ("token_ids", "prompt_embeds", "pooled_prompt_embeds")
+"""What a further caption of an image has of its own."""
+FLIPPED, MORE = "flipped.", "more."
+"""Before the names of what a shard holds of mirrored images, and of further captions."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,30 @@ class Example:
     """Hash of the row's tensors; empty: unknown, and not checked when the row is read."""
     flipped_digest: str = ""
     """The same with those of the mirrored image, if that was encoded too."""
+    more_captions: tuple[str, ...] = ()
+    """Further captions of the image."""
+    more_row: int = 0
+    """Row of the first of them, among those of the shard's further captions."""
+    more_digests: tuple[str, ...] = ()
+    """Hash of the tensors of each."""
+
+    @classmethod
+    def from_json(cls, line: str) -> Self:
+        values: dict[str, Any] = json.loads(line)
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**values | lists)
+
+
+class Variant(NamedTuple):
+    """Which of an example's images and captions."""
+
+    flipped: bool = False
+    """Whether the image is mirrored."""
+    caption: int = 0
+    """Number of the caption, 0 for the first."""
+
+
+FIRST = Variant()
 
 
 @dataclass(frozen=True)
@@ -78,18 +105,28 @@ class Batch:
 
     def digest(self) -> str:
         """A hash of names, types, shapes and bits of all tensors."""
-        digest = hashlib.sha256()
-        for name, tensor in self.tensors().items():
-            if tensor is not None:
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return tensors_digest(self.tensors())
 
     @classmethod
     def cat(cls, batches: Sequence[Self]) -> Self:
         """The examples of all `batches`, in their order."""
         columns = zip(*(batch.tensors().values() for batch in batches), strict=True)
         return cls(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+
+
+def tensors_digest(tensors: Mapping[str, Tensor | None]) -> str:
+    """A hash of names, types, shapes and bits; None is left out."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def text_digest(batch: Batch) -> str:
+    """A hash of what a caption was encoded to."""
+    return tensors_digest({name: getattr(batch, name) for name in OF_CAPTION})
 
 
 class EncodedDataset:
@@ -105,7 +142,7 @@ class EncodedDataset:
         index = folder / INDEX
         if not index.is_file():
             raise FileNotFoundError(f"{index} not found: run `dvc repro encode_dataset` first")
-        rows = (Example(**json.loads(line)) for line in index.read_text(encoding="utf-8").splitlines())
+        rows = map(Example.from_json, index.read_text(encoding="utf-8").splitlines())
         self.examples = [example for example in rows if example.split == split]
         if not self.examples:
             raise ValueError(f"{folder}/ has no {split} example: add images, or change encoding.held_out")
@@ -117,38 +154,49 @@ class EncodedDataset:
         latents = {name: torch.Size((1, *slice_.get_shape()[1:])) for name, slice_ in slices.items()}
         self.latents_shapes = [latents[example.shard] for example in self.examples]
         """Of each example, (1, 4, H/8, W/8)."""
-        self.has_flipped = all(example.flipped_digest for example in self.examples)
-        """Whether images were encoded mirrored as well."""
         self._embeddings: dict[str, Any] = {}
+        self._first_embedding: list[int] = []
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Batch:
-        """Example `index`, its image as it is, as a batch of one. Raises as `example`."""
-        return self.example(index, flipped=False)
+        """Example `index`, its image as it is with the first caption. Raises as `example`."""
+        return self.example(index, FIRST)
 
-    def example(self, index: int, flipped: bool) -> Batch:
-        """Example `index`, its image mirrored or as it is, as a batch of one.
+    def example(self, index: int, variant: Variant) -> Batch:
+        """Example `index` with that image and caption, as a batch of one.
 
         Raises:
             ValueError: its tensors are not those that were encoded.
         """
-        example = self.examples[index]
-        shard, names = self._shards[example.shard], self._shards[example.shard].keys()
-        rows = slice(example.row, example.row + 1)
-        columns: dict[str, Any] = {}
-        for field in fields(Batch):
-            stored = FLIPPED + field.name if flipped and field.name in OF_IMAGE else field.name
-            columns[field.name] = shard.get_slice(stored)[rows] if stored in names else None
-        batch = Batch(**columns)
+        example, (flipped, caption) = self.examples[index], variant
+        prefix = FLIPPED if flipped else ""
+        names = {name: (prefix if name in OF_IMAGE else "") + name for name in (*OF_IMAGE, *OF_CAPTION)}
+        batch = Batch(**self._read(example.shard, names, example.row))
         expected = example.flipped_digest if flipped else example.digest
-        if expected and batch.digest() != expected:
+        genuine = not expected or batch.digest() == expected
+        if caption > 0:
+            names = {name: MORE + name for name in OF_CAPTION}
+            batch = replace(batch, **self._read(example.shard, names, example.more_row + caption - 1))
+            genuine = genuine and text_digest(batch) == example.more_digests[caption - 1]
+        if not genuine:
             raise ValueError(
                 f"{example.shard}: row {example.row} ({example.image}) is not what was encoded: "
                 "run `dvc checkout data/encoded`, or `dvc repro -f encode_dataset`"
             )
-        return replace(batch, **{name: tensor[[index]] for name, tensor in self._embeddings.items()})
+        if self._embeddings:
+            row = self._first_embedding[index] + caption
+            batch = replace(batch, **{name: tensor[[row]] for name, tensor in self._embeddings.items()})
+        return batch
+
+    def _read(self, shard: str, names: Mapping[str, str], row: int) -> dict[str, Any]:
+        """One row of a shard's tensors, by the names that they are stored under; None if it lacks them."""
+        file = self._shards[shard]
+        stored = file.keys()
+        return {
+            name: file.get_slice(key)[row : row + 1] if key in stored else None for name, key in names.items()
+        }
 
     @property
     def images(self) -> list[str]:
@@ -160,18 +208,23 @@ class EncodedDataset:
         """Shape of the latents of an example with the most pixels, (1, 4, H/8, W/8)."""
         return max(self.latents_shapes, key=lambda shape: shape.numel())
 
-    def batch(self, indices: Sequence[int], flipped: Sequence[bool] | None = None) -> Batch:
+    def batch(self, indices: Sequence[int], variants: Sequence[Variant] | None = None) -> Batch:
         """Examples whose latents have one size.
 
         Args:
-            flipped: whether each one's image is mirrored; None: all are as they are.
+            variants: which of each one's images and captions; None: the first.
         """
-        flipped = [False] * len(indices) if flipped is None else flipped
-        return Batch.cat([self.example(*key) for key in zip(indices, flipped, strict=True)])
+        variants = [FIRST] * len(indices) if variants is None else variants
+        return Batch.cat([self.example(*key) for key in zip(indices, variants, strict=True)])
 
     def with_embeddings(self, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Self:
-        """The same examples with these embeddings, a row each, in place of any on disk."""
+        """The same examples with these embeddings in place of any on disk.
+
+        They have a row for each caption, in the order of the examples and of the captions of each.
+        """
         dataset = copy(self)
+        counts = [1 + len(example.more_captions) for example in self.examples]
+        dataset._first_embedding = list(accumulate(counts, initial=0))
         dataset._embeddings = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
         return dataset
 
@@ -182,7 +235,8 @@ def data_digest(examples: Iterable[Example]) -> str:
     Leaves and inner nodes are told apart as in RFC 6962, section 2.1; a node without a sibling moves up.
     """
     leaves = sorted(
-        (e.id, e.caption, e.digest, *([e.flipped_digest] if e.flipped_digest else [])) for e in examples
+        (e.id, e.caption, e.digest, *filter(None, [e.flipped_digest]), *e.more_captions, *e.more_digests)
+        for e in examples
     )
     nodes = [hashlib.sha256(b"\0" + json.dumps(leaf).encode()).digest() for leaf in leaves]
     while len(nodes) > 1:
@@ -191,15 +245,21 @@ def data_digest(examples: Iterable[Example]) -> str:
     return DIGEST_PREFIX + (nodes[0] if nodes else hashlib.sha256().digest()).hex()
 
 
-def write_shard(folder: Path, name: str, batch: Batch, flipped: Batch | None = None) -> None:
+def write_shard(
+    folder: Path, name: str, batch: Batch, flipped: Batch | None = None, more: Batch | None = None
+) -> None:
     """Writes the examples of `batch` as rows 0, 1, ... of shard `name`.
 
     Args:
         flipped: the same examples with their images mirrored.
+        more: examples with their further captions, those of the first example first.
     """
-    tensors = {key: tensor.contiguous() for key, tensor in batch.tensors().items() if tensor is not None}
+    stored = batch.tensors()
     if flipped is not None:
-        tensors |= {FLIPPED + key: getattr(flipped, key).contiguous() for key in OF_IMAGE}
+        stored |= {FLIPPED + key: getattr(flipped, key) for key in OF_IMAGE}
+    if more is not None:
+        stored |= {MORE + key: getattr(more, key) for key in OF_CAPTION}
+    tensors = {key: tensor.contiguous() for key, tensor in stored.items() if tensor is not None}
     write_bytes(folder / name, save(tensors))
 
 

@@ -67,6 +67,7 @@ def example_rows(source: Mapping[str, object], report: EncodingReport) -> Iterat
     yield "downloaded", source["examples"]
     yield "trained on", sides["train"]
     yield "held out", sides["held_out"]
+    yield "captions", sum(1 + len(example.more_captions) for example in report.examples)
     left_out = Counter(finding.kind for finding in report.findings if finding.left_out)
     for kind, count in sorted(left_out.items()):
         yield f"images left out: {kind}", count

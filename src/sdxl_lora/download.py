@@ -8,7 +8,7 @@ import csv
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -36,10 +36,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RawExample:
-    """An image file's content and its caption, empty where there is none."""
+    """An image file's content and its captions, one that is empty where there is none."""
 
     image: bytes
-    caption: str
+    captions: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def open_source(config: DownloadConfig) -> Source:
 
 
 def download_dataset(source: Source, folder: Path) -> Iterator[RawExample]:
-    """Writes images/, captions.jsonl and source.json, yielding each example once it is written.
+    """Writes images/, captions.jsonl (a line each) and source.json, yielding each example once it is written.
 
     They appear as `folder` once all are there; an interrupted download leaves nothing.
 
@@ -88,17 +88,19 @@ def download_dataset(source: Source, folder: Path) -> Iterator[RawExample]:
         images = complete / RAW_IMAGES.name
         images.mkdir(parents=True)
         lines: list[str] = []
-        for example in source.examples:
+        number = 0
+        for number, example in enumerate(source.examples, start=1):
             digest = hashlib.sha256(example.image).hexdigest()
-            name = f"{len(lines):05d}-{digest[:12]}{suffix(example.image)}"
+            name = f"{number - 1:05d}-{digest[:12]}{suffix(example.image)}"
             write_bytes(images / name, example.image)
-            line = {"id": digest, "image": name, "caption": example.caption}
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+            for caption in example.captions:
+                line = {"id": digest, "image": name, "caption": caption}
+                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
             yield example
-        if not lines:
+        if number == 0:
             raise ValueError(f"{KEY}: {source.repository} has no example")
         write_text(complete / RAW_CAPTIONS.name, "".join(lines))
-        write_text(complete / RAW_SOURCE.name, provenance(source, len(lines)))
+        write_text(complete / RAW_SOURCE.name, provenance(source, number))
         if folder.exists():
             folder.replace(Path(scratch) / "previous")
         complete.replace(folder)
@@ -165,7 +167,7 @@ def hub_examples(rows: Iterable[dict[str, Any]], config: DownloadConfig) -> Iter
                 f"download.image_column: row {number} of {config.repository} has no image bytes in "
                 f"{config.image_column!r} (it has {type(content).__name__}); images must lie in the file"
             )
-        yield RawExample(content, caption_of(row, number, config))
+        yield RawExample(content, captions_of(row, number, config))
 
 
 def open_local_source(config: DownloadConfig) -> Source:
@@ -175,7 +177,7 @@ def open_local_source(config: DownloadConfig) -> Source:
     folder = open_folder(config.repository, config.revision, KEY)
     rows = read_metadata(folder, config)[: config.max_examples]
     paths = [image_file(folder, row, number, config) for number, row in enumerate(rows)]
-    captions = [caption_of(row, number, config) for number, row in enumerate(rows)]
+    captions = [captions_of(row, number, config) for number, row in enumerate(rows)]
     return Source(
         repository=config.repository,
         requested_revision=config.revision,
@@ -183,7 +185,7 @@ def open_local_source(config: DownloadConfig) -> Source:
         licence=licence(folder),
         num_bytes=sum(path.stat().st_size for path in paths),
         num_examples=len(rows),
-        examples=(RawExample(path.read_bytes(), text) for path, text in zip(paths, captions, strict=True)),
+        examples=(RawExample(path.read_bytes(), own) for path, own in zip(paths, captions, strict=True)),
     )
 
 
@@ -248,17 +250,17 @@ def image_file(folder: Path, row: dict[str, Any], number: int, config: DownloadC
     return path
 
 
-def caption_of(row: dict[str, Any], number: int, config: DownloadConfig) -> str:
-    """The caption of a row, empty if it is null."""
-    caption = row[config.caption_column]
-    if caption is None:
-        return ""
-    if not isinstance(caption, str):
-        raise ValueError(
-            f"download.caption_column: row {number} of {config.repository} has no text in "
-            f"{config.caption_column!r} but {type(caption).__name__}"
-        )
-    return caption
+def captions_of(row: dict[str, Any], number: int, config: DownloadConfig) -> list[str]:
+    """The captions of a row: one or a list of them, empty where it is null."""
+    value = row[config.caption_column]
+    captions = (value or [""]) if isinstance(value, list) else [value]
+    for caption in captions:
+        if not isinstance(caption, str | None):
+            raise ValueError(
+                f"download.caption_column: row {number} of {config.repository} has no text in "
+                f"{config.caption_column!r} but {type(caption).__name__}"
+            )
+    return [caption or "" for caption in captions]
 
 
 def require_columns(columns: Iterable[str] | None, config: DownloadConfig) -> None:

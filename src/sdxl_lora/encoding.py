@@ -15,7 +15,7 @@ import numpy as np
 
 from sdxl_lora.buckets import Size, share_kept
 from sdxl_lora.config import EncodingConfig
-from sdxl_lora.dataset import Batch, Example, Split, write_index, write_shard
+from sdxl_lora.dataset import Batch, Example, Split, Variant, text_digest, write_index, write_shard
 from sdxl_lora.duplicates import nearest_earlier
 from sdxl_lora.entries import Entries
 from sdxl_lora.hardware import require_disk_space
@@ -80,6 +80,7 @@ class EncodingReport:
         kinds = Counter(finding.kind for finding in self.findings)
         return {
             "examples": {"train": sides["train"], "held_out": sides["held_out"]},
+            "captions": sum(1 + len(example.more_captions) for example in self.examples),
             "left_out": sum(finding.left_out for finding in self.findings),
             "findings": dict(sorted(kinds.items())),
             "sizes": {f"{width}x{height}": n for (width, height), n in sorted(self.encoded_sizes.items())},
@@ -105,7 +106,7 @@ def encode_dataset(
             split has no image left.
         OSError: an image file is missing, or the disk is too full.
     """
-    require_disk_space(folder, 2 * len(rows) * entries.bytes_per_example())  # the store, and the shards
+    require_disk_space(folder, 2 * sum(map(entries.num_bytes, rows)))  # the store, and the shards
     unique = without_duplicates(rows, report)
     yield len(rows) - len(unique)
     faults: dict[str, BadImageError] = {}
@@ -139,17 +140,55 @@ def write_dataset(
         written: dict[str, Example] = {}
         for number, rows in enumerate(shards_of_one_size(members, entries, config)):
             shard = f"{split}-{number:05d}.safetensors"
-            batches = [entries.example(row) for row in rows]
-            flipped = [entries.example(row, flipped=True) for row in rows] if config.flip else None
-            write_shard(partial, shard, Batch.cat(batches), Batch.cat(flipped) if flipped else None)
-            for position, (row, batch) in enumerate(zip(rows, batches, strict=True)):
-                digests = batch.digest(), flipped[position].digest() if flipped else ""
-                written[row.id] = Example(row.id, row.image, row.caption, split, shard, position, *digests)
-                note_size(row, batch, report)
+            examples = [Encoded(row, entries, config.flip) for row in rows]
+            flipped = [batch for example in examples for batch in example.flipped]
+            more_captions = [batch for example in examples for batch in example.captioned_otherwise]
+            write_shard(
+                partial,
+                shard,
+                Batch.cat([example.first for example in examples]),
+                Batch.cat(flipped) if flipped else None,
+                Batch.cat(more_captions) if more_captions else None,
+            )
+            more = 0
+            for position, (row, example) in enumerate(zip(rows, examples, strict=True)):
+                written[row.id] = example.indexed(split, shard, position, more)
+                more += len(row.more_captions)
+                note_size(row, example.first, report)
         report.examples += [written[row.id] for row in members]
     write_index(partial, report.examples)
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
+
+
+class Encoded:
+    """All that was encoded of a row: each a batch of one."""
+
+    def __init__(self, row: CaptionedImage, entries: Entries, flip: bool) -> None:
+        self._row = row
+        self.first = entries.example(row)
+        """The image as it is with its first caption."""
+        self.flipped = [entries.example(row, Variant(flipped=True))] if flip else []
+        """Mirrored."""
+        numbers = range(1, len(row.captions))
+        self.captioned_otherwise = [entries.example(row, Variant(caption=number)) for number in numbers]
+        """With its further captions."""
+
+    def indexed(self, split: Split, shard: str, position: int, more_row: int) -> Example:
+        """The line of the index, if it lies in these rows of the shard."""
+        return Example(
+            self._row.id,
+            self._row.image,
+            self._row.caption,
+            split,
+            shard,
+            position,
+            self.first.digest(),
+            "".join(batch.digest() for batch in self.flipped),
+            self._row.more_captions,
+            more_row,
+            tuple(text_digest(batch) for batch in self.captioned_otherwise),
+        )
 
 
 def shards_of_one_size(
@@ -272,11 +311,17 @@ def own_share() -> Share:
 
 
 def read_captions(path: Path) -> list[CaptionedImage]:
-    """The lines that clean_captions wrote.
+    """The images whose captions clean_captions kept, in their order. Equal captions of an image are one.
 
     Raises:
         FileNotFoundError: it did not run.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: run `dvc repro clean_captions` first")
-    return [CaptionedImage(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    captions: dict[tuple[str, str], dict[str, None]] = {}
+    for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        captions.setdefault((line["id"], line["image"]), {})[line["caption"]] = None
+    return [
+        CaptionedImage(identifier, image, first, tuple(more))
+        for (identifier, image), (first, *more) in captions.items()
+    ]

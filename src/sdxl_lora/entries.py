@@ -26,7 +26,7 @@ from sdxl_lora import pictures as pictures_module
 from sdxl_lora import sdxl as sdxl_module
 from sdxl_lora.buckets import Size
 from sdxl_lora.config import EncodingConfig
-from sdxl_lora.dataset import Batch
+from sdxl_lora.dataset import FIRST, Batch, Variant
 from sdxl_lora.encoders import (
     Encoders,
     embed_captions,
@@ -107,7 +107,7 @@ class Entries:
             OSError: an image file is missing.
         """
         waiting: dict[torch.Size, list[Job]] = defaultdict(list)
-        encoded = NOTHING  # a GPU may still be at it, while the batch before it is written
+        under_way = NOTHING  # on a GPU: it computes a batch while the one before is written
         captions: list[Tensor] = []
         lacking = [row for row in rows if self._lacks_picture(row)]
         decoded = decode_pictures(lacking, self._images, self._config, self._lacks_picture)
@@ -121,26 +121,26 @@ class Entries:
                 jobs = waiting[job.view.levels.shape]
                 jobs.append(job)
                 if len(jobs) == self._config.batch_size:
-                    before, encoded = encoded, self._encode(waiting.pop(job.view.levels.shape))
-                    self._put_latents(*before)
-            token_ids = self._token_ids(row)
-            if self._lacks_text(token_ids):
-                captions.append(token_ids)
-            if len(captions) == self._config.batch_size:
-                self._put_texts(captions)
-                captions = []
+                    encoded, under_way = under_way, self._encode(waiting.pop(job.view.levels.shape))
+                    self._put_latents(*encoded)
+            for caption in row.captions:
+                token_ids = self._token_ids(caption)
+                if self._lacks_text(token_ids):
+                    captions.append(token_ids)
+                if len(captions) == self._config.batch_size:
+                    self._put_texts(captions)
+                    captions = []
             yield row, None
+        self._put_latents(*under_way)
         for jobs in waiting.values():
-            before, encoded = encoded, self._encode(jobs)
-            self._put_latents(*before)
-        self._put_latents(*encoded)
+            self._put_latents(*self._encode(jobs))
         if captions:
             self._put_texts(captions)
 
-    def example(self, row: CaptionedImage, flipped: bool = False) -> Batch:
-        """The example of a row that was encoded, as a batch of one; with its image mirrored, if asked for."""
-        token_ids = self._token_ids(row)
-        latents = self._require(row, self._latents_key(row, flipped))
+    def example(self, row: CaptionedImage, variant: Variant = FIRST) -> Batch:
+        """The example of a row that was encoded, as a batch of one."""
+        token_ids = self._token_ids(row.captions[variant.caption])
+        latents = self._require(row, self._latents_key(row, variant.flipped))
         text = self._require(row, self._text_key(token_ids)) if self._of_text is not None else {}
         embeds = {"prompt_embeds": None, "pooled_prompt_embeds": None, **text}
         return Batch(**latents, token_ids=token_ids, **embeds)
@@ -156,12 +156,13 @@ class Entries:
         """The perceptual hash of a row's image: packed bits, uint8, (24,)."""
         return self._require(row, self._picture_key(row))["fingerprint"]
 
-    def bytes_per_example(self) -> int:
+    def num_bytes(self, row: CaptionedImage) -> int:
         """Upper bound of an encoded example's size."""
         latents = 2 * 4 * (self._config.resolution // 8) ** 2 * DTYPES[self._config.vae_precision].itemsize
         latents *= 1 + self._config.flip
         widths = [encoder.config.hidden_size for encoder in self._encoders.text_encoders or ()]
-        return latents + 78 * sum(widths) * DTYPES[self._config.text_precision].itemsize + 2**12
+        text = 78 * sum(widths) * DTYPES[self._config.text_precision].itemsize + 2**11
+        return latents + len(row.captions) * text + 2**11
 
     def _require(self, row: CaptionedImage, key: str) -> dict[str, Any]:
         """An entry of a row; encoded again if it was damaged or deleted meanwhile.
@@ -185,7 +186,7 @@ class Entries:
         return [job for job in jobs if self._latents_key(row, job.flipped) not in self._store]
 
     def _encode(self, jobs: Sequence[Job]) -> tuple[Sequence[Job], Tensor]:
-        """The jobs with mean and standard deviation of their latents, (2, B, 4, H/8, W/8)."""
+        """The jobs with the mean and standard deviation of their latents, (2, B, 4, H/8, W/8)."""
         levels = torch.stack([job.view.levels for job in jobs])
         with explained_memory_errors(self._config):
             latents = encode_images(self._encoders.vae, filled_up(levels, self._config.batch_size))
@@ -213,8 +214,8 @@ class Entries:
             text = {"prompt_embeds": prompt_embeds[part], "pooled_prompt_embeds": pooled[part]}
             self._store.put(self._text_key(own_ids), text)
 
-    def _token_ids(self, row: CaptionedImage) -> Tensor:
-        return tokenize(self._encoders.tokenizers, [row.caption])
+    def _token_ids(self, caption: str) -> Tensor:
+        return tokenize(self._encoders.tokenizers, [caption])
 
     def _lacks_picture(self, row: CaptionedImage) -> bool:
         keys = [self._picture_key(row), self._latents_key(row)]

@@ -23,13 +23,19 @@ FEW_IMAGES = 64  # not worth a worker's start
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """One line of data/captions.jsonl."""
+    """An image of data/captions.jsonl, which has a line for each of its captions."""
 
     id: str
     """SHA-256 of the image file."""
     image: str
     """File name of the image."""
     caption: str
+    """The first one."""
+    more_captions: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return (self.caption, *self.more_captions)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import nn
 from sdxl_lora.config import ModelConfig
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.denoising import Denoiser
+from sdxl_lora.files import written_whole
 from sdxl_lora.randomness import generator
 from sdxl_lora.sdxl import load_vae, open_base
 
@@ -44,7 +45,8 @@ class Previewer:
     def save(self, path: Path) -> Image:
         """Draws the image and keeps it as a PNG at `path`."""
         image = self.draw()
-        image.save(path)
+        with written_whole(path) as partial:
+            image.save(partial)
         return image
 
     @torch.no_grad()
@@ -57,12 +59,13 @@ class Previewer:
         denoiser = self._denoiser
         noise = torch.randn(self._batch.latents_mean.shape, generator=generator("preview"))
         prompt_embeds, pooled_prompt_embeds = denoiser.conditions(self._batch)
+        no_caption = denoiser.conditions(self._batch, captioned=torch.zeros(1, device=denoiser.device))
         height, width = self._batch.time_ids[0, 4:].tolist()
         return self._pipeline(
             prompt_embeds=prompt_embeds,
             pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_prompt_embeds=torch.zeros_like(prompt_embeds),
-            negative_pooled_prompt_embeds=torch.zeros_like(pooled_prompt_embeds),
+            negative_prompt_embeds=no_caption[0],
+            negative_pooled_prompt_embeds=no_caption[1],
             latents=noise.to(denoiser.device, prompt_embeds.dtype),
             height=height,
             width=width,

@@ -155,6 +155,14 @@ def load_noise_schedule(config: ModelConfig) -> NoiseSchedule:
     return NoiseSchedule(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
 
 
+def zeros_mean_no_caption(config: ModelConfig) -> bool:
+    """Whether the base model reads zeros where there is no caption, as SDXL does, or an empty caption."""
+    zeros: bool = StableDiffusionXLPipeline.load_config(open_base(config)).get(
+        "force_zeros_for_empty_prompt", True
+    )
+    return zeros
+
+
 def tokenize(tokenizers: Tokenizers, texts: list[str]) -> Tensor:
     """Token ids of both tokenizers, padded and truncated to 77, int64, (B, 2, 77)."""
     options = {"padding": "max_length", "truncation": True, "max_length": 77, "return_tensors": "pt"}

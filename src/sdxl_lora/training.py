@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from sdxl_lora.attention import choose_attention
 from sdxl_lora.checkpointing import checkpoint_units
 from sdxl_lora.config import AttentionBackend, TrainingConfig
-from sdxl_lora.dataset import Batch, EncodedDataset
-from sdxl_lora.denoising import Denoiser, with_captions_embedded
+from sdxl_lora.dataset import Batch, EncodedDataset, Example, Variant
+from sdxl_lora.denoising import Denoiser, embed_empty_caption, with_captions_embedded
 from sdxl_lora.diffusion import min_snr_weight
 from sdxl_lora.engine import Engine, Group
 from sdxl_lora.fused import attention_shapes, fuse, fuse_unet
@@ -222,10 +222,14 @@ def freeze_text_encoders(
     engine: Engine[Examples], denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig
 ) -> tuple[Denoiser, EncodedDataset]:
     """Goes on with the UNet alone; returns it, and the examples with their captions embedded once for all."""
-    unet_alone = replace(denoiser, text_encoders=None)
-    engine.restrict(1, make_loss(unet_alone, config))  # first, as it makes room on the GPU
-    for text_encoder in denoiser.text_encoders or ():
+    text_encoders, empty = denoiser.text_encoders, denoiser.empty_caption
+    assert text_encoders is not None, "they are frozen"
+    for text_encoder in text_encoders:
         text_encoder.eval()
+    if empty is not None:
+        empty = embed_empty_caption(text_encoders, empty.token_ids)
+    unet_alone = replace(denoiser, text_encoders=None, empty_caption=empty)
+    engine.restrict(1, make_loss(unet_alone, config))  # before the captions, as it makes room on the GPU
     return unet_alone, with_captions_embedded(denoiser, dataset)
 
 
@@ -275,8 +279,8 @@ def draw_examples(
             micro_step = step * parts + part
             start = micro_step * size
             indices = examples[part * size : (part + 1) * size]
-            flipped = draw_flips(start, size, seed) if dataset.has_flipped else None
-            batch = dataset.batch(indices, flipped)
+            variants = draw_variants([dataset.examples[index] for index in indices], start, seed)
+            batch = dataset.batch(indices, variants)
             draws = draw(batch, start, num_timesteps, config.caption_dropout, seed)
             images = [dataset.examples[index].image for index in indices]
             yield Examples(batch, draws, images, generator(seed, "dropout", micro_step).initial_seed())
@@ -295,10 +299,14 @@ def one_of_each_size(
         yield Examples(batch, draws, images=[], dropout_seed=0)
 
 
-def draw_flips(start: int, size: int, seed: int) -> list[bool]:
-    """Whether the images of the examples at positions start, start + 1, ... of training are mirrored."""
-    draws = [torch.rand((), generator=generator(seed, "flip", start + row)) for row in range(size)]
-    return [bool(value < 0.5) for value in draws]
+def draw_variants(examples: Sequence[Example], start: int, seed: int) -> list[Variant]:
+    """Which image and caption is taken of each example, at positions start, start + 1, ... of training."""
+    variants = []
+    for position, example in enumerate(examples, start):
+        flip, number = torch.rand(2, generator=generator(seed, "variant", position)).tolist()
+        flipped = bool(example.flipped_digest) and flip < 0.5
+        variants.append(Variant(flipped, int(number * (1 + len(example.more_captions)))))
+    return variants
 
 
 def require_finite(report: Report, config: TrainingConfig, examples: Sequence[Examples]) -> None:
