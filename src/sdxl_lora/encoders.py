@@ -76,7 +76,8 @@ def embed_captions(text_encoders: TextEncoders, token_ids: Tensor) -> tuple[Tens
 
 def filled_up(rows: Tensor, size: int) -> Tensor:
     """`rows`, (B, ...), B <= size, and copies of the last one behind them, (size, ...)."""
-    return torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
+    missing = size - len(rows)
+    return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
 
 
 def weights_digest(model: Any) -> str:
