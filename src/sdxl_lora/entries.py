@@ -70,7 +70,7 @@ class Entries:
         self._of_picture = {"code": code_version([images_module], IMAGE_LIBRARIES)}
         self._of_latents = {
             **config.model_dump(
-                include={"resolution", "aspect_ratios", "crop", "vae_precision", "batch_size"}
+                include={"resolution", "aspect_ratios", "crop", "vae_precision", "vae_tile", "batch_size"}
             ),
             "vae": weights_digest(encoders.vae),
             "machine": machine(encoders.vae.device),
@@ -245,13 +245,13 @@ def code_version(modules: Sequence[ModuleType], libraries: Sequence[str]) -> dic
 
 @contextmanager
 def explained_memory_errors(config: EncodingConfig) -> Iterator[None]:
-    """Turns a full GPU into an error that names the key to lower."""
+    """Turns a full GPU into an error that names the keys to lower."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"encoding.batch_size is {config.batch_size}: so many pictures of {config.resolution} px do not "
-            f"fit into the GPU's memory ({error}). Lower it"
+            f"fit into the GPU's memory ({error}). Lower it, or encoding.vae_tile ({config.vae_tile})"
         ) from error
 
 
