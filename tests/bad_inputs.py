@@ -340,7 +340,7 @@ def on_white_of(image: Image.Image) -> Image.Image:
 def images_beside_others() -> list[ImageCase]:
     """What is bad because of the data set that it is in."""
     original, trained, near = pattern(0), pattern(1), pattern(2)
-    small = pattern(260, (40, 64))
+    small, narrow = pattern(260, (40, 64)), pattern(262, (640, 128))
     larger = near.resize((160, 160))
     return [
         ImageCase("a file that is there twice", saved(original, "PNG"), "duplicate"),
@@ -356,6 +356,7 @@ def images_beside_others() -> list[ImageCase]:
             "leakage",
         ),
         ImageCase("a picture of 40 x 64 pixels", saved(small, "PNG"), "upscaled", small),
+        ImageCase("a picture of 640 x 128 pixels", saved(narrow, "PNG"), "cropped", narrow),
         ImageCase(
             "a file that was changed after the download", saved(pattern(261), "PNG"), "changed", id="0" * 64
         ),

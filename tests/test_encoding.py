@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from hypothesis import given
 from hypothesis import strategies as st
 from patterns import pattern, row_of, write_patterns
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
 from sdxl_lora.config import EncodingConfig, ModelConfig, load_params
 from sdxl_lora.dataset import Batch, EncodedDataset, Variant, data_digest
@@ -108,6 +109,41 @@ def test_latents_are_shifted_and_scaled_as_the_vae_says() -> None:
     factor = vae.config.scaling_factor
     vae.register_to_config(scaling_factor=0.5, shift_factor=0.25)
     torch.testing.assert_close(encode_images(vae, levels), ((mean / factor - 0.25) / 2, std / factor / 2))
+
+
+def test_tiles_give_nearly_the_latents_of_the_whole_image() -> None:
+    """Pictures of 256 px in tiles of 128: latents off by a tenth of their spread, 0.9 dB worse decoded."""
+    whole, tiled = (
+        load_encoders(PARAMS.model, CONFIG.model_copy(update={"vae_tile": tile}), CPU).vae
+        for tile in (None, 128)
+    )
+    levels = torch.stack([to_bytes(four_pictures(number)) for number in range(4)])
+    expected, expected_std = encode_images(whole, levels)
+    found, found_std = encode_images(tiled, levels)
+    assert found.shape == expected.shape == (4, 4, 32, 32)
+    assert 0.01 < (found - expected).square().mean().sqrt() / expected.std() < 0.15
+    assert (found_std - expected_std).abs().mean() < 0.01 * expected.std()
+    psnr = [decoded_psnr(whole, latents, levels) for latents in (expected, found)]
+    assert psnr[1] > psnr[0] - 1.5
+    small = levels[:, :, :128, :128].contiguous()
+    assert torch.equal(encode_images(tiled, small)[0], encode_images(whole, small)[0])
+
+
+def four_pictures(number: int) -> Image.Image:
+    """256 x 256 pixels of the demo's data set."""
+    files = sorted(PICTURE.parent.glob("*.webp"))[4 * number : 4 * number + 4]
+    sheet = Image.new("RGB", (256, 256))
+    for place, file in enumerate(files):
+        sheet.paste(
+            decode_image(file.read_bytes()).resize((128, 128)), (128 * (place % 2), 128 * (place // 2))
+        )
+    return sheet
+
+
+@torch.no_grad()
+def decoded_psnr(vae: AutoencoderKL, latents: torch.Tensor, levels: torch.Tensor) -> float:
+    decoded = vae.decode(latents / vae.config.scaling_factor).sample
+    return float(10 * torch.log10(4 / (decoded - to_pixels(levels)).square().mean()))
 
 
 def test_captions_are_read_as_the_pipeline_reads_them(encoders: Encoders) -> None:
@@ -466,6 +502,7 @@ class TestStore:
         [
             ({"crop": "random"}, {"latents"}),
             ({"aspect_ratios": "buckets"}, {"latents"}),
+            ({"vae_tile": 64}, {"latents"}),
             ({"flip": True}, {"latents"}),  # of the mirrored images alone
             ({"resolution": 64}, {"latents"}),
             ({"batch_size": 4}, {"latents", "text"}),

@@ -110,6 +110,9 @@ class EncodingConfig(Section):
     """Arithmetic of the VAE. SDXL's own VAE overflows in fp16; sdxl-vae-fp16-fix does not."""
     text_precision: Precision
     """Arithmetic of frozen text encoders, and the precision in which their embeddings are stored."""
+    vae_tile: Resolution | None
+    """Side of the overlapping tiles that the VAE encodes larger images in, pixels, to save memory. Latents
+    then differ a little, as each tile is normalised alone. null: images as a whole."""
     batch_size: PositiveInt
     """Images encoded at once. 1 at 1024 px takes 3.75 GiB in fp16."""
     shard_size: PositiveInt

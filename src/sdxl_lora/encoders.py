@@ -41,11 +41,20 @@ def load_encoders(model: ModelConfig, config: EncodingConfig, device: torch.devi
     frozen = model.text_encoders == "frozen"
     vae = load_vae(model, config.vae_precision, device)
     fuse_vae(vae)
+    tile_vae(vae, config.vae_tile)
     return Encoders(
         vae=vae,
         tokenizers=load_tokenizers(model),
         text_encoders=load_text_encoders(model, config.text_precision, device) if frozen else None,
     )
+
+
+def tile_vae(vae: AutoencoderKL, side: int | None) -> None:
+    """Has the VAE encode images larger than `side` pixels in tiles that overlap by a quarter; None: whole."""
+    if side is not None:
+        vae.enable_tiling()
+        vae.tile_sample_min_size = side
+        vae.tile_latent_min_size = side // 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 @torch.no_grad()

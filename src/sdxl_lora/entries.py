@@ -70,7 +70,7 @@ class Entries:
         self._of_picture = {"code": code_version([images_module], IMAGE_LIBRARIES)}
         self._of_latents = {
             **config.model_dump(
-                include={"resolution", "aspect_ratios", "crop", "vae_precision", "batch_size"}
+                include={"resolution", "aspect_ratios", "crop", "vae_precision", "vae_tile", "batch_size"}
             ),
             "vae": weights_digest(encoders.vae),
             "machine": machine(encoders.vae.device),
@@ -107,7 +107,7 @@ class Entries:
             OSError: an image file is missing.
         """
         waiting: dict[torch.Size, list[Job]] = defaultdict(list)
-        under_way = NOTHING  # on a GPU: it computes a batch while the one before is written
+        encoded = NOTHING  # a GPU may still be at it, while the batch before it is written
         captions: list[Tensor] = []
         lacking = [row for row in rows if self._lacks_picture(row)]
         decoded = decode_pictures(lacking, self._images, self._config, self._lacks_picture)
@@ -121,8 +121,8 @@ class Entries:
                 jobs = waiting[job.view.levels.shape]
                 jobs.append(job)
                 if len(jobs) == self._config.batch_size:
-                    encoded, under_way = under_way, self._encode(waiting.pop(job.view.levels.shape))
-                    self._put_latents(*encoded)
+                    before, encoded = encoded, self._encode(waiting.pop(job.view.levels.shape))
+                    self._put_latents(*before)
             for caption in row.captions:
                 token_ids = self._token_ids(caption)
                 if self._lacks_text(token_ids):
@@ -131,9 +131,10 @@ class Entries:
                     self._put_texts(captions)
                     captions = []
             yield row, None
-        self._put_latents(*under_way)
         for jobs in waiting.values():
-            self._put_latents(*self._encode(jobs))
+            before, encoded = encoded, self._encode(jobs)
+            self._put_latents(*before)
+        self._put_latents(*encoded)
         if captions:
             self._put_texts(captions)
 
@@ -186,7 +187,7 @@ class Entries:
         return [job for job in jobs if self._latents_key(row, job.flipped) not in self._store]
 
     def _encode(self, jobs: Sequence[Job]) -> tuple[Sequence[Job], Tensor]:
-        """The jobs with the mean and standard deviation of their latents, (2, B, 4, H/8, W/8)."""
+        """The jobs with mean and standard deviation of their latents, (2, B, 4, H/8, W/8)."""
         levels = torch.stack([job.view.levels for job in jobs])
         with explained_memory_errors(self._config):
             latents = encode_images(self._encoders.vae, filled_up(levels, self._config.batch_size))
@@ -244,13 +245,13 @@ def code_version(modules: Sequence[ModuleType], libraries: Sequence[str]) -> dic
 
 @contextmanager
 def explained_memory_errors(config: EncodingConfig) -> Iterator[None]:
-    """Turns a full GPU into an error that names the key to lower."""
+    """Turns a full GPU into an error that names the keys to lower."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"encoding.batch_size is {config.batch_size}: so many pictures of {config.resolution} px do not "
-            f"fit into the GPU's memory ({error}). Lower it"
+            f"fit into the GPU's memory ({error}). Lower it, or encoding.vae_tile ({config.vae_tile})"
         ) from error
 
 

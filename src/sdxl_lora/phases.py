@@ -6,7 +6,7 @@ import torch
 
 from sdxl_lora.config import Params, SamplingConfig
 from sdxl_lora.drawing import fuse_all
-from sdxl_lora.encoders import embed_captions, encode_images
+from sdxl_lora.encoders import embed_captions, encode_images, tile_vae
 from sdxl_lora.forecast import META, InferenceTrace, trace_inference
 from sdxl_lora.fused import fuse_vae
 from sdxl_lora.lora import add_adapters, lora_parameters
@@ -19,6 +19,7 @@ def trace_encoding(shapes: Shapes, params: Params) -> InferenceTrace:
     config = params.encoding
     vae = shapes.make_vae(config.vae_precision, META)
     fuse_vae(vae)
+    tile_vae(vae, config.vae_tile)
     frozen = params.model.text_encoders == "frozen"
     text_encoders = shapes.make_text_encoders(config.text_precision, META) if frozen else None
 
