@@ -6,6 +6,7 @@ from sdxl_lora import paths
 from sdxl_lora.config import load_params
 from sdxl_lora.drawing import prepare
 from sdxl_lora.execution import run, stage
+from sdxl_lora.files import written_whole
 from sdxl_lora.hardware import require_precision, reserved_device
 from sdxl_lora.samples import save_sample, save_table
 from sdxl_lora.sampling import generation_settings, grid, load_adapter, sample_images, sampled_captions
@@ -29,7 +30,8 @@ def main() -> None:
             save_sample(paths.SAMPLES, sample, image, settings)
             pictures.append((sample, image))
         save_table(paths.SAMPLE_TABLE, [sample for sample, _ in pictures])
-        grid(pictures).save(paths.SAMPLE_GRID)
+        with written_whole(paths.SAMPLE_GRID) as partial:
+            grid(pictures).save(partial)
 
 
 if __name__ == "__main__":

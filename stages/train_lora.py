@@ -8,7 +8,7 @@ from sdxl_lora.denoising import load_denoiser
 from sdxl_lora.environment import environment
 from sdxl_lora.execution import Deadline, project_root, run, stage
 from sdxl_lora.failed_steps import failed_steps_kept
-from sdxl_lora.files import require_writable
+from sdxl_lora.files import require_writable, write_text
 from sdxl_lora.hardware import deterministic, require_precision, reserved_device
 from sdxl_lora.lora import add_adapters, save_lora
 from sdxl_lora.planning import choose_plan
@@ -56,7 +56,7 @@ def main() -> None:
             with live_run(params) as live:
                 session.lead(live, previewer)
         save_lora(paths.LORA, denoiser.unet, denoiser.text_encoders)
-        loss_curve(training.reports, config.log_every).to_csv(paths.LOSS_CURVE, index=False)
+        write_text(paths.LOSS_CURVE, loss_curve(training.reports, config.log_every).to_csv(index=False))
         summary = {**summarise(training.reports, denoiser, config), **choices, **plan.numbers()}
         write_numbers(paths.TRAINING_REPORT, summary)
         facts = environment(device, deterministic=config.deterministic, **choices)

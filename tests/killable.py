@@ -24,7 +24,6 @@ from sdxl_lora.sources import file_digest
 from sdxl_lora.training import Training, prepare
 
 SEED = 7
-LATENTS = torch.Size((1, 4, 16, 16))
 SECONDS = 300  # that a process may take to say something
 
 
@@ -61,8 +60,9 @@ def train(job: Job, progress: Connection) -> None:
     with deterministic(True):
         denoiser = load_denoiser(job.model, job.config.precision, torch.device(job.device))
         add_adapters(denoiser.unet, denoiser.text_encoders, job.lora, SEED)
-        prepare(denoiser, job.config, LATENTS)
-        training = Training(denoiser, EncodedDataset(job.encoded, "train"), job.config, SEED)
+        dataset = EncodedDataset(job.encoded, "train")
+        prepare(denoiser, job.config, dataset.largest_latents)
+        training = Training(denoiser, dataset, job.config, SEED)
         checkpoints = Checkpoints(job.checkpoints, job.config.checkpoint_minutes)
         checkpoint = checkpoints.newest()
         if checkpoint is not None:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from fault import REPOSITORY, Fault, at_step, contents, news
 from project import Project, create_project
-from tracking_faults import STEPS, steps_shown, training_project
+from tracking_faults import STEPS, steps_shown, training_project, undisturbed_adapter
 from tracking_servers import free_port
 
 from sdxl_lora import paths, ui
@@ -59,9 +59,7 @@ def gpu_faults(folder: Path) -> Iterator[Fault]:
 
 def clock_faults(folder: Path) -> Iterator[Fault]:
     """An hour back or on in the middle of training, for all who ask the time, or when the machine started."""
-    with training_project(folder / "undisturbed"):
-        train_lora.main()
-        undisturbed = file_digest(saved_lora(paths.LORA))
+    undisturbed = undisturbed_adapter()
     for name, jump in {"back": -HOUR, "forward": HOUR}.items():
         with training_project(folder / name) as (params, patch):
             execution = current_execution()

@@ -2,6 +2,7 @@ import os
 import resource
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 from encoded import write_encoded_dataset
-from killable import LATENTS, Job, Killer
+from killable import Job, Killer
 from torch import Tensor
 
 from sdxl_lora.checkpoints import Checkpoint, Checkpoints, training_key
 from sdxl_lora.config import Params, TrainingConfig, load_params
-from sdxl_lora.dataset import INDEX, EncodedDataset
+from sdxl_lora.dataset import INDEX, EncodedDataset, write_index, write_shard
 from sdxl_lora.denoising import Denoiser, load_denoiser
 from sdxl_lora.lora import add_adapters, lora_parameters
+from sdxl_lora.randomness import generator
 from sdxl_lora.training import Training, prepare
 
 CPU = torch.device("cpu")
@@ -53,8 +55,18 @@ def params() -> Params:
 
 @pytest.fixture(scope="module")
 def encoded(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five square examples and three wide ones."""
     folder = tmp_path_factory.mktemp("checkpoints") / "encoded"
-    write_encoded_dataset(folder, params.model)
+    dataset = write_encoded_dataset(folder, params.model)
+    square, wide = dataset.examples[:5], dataset.examples[5:]
+    batch = replace(
+        dataset.batch(range(5, 8)),
+        latents_mean=torch.randn(3, 4, 12, 20, generator=generator("wide")),
+        latents_std=torch.full((3, 4, 12, 20), 0.1),
+    )
+    write_shard(folder, "train-00001.safetensors", batch)
+    moved = [replace(example, shard="train-00001.safetensors", row=row) for row, example in enumerate(wide)]
+    write_index(folder, [*square, *moved])
     return folder
 
 
@@ -124,8 +136,9 @@ def test_resumed_training_is_the_uninterrupted_one(
 def make(params: Params, config: TrainingConfig, encoded: Path) -> tuple[Training, Denoiser]:
     denoiser = load_denoiser(params.model, config.precision, CPU)
     add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, SEED)
-    prepare(denoiser, config, LATENTS)
-    return Training(denoiser, EncodedDataset(encoded, "train"), config, SEED), denoiser
+    dataset = EncodedDataset(encoded, "train")
+    prepare(denoiser, config, dataset.largest_latents)
+    return Training(denoiser, dataset, config, SEED), denoiser
 
 
 def weights(denoiser: Denoiser) -> list[Tensor]:

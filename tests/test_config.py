@@ -123,8 +123,8 @@ def test_no_key_has_a_default(section: type[BaseModel]) -> None:
         ("  rank: 16", "  rank: sixteen", "(it is 'sixteen')"),
         ("  rank: 16", "  rank: 0", "lora.rank: Input should be greater than 0 (it is 0)"),
         (
-            "  resolution: 1024 # pixels a side\n  aspect",
-            "  resolution: 1000\n  aspect",
+            "  resolution: 1024 # pixels a side\n  aspect_ratios",
+            "  resolution: 1000\n  aspect_ratios",
             "multiple of 64 (it is 1000)",
         ),
         (

@@ -185,6 +185,14 @@ def test_forecast_of_memory_is_that_of_the_plan() -> None:
     assert resources.needed_gpu_memory(someone) == someone.plan.forecast.total + 0.9 * GIB
 
 
+def test_mirrored_images_take_their_room_on_the_disk() -> None:
+    plain, mirrored = patient(encoding={"flip": False}), patient(encoding={"flip": True})
+    more = resources.example_bytes(mirrored.shapes, mirrored.params) - resources.example_bytes(
+        plain.shapes, plain.params
+    )
+    assert more == 2 * 4 * (128 // 8) ** 2 * 4
+
+
 def test_disk_of_an_unknown_data_set_warns() -> None:
     check = found(resources.check_disk, patient(download={"repository": "owner/data", "max_examples": None}))
     assert check.status == "warn"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,12 @@ def test_adapter_whose_code_was_committed_after_the_run_is_made_with_that_commit
 def test_adapter_without_a_record_is_refused(facts: dict[str, str], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         find_record(write_adapter(facts))
+
+
+def test_pickle_is_refused_as_an_adapter() -> None:
+    Path("adapter.safetensors").write_bytes(pickle.dumps({"weights": 1}))
+    with pytest.raises(ValueError, match="no safetensors file but a pickle"):
+        find_record("adapter.safetensors")
 
 
 def test_missing_adapter_is_refused() -> None:

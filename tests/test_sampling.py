@@ -242,6 +242,17 @@ def test_picture_that_is_not_finite_is_refused(
         bias.data.copy_(before)
 
 
+def test_full_gpu_names_the_key_to_lower(
+    pipeline: StableDiffusionXLPipeline, config: SamplingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pipeline.vae, "decode", fail)
+    with pytest.raises(ValueError, match=r"sampling\.batch_size is 1.*64 px.*CUDA out of memory.*make plan"):
+        next(iter(sample_images(pipeline, config)))
+
+
 def test_png_says_what_it_was_drawn_from(tmp_path: Path, params: Params, config: SamplingConfig) -> None:
     sample = Sample("strength-0.5/07-seed-3.png", "naïve 寿司", 3, 0.5)
     model = params.model.model_copy(update={"base": str(Path("demo/base_model").resolve())})

@@ -1,5 +1,6 @@
 """`make check` refuses code that loads what can run code, or trusts what strangers chose."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +41,12 @@ def test_no_code_of_a_repository_is_trusted() -> None:
     ]
     assert len(files) > 70
     assert [path for path in files if "trust_remote_code" in path.read_text(encoding="utf-8")] == []
+
+
+def test_servers_listen_on_the_loopback_alone() -> None:
+    """An empty address would be all of the machine's."""
+    files = [
+        path for folder in ("src", "tests", "benchmarks") for path in (REPOSITORY / folder).rglob("*.py")
+    ]
+    empty = re.compile(r"""(Server|create_server|bind)\(\(["']["'],""")
+    assert [path for path in files if empty.search(path.read_text(encoding="utf-8"))] == []

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from sdxl_lora.export import export_lora
 from sdxl_lora.lineage import lineage
 from sdxl_lora.sdxl import layers_per_block, weight_digests
 from sdxl_lora.tensor_files import read_header, write_tensors
-from sdxl_lora.verification import verify
+from sdxl_lora.verification import main, verify
 
 REPOSITORY = Path(__file__).parents[1]
 CODE = Path("src/sdxl_lora/training.py")
@@ -47,6 +48,23 @@ def write_lock(params: dict[str, Any]) -> None:
         "outs": [{"path": "data/lora", "md5": "2.dir"}],
     }
     paths.LOCK.write_text(yaml.safe_dump({"stages": {"train_lora": entry}}), encoding="utf-8")
+
+
+def record_export() -> None:
+    """What DVC would know of the exported files: their list in its cache, under its hash."""
+    files = [
+        {"md5": hashlib.md5(path.read_bytes()).hexdigest(), "relpath": path.name}
+        for path in sorted(paths.EXPORT.iterdir())
+    ]
+    text = json.dumps(files)
+    digest = f"{hashlib.md5(text.encode()).hexdigest()}.dir"
+    listing = Path(".dvc/cache/files/md5", digest[:2], digest[2:])
+    listing.parent.mkdir(parents=True)
+    listing.write_text(text, encoding="utf-8")
+    Path(".dvc/config").touch()
+    lock = yaml.safe_load(paths.LOCK.read_text(encoding="utf-8"))
+    lock["stages"]["export_lora"] = {"outs": [{"path": str(paths.EXPORT), "md5": digest}]}
+    paths.LOCK.write_text(yaml.safe_dump(lock), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +99,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             params.model, weight_digests(params.model), paths.RAW_SOURCE, paths.ENCODED_INDEX, paths.LOCK
         )
         export_lora(paths.LORA, paths.EXPORT, params.export, facts, layers_per_block(params.model))
+        record_export()
     return root
 
 
@@ -102,7 +121,7 @@ def test_everything_passes_where_it_was_made() -> None:
         checks = found(paths.EXPORT / name)
         assert {check.status for check in checks.values()} == {"pass"}, checks
         assert set(checks) == {
-            "weights", "commit", "record", "code", "params", "data source", "data", "base model"
+            "weights", "commit", "record", "bytes", "code", "params", "data source", "data", "base model"
         }  # fmt: skip
 
 
@@ -174,12 +193,14 @@ def test_damage_fails_the_line_that_is_about_it(damage: Callable[[], object], na
     ("loss", "name", "words"),
     [
         (lambda: edit_header(git_commit="0" * 40), "commit", "not in this repository"),
+        (lambda: edit_header(note="mine"), "bytes", "or an edited one"),
+        (lambda: shutil.rmtree(".dvc/cache"), "bytes", "has no list"),
         (lambda: paths.LOCK.unlink(), "record", "neither here nor in any commit"),
         (lambda: shutil.rmtree(paths.ENCODED), "data", "is not here"),
         (lambda: shutil.rmtree("demo/dataset"), "data source", "is not here"),
         (lambda: shutil.rmtree("demo/base_model"), "base model", "is not here"),
     ],
-    ids=["commit", "record", "data", "source", "base"],
+    ids=["commit", "header", "cache", "record", "data", "source", "base"],
 )
 def test_what_is_not_here_warns_and_does_not_fail(loss: Callable[[], object], name: str, words: str) -> None:
     loss()
@@ -204,15 +225,34 @@ def test_data_of_another_run_is_no_damage() -> None:
 def test_file_without_lineage_or_tensors_fails() -> None:
     (check,) = verify(paths.LORA / "pytorch_lora_weights.safetensors")
     assert (check.status, "says nothing of where it comes from" in check.detail) == ("fail", True)
-    ADAPTER.write_bytes(b"no safetensors")
+    ADAPTER.write_bytes(pickle.dumps({"weights": 1}))
     (check,) = verify(ADAPTER)
-    assert (check.status, "cannot be read" in check.detail) == ("fail", True)
+    assert (check.status, "no safetensors file but a pickle" in check.detail) == ("fail", True)
+    ADAPTER.unlink()
+    (check,) = verify(ADAPTER)
+    assert check.status == "fail"
 
 
 @pytest.mark.usefixtures("project")
-def test_command_prints_a_line_a_check_and_its_status_says_whether_one_failed() -> None:
-    command = [sys.executable, "-m", "sdxl_lora.verification", str(ADAPTER)]
-    edit_weights()
-    result = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert {check["name"]: check["status"] for check in json.loads(result.stdout)}["weights"] == "fail"
+@pytest.mark.parametrize(
+    ("damage", "status"), [(lambda: None, 0), (edit_weights, 1)], ids=["none", "weights"]
+)
+def test_commands_status_says_whether_a_check_failed(
+    damage: Callable[[], object],
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damage()
+    monkeypatch.setattr(sys, "argv", ["verification", str(ADAPTER), "--json"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == status
+    weights = {check["name"]: check["status"] for check in json.loads(capsys.readouterr().out)}["weights"]
+    assert weights == ("fail" if status else "pass")
+    monkeypatch.setattr(sys, "argv", ["verification", str(ADAPTER)])
+    with pytest.raises(SystemExit):
+        main()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith(f"{weights}  weights      ")
+    assert printed[-1].endswith(f"{status} failed")

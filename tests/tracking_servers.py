@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 from sdxl_lora import ui
 
@@ -71,11 +71,15 @@ class Gate(ThreadingHTTPServer):
         self.status: int | None = None
         """Of every answer; None: as the server behind it says."""
         self.trouble = trouble
+        self.in_trouble = Event()
 
     @property
     def address(self) -> str:
         """With a password, as a user may write it."""
         return f"http://somebody:{PASSWORD}@{ui.HOST}:{self.server_address[1]}"
+
+    def handle_error(self, *_: object) -> None:
+        """Nothing: whom a request was for may have gone."""
 
     def close(self) -> None:
         """Stops listening."""
@@ -106,6 +110,7 @@ class Passage(BaseHTTPRequestHandler):
         self.end_headers()
         if b"train/loss" in body:
             self.server.trouble(self.server)
+            self.server.in_trouble.set()
         self.wfile.write(content)
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_any  # noqa: N815, as http.server names them

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from sdxl_lora import paths
 from sdxl_lora.dataset import Example
+from sdxl_lora.files import write_bytes, write_text
 from sdxl_lora.processes import processes
 from sdxl_lora.training import NotFiniteError
 
@@ -44,13 +45,12 @@ def write_failed_step(folder: Path, error: NotFiniteError, dataset: Sequence[Exa
         The folder that holds both files.
     """
     target = folder / f"step-{error.report.step:08d}-process-{processes().process_index}"
-    target.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{number}.{name}": tensor.contiguous()
         for number, part in enumerate(error.examples)
         for name, tensor in part.named_tensors().items()
     }
-    save_file(tensors, target / INPUTS)
+    write_bytes(target / INPUTS, save(tensors))
     by_image: Mapping[str, Example] = {example.image: example for example in dataset}
     examples = [by_image[image] for part in error.examples for image in part.images]
     report = {
@@ -59,5 +59,5 @@ def write_failed_step(folder: Path, error: NotFiniteError, dataset: Sequence[Exa
         "examples": [{"id": e.id, "image": e.image, "caption": e.caption} for e in examples],
     }
     text = json.dumps(report, indent=2, ensure_ascii=False)
-    (target / REPORT).write_text(text + "\n", encoding="utf-8")
+    write_text(target / REPORT, text + "\n")
     return target

@@ -12,6 +12,7 @@ from torch import nn
 from sdxl_lora.config import ModelConfig
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.denoising import Denoiser
+from sdxl_lora.files import written_whole
 from sdxl_lora.randomness import generator
 from sdxl_lora.sdxl import load_vae, open_base
 
@@ -44,7 +45,8 @@ class Previewer:
     def save(self, path: Path) -> Image:
         """Draws the image and keeps it as a PNG at `path`."""
         image = self.draw()
-        image.save(path)
+        with written_whole(path) as partial:
+            image.save(partial)
         return image
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from sdxl_lora import paths
+from sdxl_lora.files import require_safetensors
 from sdxl_lora.history import commit_of, commits_with, experiments, md5_at, text_at
 from sdxl_lora.lineage import PREFIX, entry_digest, facts_of
 from sdxl_lora.projection import download_record
@@ -106,6 +107,7 @@ def record_of_adapter(path: Path) -> Record:
         raise ValueError(
             f"{path} not found: `dvc pull {paths.EXPORT}` gets the adapter of the present dvc.lock"
         )
+    require_safetensors(path)
     facts = facts_of(path)
     digest = facts.get("dvc.train_lora")
     if digest is None:

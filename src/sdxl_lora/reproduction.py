@@ -5,7 +5,6 @@ libraries and the device at hand.
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -108,17 +108,14 @@ def run_stages(clone: Path, stages: Sequence[str]) -> str | None:
     command = ["dvc", "repro", "--single-item", "--force", "--no-run-cache", *stages]
     tail: deque[str] = deque(maxlen=LAST_LINES)
     with subprocess.Popen(
-        command,
-        cwd=clone,
-        env=environment_of(clone),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        command, cwd=clone, env=environment_of(clone), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
         assert process.stdout is not None
-        for line in process.stdout:
+        output = TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline="")
+        for line in output:  # ends as it came: a progress bar's carriage return draws over it
             sys.stderr.write(line)
-            if line.strip():
+            sys.stderr.flush()
+            if line.endswith("\n") and line.strip():
                 tail.append(line.strip())
     if process.returncode == 0:
         return None
@@ -186,7 +183,7 @@ def main() -> None:
     except (ValueError, subprocess.CalledProcessError, *TRACKING_ERRORS) as error:
         sys.exit(f"reproduce: {error}")
     text = page(verdict)
-    write_numbers(paths.REPRODUCTION, json.loads(json.dumps(asdict(verdict), default=str)))
+    write_numbers(paths.REPRODUCTION, asdict(verdict))
     paths.REPRODUCTION_PAGE.write_text(text, encoding="utf-8")
     sys.stdout.write(f"{text}\n{paths.REPRODUCTION_PAGE} and {paths.REPRODUCTION} say the same.\n")
     sys.exit(verdict.outcome not in ("bit-identical", "within tolerance"))

@@ -88,9 +88,12 @@ def number_of_examples(params: Params) -> int | None:
 
 
 def example_bytes(shapes: Shapes, params: Params) -> int:
-    """Bytes of an encoded example: two moments of the latents, embeddings if text encoders are frozen."""
+    """Bytes of an encoded example: two moments of the latents, embeddings if text encoders are frozen.
+
+    No bucket has more pixels than the square. Mirrored images have latents of their own.
+    """
     config = params.encoding
-    latents = 2 * 4 * (config.resolution // shapes.pixels_per_latent) ** 2 * (1 + config.flip)
+    latents = (1 + config.flip) * 2 * 4 * (config.resolution // shapes.pixels_per_latent) ** 2
     embeddings = TOKENS * shapes.embedding_widths[0] if params.model.text_encoders == "frozen" else 0
     return (
         latents * DTYPES[config.vae_precision].itemsize + embeddings * DTYPES[config.text_precision].itemsize

@@ -4,6 +4,7 @@ One pipeline serves every strength of the adapter: there is never a second copy 
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def sample_images(
 
     Raises:
         FloatingPointError: a picture has pixels that are not finite.
+        ValueError: the GPU's memory does not hold a batch.
     """
     prompts = [*(Prompt(text, "free") for text in config.prompts), *captions]
     jobs = [(number, prompt, seed) for number, prompt in enumerate(prompts) for seed in config.seeds]
@@ -45,11 +47,25 @@ def sample_images(
         with strength(adapted_modules(pipeline), value), recorded(pipeline.unet):
             for start in range(0, len(jobs), config.batch_size):
                 batch = jobs[start : start + config.batch_size]
+                texts = [prompt.text for _, prompt, _ in batch]
                 noise = [initial_noise(pipeline, config, number, seed) for number, _, seed in batch]
-                images = draw(pipeline, config, [prompt.text for _, prompt, _ in batch], torch.stack(noise))
+                with explained_memory_errors(config):
+                    images = draw(pipeline, config, texts, torch.stack(noise))
                 for (number, prompt, seed), image in zip(batch, images, strict=True):
                     file = sample_file(number, seed, value)
                     yield Sample(file, prompt.text, seed, value, prompt.origin), image
+
+
+@contextmanager
+def explained_memory_errors(config: SamplingConfig) -> Iterator[None]:
+    """Turns a full GPU into an error that names the key to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"sampling.batch_size is {config.batch_size}: so many pictures of {config.resolution} px do not "
+            f"fit into the GPU's memory ({error}). Lower it; `make plan` says what a batch takes"
+        ) from error
 
 
 def sampled_captions(config: SamplingConfig, folder: Path) -> list[Prompt]:

@@ -17,6 +17,7 @@ from sdxl_lora import paths
 from sdxl_lora.checkpoints import Checkpoints
 from sdxl_lora.config import TrainingConfig
 from sdxl_lora.execution import Deadline, stopping_on_signals
+from sdxl_lora.files import explained_write_errors
 from sdxl_lora.previews import Previewer
 from sdxl_lora.processes import all_agree, processes
 from sdxl_lora.tracking import LiveRun
@@ -102,7 +103,10 @@ class Session:
 
     def _save(self) -> None:
         """Saves a checkpoint, and the previews so far: DVC deletes a stage's outputs before it runs."""
-        shutil.copytree(paths.PREVIEWS, self._kept_previews, dirs_exist_ok=True)
+        with explained_write_errors(self._kept_previews):
+            self._kept_previews.mkdir(parents=True, exist_ok=True)
+            for path in paths.PREVIEWS.iterdir():
+                shutil.copy(path, self._kept_previews)
         self.checkpoints.save(self.training.step, self.training.state_dict(), self.choices)
 
     def _save_or_warn(self) -> None:

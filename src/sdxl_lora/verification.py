@@ -4,12 +4,16 @@ Asks no network. A line passes, fails since two things contradict each other, or
 """
 
 import argparse
+import hashlib
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -19,9 +23,10 @@ from sdxl_lora.checks import Check, as_json, exit_status, failed, line, passed, 
 from sdxl_lora.config import ModelConfig, Params
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.download import HUB_FILES
+from sdxl_lora.files import require_safetensors
 from sdxl_lora.history import commit_of
 from sdxl_lora.lineage import digest_of, facts_of
-from sdxl_lora.records import Record, find_record, locked_stages
+from sdxl_lora.records import Record, locked_stages, record_of_adapter
 from sdxl_lora.sdxl import digests, local_models, weight_files
 from sdxl_lora.sources import damaged_files, file_digest, folder_digest, is_folder, local_copy
 from sdxl_lora.tensor_files import content_digest
@@ -33,12 +38,11 @@ Facts = Mapping[str, str]
 def verify(path: Path) -> Iterator[Check]:
     """Every check that the file's header allows, as it is made."""
     try:
-        facts, weights = facts_of(path), content_digest(load_file(path))
-    except (OSError, ValueError, SafetensorError) as error:
-        yield failed(
-            "file", f"{path} cannot be read ({error})", "take the file anew from where it was published"
-        )
+        require_safetensors(path)
+    except (ValueError, OSError) as error:
+        yield failed("file", str(error), "take the file anew from where it was published")
         return
+    facts, weights = facts_of(path), content_digest(load_file(path))
     if not facts:
         yield failed(
             "file",
@@ -50,11 +54,12 @@ def verify(path: Path) -> Iterator[Check]:
     yield check_commit(facts)
     record = None
     try:
-        record = find_record(str(path))
+        record = record_of_adapter(path)
         yield passed("record", record.origin)
     except ValueError as error:
         yield warned("record", str(error), "`dvc exp pull` or `git fetch` what the training left, then again")
     if record is not None:
+        yield check_bytes(path, record)
         yield check_code(record)
         yield check_params(record, facts)
     yield check_source(facts)
@@ -73,6 +78,32 @@ def check_weights(found: str, facts: Facts) -> Check:
             "take the file anew; this one was edited",
         )
     return passed("weights", f"sha256 {found[:12]}")
+
+
+def check_bytes(path: Path, record: Record) -> Check:
+    """Whether the file is one of the exported folder that DVC recorded, which an edited header cannot be."""
+    digests_there = exported(record.outs("export_lora").get(str(paths.EXPORT), ""))
+    if digests_there is None:
+        return warned("bytes", f"DVC's cache has no list of the recorded {paths.EXPORT}/", "`dvc fetch`")
+    if hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() not in digests_there:
+        return warned(
+            "bytes",
+            f"no file of the recorded {paths.EXPORT}/: another export of this training, or an edited one",
+            f"`dvc checkout {paths.EXPORT}` gets the recorded one",
+        )
+    return passed("bytes", f"a file of the recorded {paths.EXPORT}/, by its hash")
+
+
+def exported(digest: str) -> set[str] | None:
+    """MD5 of the files in a folder that DVC knows by `digest`; None if its cache does not hold the list."""
+    try:
+        with Repo() as repository:
+            listing = Path(repository.cache.local.path, digest[:2], digest[2:])
+    except DvcException:
+        return None
+    if not listing.is_file():
+        return None
+    return {entry["md5"] for entry in json.loads(listing.read_text(encoding="utf-8"))}
 
 
 def check_commit(facts: Facts) -> Check:

@@ -189,8 +189,8 @@ def test_dvc_repro_goes_on_where_it_was_killed(recipe: dict[str, Any], tmp_path:
     assert not list((root / paths.CHECKPOINTS).rglob("*.safetensors"))
     client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("sdxl-lora").experiment_id
-    new, old = client.search_runs([experiment], order_by=["attributes.start_time DESC"])
-    assert old.info.status == "KILLED"
+    new, *old = client.search_runs([experiment], order_by=["attributes.start_time DESC"])
+    assert [run.info.status for run in old] in ([], ["KILLED"])  # killed before MLflow knew, or after
     history = client.get_metric_history(new.info.run_id, "train/loss")
     assert [point.step for point in history] == list(range(1, 10))
 
