@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from sdxl_lora.config import ModelConfig, load_params
 from sdxl_lora.lineage import lineage, training_digest
@@ -64,12 +66,13 @@ def test_vae_of_its_own_is_named_and_hashed(model: ModelConfig, source: Path, tm
     vae = tmp_path / "vae"
     vae.mkdir()
     (vae / "config.json").write_text("{}", encoding="utf-8")
-    (vae / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
+    weights = vae / "diffusion_pytorch_model.safetensors"
+    save_file({"weight": torch.zeros(1)}, weights)
     other = model.model_copy(update={"vae": str(vae), "vae_revision": folder_digest(vae)})
     facts = lineage(other, weight_digests(other), source, tmp_path / "index.jsonl", tmp_path / "none.lock")
     assert facts["sdxl_lora.vae.repository"] == "vae"
     assert facts["sdxl_lora.vae.revision"] == folder_digest(vae)
-    assert facts["sdxl_lora.vae.sha256"] == hashlib.sha256(b"weights").hexdigest()
+    assert facts["sdxl_lora.vae.sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(
