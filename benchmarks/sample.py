@@ -29,10 +29,9 @@ from benchmarks.timing import wait_for
 from sdxl_lora import shapes
 from sdxl_lora.config import Params, Precision, SamplingConfig, load_params
 from sdxl_lora.drawing import draw, prepare, recorded
-from sdxl_lora.forecast import forecast_inference
 from sdxl_lora.hardware import peak_memory_gib, reserved_device
 from sdxl_lora.lora import add_adapters, lora_parameters, strength
-from sdxl_lora.phases import trace_sampling
+from sdxl_lora.phases import forecast_inference, trace_sampling
 from sdxl_lora.randomness import generator
 from sdxl_lora.sampling import adapted_modules, initial_noise
 from sdxl_lora.sdxl import DTYPES, load_pipeline

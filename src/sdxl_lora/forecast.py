@@ -4,12 +4,11 @@ The library's own training step runs once on tensors without data. What it alloc
 arithmetic of PyTorch's allocator, for any choice of checkpointed units.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 
 import torch
-from torch import Tensor, nn
 
 from sdxl_lora.allocator import MIB, CachingAllocator
 from sdxl_lora.checkpointing import find_units
@@ -323,74 +322,6 @@ def forecast_training(
         "previews": previews,
     }
     cache = lasting.peak_reserved + beside - sum(parts.values())
-    return Forecast(**parts, cache=cache, workspace=workspace)
-
-
-@dataclass(frozen=True)
-class InferenceTrace:
-    """What loaded modules and a run of them allocate."""
-
-    loaded: Sequence[Event]
-    recorded: Sequence[Event]
-    """Of the run, what a CUDA graph keeps to itself for as long as the run lasts."""
-    run: Sequence[Event]
-    """The rest."""
-    adapters: int
-    """Bytes of the adapters among what is loaded."""
-
-
-@torch.no_grad()
-def trace_inference(
-    modules: Sequence[nn.Module],
-    adapters: Sequence[Tensor],
-    run: Callable[[], object],
-    recorded: Callable[[], object] = lambda: None,
-) -> InferenceTrace:
-    """Follows a run, while all of `modules`, with `adapters` among their parameters, stay on the GPU.
-
-    Args:
-        recorded: the part of it that a CUDA graph replays.
-        run: the rest.
-    """
-    trace = MemoryTrace(META)
-    with trace:
-        for module in modules:
-            trace.hold(module.parameters())
-            trace.hold(module.buffers())
-        loaded = len(trace.events)
-        recorded()
-        start = len(trace.events)
-        run()
-    events, num_adapters = trace.events, sum(tensor.nbytes for tensor in adapters)
-    return InferenceTrace(events[:loaded], events[loaded:start], events[start:], num_adapters)
-
-
-def forecast_inference(trace: InferenceTrace, budget: float = inf) -> Forecast:
-    """Peak memory of a run without training.
-
-    Raises:
-        MemoryError: `budget` bytes do not do.
-    """
-    workspace = CUBLAS_WORKSPACE
-    if trace.recorded:
-        workspace = RECORDING_STREAMS * CUBLAS_WORKSPACE + KERNEL_SCRATCH
-    allocator = CachingAllocator(budget - workspace)
-    replay(trace.loaded, allocator)
-    held = allocator.allocated
-    graph = CachingAllocator()
-    replay(trace.recorded, graph)
-    allocator.limit -= graph.reserved
-    if allocator.reserved > allocator.limit:
-        raise MemoryError(f"a recorded pass takes {allocator.reserved + graph.reserved} bytes")
-    replay(trace.run, allocator)
-    parts = {
-        "weights": live_bytes(trace.loaded) - trace.adapters,
-        "adapters": trace.adapters,
-        "optimizer": 0,
-        "activations": allocator.peak_allocated - held + graph.peak_allocated,
-        "previews": 0,
-    }
-    cache = allocator.peak_reserved + graph.reserved - sum(parts.values())
     return Forecast(**parts, cache=cache, workspace=workspace)
 
 

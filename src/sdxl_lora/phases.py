@@ -1,17 +1,99 @@
 """What encoding and sampling do to GPU memory, traced as for training: without weights, on a CPU."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from math import inf
 
 import torch
+from torch import Tensor, nn
 
+from sdxl_lora.allocator import CachingAllocator
 from sdxl_lora.config import Params, SamplingConfig
 from sdxl_lora.drawing import fuse_all
 from sdxl_lora.encoders import embed_captions, encode_images, tile_vae
-from sdxl_lora.forecast import META, InferenceTrace, trace_inference
+from sdxl_lora.forecast import (
+    CUBLAS_WORKSPACE,
+    KERNEL_SCRATCH,
+    META,
+    RECORDING_STREAMS,
+    Forecast,
+    live_bytes,
+    replay,
+)
 from sdxl_lora.fused import fuse_vae
 from sdxl_lora.lora import add_adapters, lora_parameters
+from sdxl_lora.memory import Event, MemoryTrace
 from sdxl_lora.sdxl import DTYPES, embed_tokens, predict
 from sdxl_lora.shapes import Shapes
+
+
+@dataclass(frozen=True)
+class InferenceTrace:
+    """What loaded modules and a run of them allocate."""
+
+    loaded: Sequence[Event]
+    recorded: Sequence[Event]
+    """Of the run, what a CUDA graph keeps to itself for as long as the run lasts."""
+    run: Sequence[Event]
+    """The rest."""
+    adapters: int
+    """Bytes of the adapters among what is loaded."""
+
+
+@torch.no_grad()
+def trace_inference(
+    modules: Sequence[nn.Module],
+    adapters: Sequence[Tensor],
+    run: Callable[[], object],
+    recorded: Callable[[], object] = lambda: None,
+) -> InferenceTrace:
+    """Follows a run, while all of `modules`, with `adapters` among their parameters, stay on the GPU.
+
+    Args:
+        recorded: the part of it that a CUDA graph replays.
+        run: the rest.
+    """
+    trace = MemoryTrace(META)
+    with trace:
+        for module in modules:
+            trace.hold(module.parameters())
+            trace.hold(module.buffers())
+        loaded = len(trace.events)
+        recorded()
+        start = len(trace.events)
+        run()
+    events, num_adapters = trace.events, sum(tensor.nbytes for tensor in adapters)
+    return InferenceTrace(events[:loaded], events[loaded:start], events[start:], num_adapters)
+
+
+def forecast_inference(trace: InferenceTrace, budget: float = inf) -> Forecast:
+    """Peak memory of a run without training.
+
+    Raises:
+        MemoryError: `budget` bytes do not do.
+    """
+    workspace = CUBLAS_WORKSPACE
+    if trace.recorded:
+        workspace = RECORDING_STREAMS * CUBLAS_WORKSPACE + KERNEL_SCRATCH
+    allocator = CachingAllocator(budget - workspace)
+    replay(trace.loaded, allocator)
+    held = allocator.allocated
+    graph = CachingAllocator()
+    replay(trace.recorded, graph)
+    allocator.limit -= graph.reserved
+    if allocator.reserved > allocator.limit:
+        raise MemoryError(f"a recorded pass takes {allocator.reserved + graph.reserved} bytes")
+    replay(trace.run, allocator)
+    parts = {
+        "weights": live_bytes(trace.loaded) - trace.adapters,
+        "adapters": trace.adapters,
+        "optimizer": 0,
+        "activations": allocator.peak_allocated - held + graph.peak_allocated,
+        "previews": 0,
+    }
+    cache = allocator.peak_reserved + graph.reserved - sum(parts.values())
+    return Forecast(**parts, cache=cache, workspace=workspace)
 
 
 def trace_encoding(shapes: Shapes, params: Params) -> InferenceTrace:
@@ -60,7 +142,7 @@ def trace_sampling(shapes: Shapes, params: Params) -> InferenceTrace:
     return trace_inference([unet, *text_encoders, vae], adapters, run, recorded=denoise)
 
 
-def denoised(shapes: Shapes, unet: torch.nn.Module, config: SamplingConfig, size: int) -> torch.Tensor:
+def denoised(shapes: Shapes, unet: nn.Module, config: SamplingConfig, size: int) -> Tensor:
     """What the UNet makes of a batch of `size`."""
     dtype, side = DTYPES[config.precision], config.resolution // shapes.pixels_per_latent
     width, pooled_width = shapes.embedding_widths

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from sdxl_lora.config import Params, load_params
-from sdxl_lora.forecast import Forecast, InferenceTrace, Workload, forecast_inference
+from sdxl_lora.forecast import Forecast, Workload
 from sdxl_lora.hardware import GIB
 from sdxl_lora.paths import PARAMS
-from sdxl_lora.phases import trace_encoding, trace_sampling
+from sdxl_lora.phases import InferenceTrace, forecast_inference, trace_encoding, trace_sampling
 from sdxl_lora.planning import Plan, Planner, refusal
 from sdxl_lora.shapes import read_shapes
 
