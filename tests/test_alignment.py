@@ -10,7 +10,7 @@ import torch
 from patterns import pattern, row_of
 from PIL import ImageOps
 
-from sdxl_lora import training
+from sdxl_lora import examples as examples_module
 from sdxl_lora.buckets import bucket_sizes, nearest_size
 from sdxl_lora.config import EncodingConfig, load_params
 from sdxl_lora.dataset import FIRST, Batch, EncodedDataset, Variant
@@ -19,11 +19,11 @@ from sdxl_lora.diffusion import PredictionType
 from sdxl_lora.encoders import embed_captions, encode_images, load_encoders
 from sdxl_lora.encoding import EncodingReport, encode_dataset
 from sdxl_lora.entries import Entries
+from sdxl_lora.examples import Examples, draw_examples, draw_variants
 from sdxl_lora.images import decode_image, resize_and_crop, to_bytes
 from sdxl_lora.randomness import generator
 from sdxl_lora.sdxl import NoiseSchedule, tokenize
 from sdxl_lora.store import Store
-from sdxl_lora.training import Examples, draw_examples, draw_variants
 
 COUNT = 23
 MICRO_BATCH = 2
@@ -98,7 +98,7 @@ def micro_batches(
 ) -> list[tuple[int, Examples]]:
     """What a process trains on, stopped and resumed at these steps, with the number of each one's step."""
     state = SimpleNamespace(process_index=rank, num_processes=PROCESSES)
-    monkeypatch.setattr(training, "processes", lambda: state)
+    monkeypatch.setattr(examples_module, "processes", lambda: state)
     prediction_type: PredictionType = "epsilon"
     schedule = NoiseSchedule(torch.zeros(1000), prediction_type)
     denoiser = Denoiser(torch.nn.Identity(), None, schedule, "fp32")

@@ -11,10 +11,11 @@ from sdxl_lora.config import ModelConfig, TrainingConfig, load_params
 from sdxl_lora.dataset import Batch, EncodedDataset, Example, Split, write_index, write_shard
 from sdxl_lora.denoising import Denoiser, load_denoiser
 from sdxl_lora.evaluation import HeldOutError, held_out_errors
+from sdxl_lora.examples import draw_examples, draw_variants, one_of_each_size
 from sdxl_lora.lora import add_adapters
 from sdxl_lora.previews import Previewer
 from sdxl_lora.randomness import generator
-from sdxl_lora.training import Training, draw_examples, draw_variants, one_of_each_size, prepare
+from sdxl_lora.training import Training, prepare
 
 CPU = torch.device("cpu")
 PARAMS = load_params(Path("recipes/demo.yaml"))

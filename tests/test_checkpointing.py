@@ -10,10 +10,11 @@ from sdxl_lora.checkpointing import checkpoint_units, find_units
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.denoising import Denoiser, load_denoiser
+from sdxl_lora.examples import Examples, draw
 from sdxl_lora.lora import add_adapters, lora_parameters, named_parts
 from sdxl_lora.randomness import generator
 from sdxl_lora.shapes import SDXL_BASE
-from sdxl_lora.training import Examples, denoising_loss, draw
+from sdxl_lora.training import denoising_loss
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

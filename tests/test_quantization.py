@@ -18,12 +18,13 @@ from sdxl_lora.config import Params, Quantization, TrainingConfig, load_params
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.denoising import Denoiser, load_denoiser
 from sdxl_lora.engine import Engine, Group
+from sdxl_lora.examples import draw_examples
 from sdxl_lora.fused import projections
 from sdxl_lora.lora import add_adapters, load_lora, lora_parameters, save_lora
 from sdxl_lora.projections import project, side_by_side
 from sdxl_lora.quantization import BLOCK, QuantizedLinear, quantize, unpack
 from sdxl_lora.randomness import generator
-from sdxl_lora.training import Report, denoising_loss, draw_examples, mean_report, prepare, train_lora
+from sdxl_lora.training import Report, denoising_loss, mean_report, prepare, train_lora
 
 CPU = torch.device("cpu")
 KINDS: list[Quantization] = ["int8", "nf4"]

@@ -15,13 +15,13 @@ from sdxl_lora.config import LoraConfig, ModelConfig, Params, TrainingConfig, lo
 from sdxl_lora.cuda_graph import Recorder
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.denoising import Denoiser, load_denoiser, with_captions_embedded
+from sdxl_lora.examples import draw
 from sdxl_lora.hardware import deterministic
 from sdxl_lora.lora import add_adapters, load_lora, lora_parameters, named_parts, save_lora
 from sdxl_lora.order import batch_order
 from sdxl_lora.randomness import generator
 from sdxl_lora.training import (
     Report,
-    draw,
     learning_rate_factor,
     loss_curve,
     mean_report,

@@ -114,7 +114,7 @@ class EncodingConfig(Section):
     """Side of the overlapping tiles that the VAE encodes larger images in, pixels, to save memory. Latents
     then differ a little, as each tile is normalised alone. null: images as a whole."""
     batch_size: PositiveInt
-    """Images encoded at once. 1 at 1024 px takes 3.75 GiB in fp16."""
+    """Images encoded at once. 1 at 1024 px takes 1.5 GiB in fp16; `make plan` says what more take."""
     shard_size: PositiveInt
     """Examples in one file of the encoded data set."""
     held_out: OpenFraction

@@ -15,13 +15,14 @@ from sdxl_lora.checkpointing import find_units
 from sdxl_lora.config import LoraConfig, TrainingConfig
 from sdxl_lora.dataset import Batch
 from sdxl_lora.denoising import Denoiser
+from sdxl_lora.examples import Draws, Examples
 from sdxl_lora.hardware import GIB
 from sdxl_lora.lora import add_adapters, lora_parameters, named_parts
 from sdxl_lora.memory import Event, MemoryTrace
 from sdxl_lora.quantization import quantize
 from sdxl_lora.sdxl import DTYPES, NoiseSchedule, predict
 from sdxl_lora.shapes import Shapes
-from sdxl_lora.training import Draws, Examples, has_dropout, make_engine, prepare
+from sdxl_lora.training import has_dropout, make_engine, prepare
 
 META = torch.device("meta")
 NUM_TIMESTEPS = 1000

@@ -15,11 +15,12 @@ from sdxl_lora.config import Params, TrainingConfig
 from sdxl_lora.dataset import Batch
 from sdxl_lora.denoising import Denoiser, load_denoiser
 from sdxl_lora.engine import Update
+from sdxl_lora.examples import Draws, Examples
 from sdxl_lora.forecast import Workload
 from sdxl_lora.lora import WEIGHTS, adapter_weights, add_adapters, lora_parameters, named_parts, save_lora
 from sdxl_lora.randomness import generator
 from sdxl_lora.sdxl import load_tokenizers, tokenize
-from sdxl_lora.training import Draws, Examples, make_engine, prepare
+from sdxl_lora.training import make_engine, prepare
 
 START = 1e-2
 """Standard deviation of B at the start. In training it is zero, which keeps every gradient from A."""
