@@ -13,6 +13,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 from tracked import write_results
 
+from sdxl_lora import paths
 from sdxl_lora.config import load_params
 from sdxl_lora.execution import stage
 from sdxl_lora.projection import track_run
@@ -130,7 +131,7 @@ def test_adapter_and_pictures_are_artifacts(run_page: Page) -> None:
     run_page.get_by_text("captions.html").click()
     expect(run_page.frame_locator("iframe").get_by_role("heading", name="Captions")).to_be_visible()
     run_page.get_by_text("adapter", exact=True).click()
-    expect(run_page.get_by_text("adapter.safetensors")).to_be_visible()
+    expect(run_page.get_by_text(paths.EXPORTED_WEIGHTS.name).first).to_be_visible()
 
 
 def test_page_is_served_to_this_machine_alone(runs_page: str) -> None:
