@@ -35,7 +35,11 @@ def test_every_output_that_dvc_expects_is_written(recipe: dict[str, Any], previe
 
 @pytest.mark.parametrize(
     ("passes", "text_encoders", "text_encoder_steps"),
-    [(1, "frozen", None), (2, "frozen", None), (2, "trained_then_frozen", 1)],
+    [
+        (2, "trained_then_frozen", 1),
+        pytest.param(1, "frozen", None, marks=pytest.mark.slow),
+        pytest.param(2, "frozen", None, marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_train_what_one_does_with_twice_the_batch(
     recipe: dict[str, Any], passes: int, text_encoders: str, text_encoder_steps: int | None
