@@ -24,7 +24,10 @@ DATASET, BASE_MODEL, EVALUATOR = (HERE.parent / name for name in ("dataset", "ba
 
 def main() -> None:
     write_dataset()
-    assemble().to(dtype=torch.float16).save_pretrained(BASE_MODEL)
+    pipeline = assemble().to(dtype=torch.float16)
+    for part in (pipeline.unet, pipeline.vae):
+        part.register_to_config(_name_or_path="")  # a path of the machine that trained it
+    pipeline.save_pretrained(BASE_MODEL)
     CLIPModel.from_pretrained(TRAINED / "evaluator/model", dtype=torch.float16).save_pretrained(EVALUATOR)
     CLIPTokenizer.from_pretrained(TRAINED / "tokenizer").save_pretrained(EVALUATOR)
     shutil.copy(TRAINED / "evaluator/model/preprocessor_config.json", EVALUATOR)

@@ -124,3 +124,11 @@ def test_evaluator_loads_and_names_a_picture_of_the_dataset() -> None:
             pixel_values=pixels.permute(0, 3, 1, 2) / 127.5 - 1,
         )
     assert out.logits_per_image.softmax(-1)[0, 0] > 0.9
+
+
+@pytest.mark.parametrize("folder", ["base_model", "evaluator"])
+def test_no_model_names_a_path_of_the_machine_that_made_it(folder: str) -> None:
+    configs = list((DEMO / folder).rglob("config.json"))
+    assert configs
+    for config in configs:
+        assert not Path(json.loads(config.read_text()).get("_name_or_path", "")).is_absolute(), config
