@@ -2,10 +2,12 @@
 
 import threading
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import pynvml
 import torch
+
+from sdxl_lora.hardware import peak_memory_gib
 
 GIB = 2**30
 PERIOD = 0.02  # seconds; the allocator keeps what it once held, so a slow poll misses little
@@ -51,3 +53,20 @@ class DeviceMemory:
     def _poll(self) -> None:
         while not self._stop.wait(PERIOD):
             self._peak = max(self._peak, self._used())
+
+
+class AllocatorPeaks(TypedDict):
+    """Fields of a result."""
+
+    peak_reserved_gib: float | None
+    peak_allocated_gib: float | None
+
+
+def allocator_peaks(device: torch.device) -> AllocatorPeaks:
+    """The most that PyTorch's allocator held, and that tensors took, GiB; None on a CPU: nobody counts."""
+    if device.type != "cuda":
+        return {"peak_reserved_gib": None, "peak_allocated_gib": None}
+    return {
+        "peak_reserved_gib": round(peak_memory_gib(device), 3),
+        "peak_allocated_gib": round(torch.cuda.max_memory_allocated(device) / GIB, 3),
+    }

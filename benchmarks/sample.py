@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL.Image import Image
 from transformers import CLIPTokenizer
 
+from benchmarks.device_memory import allocator_peaks
 from benchmarks.grid import combinations, repeat
 from benchmarks.results import GIB, OK, Configuration, Result, now, publish, this_machine
 from benchmarks.saved_sdxl import TOKENIZER
@@ -29,7 +30,7 @@ from benchmarks.timing import wait_for
 from sdxl_lora import shapes
 from sdxl_lora.config import Params, Precision, SamplingConfig, load_params
 from sdxl_lora.drawing import draw, prepare, recorded
-from sdxl_lora.hardware import peak_memory_gib, reserved_device
+from sdxl_lora.hardware import reserved_device
 from sdxl_lora.lora import add_adapters, lora_parameters, strength
 from sdxl_lora.phases import forecast_inference, trace_sampling
 from sdxl_lora.randomness import generator
@@ -75,8 +76,7 @@ def measure(configuration: Configuration, repetitions: int) -> Result:
             figures["first_batch_seconds"] = seconds.pop(0)
         except torch.OutOfMemoryError:
             outcome = "out of memory"
-        reserved = round(peak_memory_gib(device), 3) if device.type == "cuda" else None
-        allocated = round(torch.cuda.max_memory_allocated(device) / GIB, 3) if device.type == "cuda" else None
+        peaks = allocator_peaks(device)
         if outcome == OK and configuration["model"] == "demo":
             exact = {**configuration, "way": "diffusers", "precision": "fp32"}
             expected, _ = timed_draws(exact, params, sampling(params, exact), device, 1)
@@ -89,8 +89,7 @@ def measure(configuration: Configuration, repetitions: int) -> Result:
         configuration=configuration,
         outcome=outcome,
         seconds=seconds,
-        peak_reserved_gib=reserved,
-        peak_allocated_gib=allocated,
+        **peaks,
         forecast_gib=forecast(configuration, params, config) if configuration["way"] == "ours" else None,
         figures=figures,
     )

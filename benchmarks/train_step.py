@@ -17,13 +17,13 @@ from typing import Any, get_args
 import torch
 
 from benchmarks.apart import apart, side_by_side
-from benchmarks.device_memory import DeviceMemory
+from benchmarks.device_memory import DeviceMemory, allocator_peaks
 from benchmarks.grid import combinations, gib_or_none, number_or_word, repeat, true_or_false
 from benchmarks.random_sdxl import RandomDataset, random_denoiser
 from benchmarks.results import GIB, OK, Configuration, Result, now, publish, this_machine
 from benchmarks.tables import steps_table
 from sdxl_lora.config import Attention, Params, Quantization, load_params
-from sdxl_lora.hardware import choose_device, deterministic, peak_memory_gib, reserved_device
+from sdxl_lora.hardware import choose_device, deterministic, reserved_device
 from sdxl_lora.lora import add_adapters
 from sdxl_lora.planning import Plan, choose_plan
 from sdxl_lora.training import Report, prepare, train_lora
@@ -153,9 +153,7 @@ def measure(configuration: Configuration, recipe: Params, steps: int, plan: Plan
             outcome = "out of memory"
         except (ImportError, RuntimeError, ValueError) as error:
             outcome = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        cuda = device.type == "cuda"
-        reserved = round(peak_memory_gib(device), 3) if cuda else None
-        allocated = round(torch.cuda.max_memory_allocated(device) / GIB, 3) if cuda else None
+        peaks = allocator_peaks(device)
     return Result(
         benchmark="train_step",
         date=now(),
@@ -164,8 +162,7 @@ def measure(configuration: Configuration, recipe: Params, steps: int, plan: Plan
         configuration=configuration,
         outcome=outcome,
         seconds=[round(report.seconds, 4) for report in reports[WARMUP_STEPS:]],
-        peak_reserved_gib=reserved,
-        peak_allocated_gib=allocated,
+        **peaks,
         peak_device_gib=memory.peak_gib,
         forecast_gib=plan.forecast.total / GIB if isinstance(plan, Plan) and plan.forecast else None,
         figures={"final_loss": reports[-1].loss, "loss_scale": reports[-1].loss_scale} if reports else {},

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.device_memory import allocator_peaks
 from benchmarks.grid import combinations, repeat
-from benchmarks.results import GIB, OK, Configuration, Result, now, publish, this_machine
+from benchmarks.results import OK, Configuration, Result, now, publish, this_machine
 from benchmarks.timing import timed
 from sdxl_lora import shapes
 from sdxl_lora.config import Precision
-from sdxl_lora.hardware import peak_memory_gib, reserved_device
+from sdxl_lora.hardware import reserved_device
 from sdxl_lora.sdxl import DTYPES
 
 REPETITIONS = 20
@@ -46,8 +47,7 @@ def measure(configuration: Configuration, repetitions: int) -> Result:
             seconds = timed(lambda: vae.encode(pixels), device, repetitions)
         except torch.OutOfMemoryError:
             outcome = "out of memory"
-        reserved = round(peak_memory_gib(device), 3) if device.type == "cuda" else None
-        allocated = round(torch.cuda.max_memory_allocated(device) / GIB, 3) if device.type == "cuda" else None
+        peaks = allocator_peaks(device)
     return Result(
         benchmark="vae_encode",
         date=now(),
@@ -56,8 +56,7 @@ def measure(configuration: Configuration, repetitions: int) -> Result:
         configuration=configuration,
         outcome=outcome,
         seconds=seconds,
-        peak_reserved_gib=reserved,
-        peak_allocated_gib=allocated,
+        **peaks,
     )
 
 
