@@ -4,7 +4,8 @@
 what they always saw. What is not known here (other blocks, adapters with dropout) keeps its own forward.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ from sdxl_lora.kernels import add_norm, frozen_conv2d, geglu, group_norm
 from sdxl_lora.projections import is_mergeable, make_neighbours, project, project_merged
 
 NUM_TOKENS = 77  # of a caption, padded
+
+TextKeys = Mapping[Attention, tuple[Tensor, Tensor]]
+"""Key and value of each cross-attention, (B, 77, C)."""
 
 
 def fuse(module: nn.Module) -> None:
@@ -62,6 +66,35 @@ def projections(attention: Any) -> list[Any]:
     return keys_and_values if attention.is_cross_attention else [attention.to_q, *keys_and_values]
 
 
+class FusedUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
+    """A UNet that makes the keys and values of all its cross-attentions before it asks for the first.
+
+    All read the same text. What takes the text's place on its way to the transformer blocks is `TextKeys`.
+    """
+
+    def process_encoder_hidden_states(self, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> TextKeys:
+        return project_text(self, encoder_hidden_states)
+
+
+def project_text(unet: UNet2DConditionModel, text: Tensor) -> TextKeys:
+    """Projects a text, (B, 77, 2048), for all attentions of equal width at once."""
+    groups: dict[tuple[int, bool], list[Attention]] = defaultdict(list)
+    for attention in cross_attentions(unet):
+        groups[attention.inner_dim, all(map(is_mergeable, projections(attention)))].append(attention)
+    projected: dict[Attention, tuple[Tensor, Tensor]] = {}
+    for group in groups.values():
+        outputs = project([layer for attention in group for layer in projections(attention)], text)
+        projected.update(zip(group, zip(outputs[::2], outputs[1::2], strict=True), strict=True))
+    return projected
+
+
+def cross_attentions(unet: UNet2DConditionModel) -> list[Attention]:
+    """In the order of the blocks."""
+    parts = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    stacks = [stack for part in parts for stack in getattr(part, "attentions", ())]
+    return [block.attn2 for stack in stacks for block in stack.transformer_blocks]
+
+
 class FusedAttentionProcessor:
     """An attention of the UNet with merged projections and a chosen backend."""
 
@@ -72,10 +105,10 @@ class FusedAttentionProcessor:
         self,
         attn: Any,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Attention of `hidden_states`, (B, L, C), to themselves or to a text, (B, 77, 2048).
+        """Attention of `hidden_states`, (B, L, C), to themselves or to a text's key and value.
 
         Raises:
             ValueError: there is a mask. SDXL has none.
@@ -86,7 +119,7 @@ class FusedAttentionProcessor:
             query, key, value = project(projections(attn), hidden_states)
         else:
             (query,) = project([attn.to_q], hidden_states)
-            key, value = project(projections(attn), encoder_hidden_states)
+            key, value = encoder_hidden_states
         query, key, value = (t.unflatten(-1, (attn.heads, -1)) for t in (query, key, value))
         output = attend(query, key, value, self._backend).flatten(-2)
         return attn.to_out[1](attn.to_out[0](output))
@@ -153,7 +186,7 @@ class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
 class FusedTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
     """A transformer block: each residual sum and the normalisation after it in one kernel."""
 
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: tuple[Tensor, Tensor]) -> Tensor:
         update = self.attn1(self.norm1(hidden_states))
         hidden_states, normal = residual_norm(hidden_states, update, self.norm2)
         update = self.attn2(normal, encoder_hidden_states=encoder_hidden_states)
@@ -171,14 +204,14 @@ class FusedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
     def forward(
         self,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: TextKeys,
         **_: Any,
     ) -> tuple[Tensor]:
         batch, channels, height, width = hidden_states.shape
         tokens: Tensor = self.norm(hidden_states).permute(0, 2, 3, 1).flatten(1, 2)
         tokens = self.proj_in(tokens)
         for block in self.transformer_blocks:
-            tokens = block(tokens, encoder_hidden_states)
+            tokens = block(tokens, encoder_hidden_states[block.attn2])
         output = self.proj_out(tokens).view(batch, height, width, channels).permute(0, 3, 1, 2)
         return (output + hidden_states,)
 
@@ -190,6 +223,7 @@ FUSED = {
     LoraLinear: FusedLoraLinear,
     ResnetBlock2D: FusedResnetBlock2D,
     Transformer2DModel: FusedTransformer2DModel,
+    UNet2DConditionModel: FusedUNet2DConditionModel,
     nn.Conv2d: FusedConv2d,
     nn.GroupNorm: FusedGroupNorm,
 }
