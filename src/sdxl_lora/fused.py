@@ -22,7 +22,8 @@ from transformers.models.clip.modeling_clip import ALL_ATTENTION_FUNCTIONS, CLIP
 
 from sdxl_lora.attention import AttentionShape, attend
 from sdxl_lora.config import AttentionBackend
-from sdxl_lora.kernels import add_norm, frozen_conv2d, geglu, group_norm
+from sdxl_lora.image_kernels import frozen_conv2d, group_norm, residual_sum
+from sdxl_lora.kernels import add_norm, geglu, is_fused
 from sdxl_lora.projections import is_mergeable, make_neighbours, project, project_merged
 
 NUM_TOKENS = 77  # of a caption, padded
@@ -155,10 +156,14 @@ class FusedGEGLU(GEGLU):  # type: ignore[misc]
 class FusedGroupNorm(nn.GroupNorm):
     """A group normalisation that keeps channels_last."""
 
-    def forward(self, input: Tensor, silu: bool = False) -> Tensor:
+    def forward(self, input: Tensor, silu: bool = False, shift: Tensor | None = None) -> Tensor:
         if input.ndim != 4:  # the VAE's attention normalises tokens
             return super().forward(input)
-        return group_norm(input, self.weight, self.bias, self.num_groups, self.eps, silu)
+        return self.beside(input, silu, shift)[1]
+
+    def beside(self, input: Tensor, silu: bool = False, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The input, to be read once more, and what becomes of it."""
+        return group_norm(input, self.weight, self.bias, self.num_groups, self.eps, silu, shift)
 
 
 class FusedConv2d(nn.Conv2d):
@@ -168,19 +173,37 @@ class FusedConv2d(nn.Conv2d):
         assert not isinstance(self.padding, str)
         return frozen_conv2d(input, self.weight, self.bias, self.stride, self.padding)
 
+    def without_bias(self, input: Tensor) -> Tensor:
+        assert not isinstance(self.padding, str)
+        return frozen_conv2d(input, self.weight, None, self.stride, self.padding)
+
 
 class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
-    """A residual block: normalisation and SiLU in one kernel. The VAE's know no time."""
+    """A residual block: whatever is added to an image, the next kernel adds. The VAE's know no time."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
-        hidden = self.conv1(self.norm1(input_tensor, silu=True))
+        input_tensor, hidden = self.norm1.beside(input_tensor, silu=True)
+        hidden, bias = bias_apart(self.conv1, hidden)
+        shift = None if bias is None else bias.expand(len(hidden), -1).contiguous()
         if temb is not None:
-            hidden = hidden + self.time_emb_proj(silu(temb))[:, :, None, None]
-        hidden = self.norm2(hidden, silu=True)
-        hidden = self.conv2(self.dropout(hidden))
+            time = self.time_emb_proj(silu(temb))
+            shift = time if bias is None else time + bias
+        hidden = self.norm2(hidden, silu=True, shift=shift)
+        hidden, bias = bias_apart(self.conv2, self.dropout(hidden))
         if self.conv_shortcut is not None:
-            input_tensor = self.conv_shortcut(input_tensor)
-        return input_tensor + hidden
+            input_tensor, more = bias_apart(self.conv_shortcut, input_tensor)
+            bias = more if bias is None else bias if more is None else bias + more
+        return residual_sum(input_tensor, hidden, bias)
+
+
+def bias_apart(conv: nn.Module, image: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a convolution makes of an image, and the bias that is still to be added, if there is one.
+
+    On a CPU none is, nor where an adapter's layer is wrapped around the convolution.
+    """
+    if isinstance(conv, FusedConv2d) and is_fused(image):
+        return conv.without_bias(image), conv.bias
+    return conv(image), None
 
 
 class FusedTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
@@ -208,8 +231,8 @@ class FusedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
         **_: Any,
     ) -> tuple[Tensor]:
         batch, channels, height, width = hidden_states.shape
-        tokens: Tensor = self.norm(hidden_states).permute(0, 2, 3, 1).flatten(1, 2)
-        tokens = self.proj_in(tokens)
+        hidden_states, normal = self.norm.beside(hidden_states)
+        tokens: Tensor = self.proj_in(normal.permute(0, 2, 3, 1).flatten(1, 2))
         for block in self.transformer_blocks:
             tokens = block(tokens, encoder_hidden_states[block.attn2])
         output = self.proj_out(tokens).view(batch, height, width, channels).permute(0, 3, 1, 2)
