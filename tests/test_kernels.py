@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sdxl_lora.kernels import add_norm, geglu
+from sdxl_lora.kernels import add_norm, geglu, layer_norm
 from sdxl_lora.randomness import generator
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -52,5 +52,26 @@ def test_add_norm_and_its_gradient(device: str, dtype: torch.dtype, shape: tuple
     outputs = add_norm(ours[0], ours[1], weight.to(device), bias.to(device), 1e-5)
     mine = torch.autograd.grad(outputs, ours, (dtotal.to(device), dy.to(device)))
     for value, expected in zip((*outputs, *mine), (total, oracle, *gradients), strict=True):
+        assert value.dtype == dtype
+        assert relative_error(value, expected) < 3 * DTYPES[dtype]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 5, 1280), (3, 640), (7, 96)])
+def test_layer_norm_and_its_inputs_own_gradient(
+    device: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    x = draws(*shape).to(dtype) + 3
+    dx_beside, dy = (draws(*shape, key=key).to(dtype) for key in ("dx", "dy"))
+    weight, bias = (draws(shape[-1], key=key).to(dtype) for key in ("weight", "bias"))
+    exact = x.double().requires_grad_()
+    oracle = functional.layer_norm(exact, weight.shape, weight.double(), bias.double(), 1e-5)
+    (gradient,) = torch.autograd.grad((exact * 1, oracle), exact, (dx_beside.double(), dy.double()))
+    ours = x.to(device).requires_grad_()
+    beside, y = layer_norm(ours, weight.to(device), bias.to(device), 1e-5)
+    (dx,) = torch.autograd.grad((beside * 1, y), ours, (dx_beside.to(device), dy.to(device)))
+    assert torch.equal(beside, ours)
+    for value, expected in ((y, oracle), (dx, gradient)):
         assert value.dtype == dtype
         assert relative_error(value, expected) < 3 * DTYPES[dtype]

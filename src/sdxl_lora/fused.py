@@ -18,12 +18,12 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from transformers.models.clip.modeling_clip import ALL_ATTENTION_FUNCTIONS, CLIPAttention
+from transformers.models.clip.modeling_clip import ALL_ATTENTION_FUNCTIONS, CLIPAttention, CLIPEncoderLayer
 
 from sdxl_lora.attention import AttentionShape, attend
 from sdxl_lora.config import AttentionBackend
 from sdxl_lora.image_kernels import frozen_conv2d, group_norm, residual_sum
-from sdxl_lora.kernels import add_norm, geglu, is_fused
+from sdxl_lora.kernels import add_norm, geglu, is_fused, layer_norm
 from sdxl_lora.projections import is_mergeable, make_neighbours, project, project_merged
 
 NUM_TOKENS = 77  # of a caption, padded
@@ -137,6 +137,16 @@ class FusedCLIPAttention(CLIPAttention):  # type: ignore[misc]
         return self.out_proj(output.flatten(-2)), weights
 
 
+class FusedCLIPEncoderLayer(CLIPEncoderLayer):  # type: ignore[misc]
+    """A text encoder's layer: the residual sum and the normalisation after it in one kernel."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        hidden_states, normal = norm_beside(hidden_states, self.layer_norm1)
+        update, _ = self.self_attn(normal, attention_mask, **kwargs)
+        hidden_states, normal = residual_norm(hidden_states, update, self.layer_norm2)
+        return hidden_states + self.mlp(normal)
+
+
 class FusedLoraLinear(LoraLinear):  # type: ignore[misc]
     """An adapted layer that is no part of an attention's merged ones."""
 
@@ -210,11 +220,16 @@ class FusedTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
     """A transformer block: each residual sum and the normalisation after it in one kernel."""
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: tuple[Tensor, Tensor]) -> Tensor:
-        update = self.attn1(self.norm1(hidden_states))
+        hidden_states, normal = norm_beside(hidden_states, self.norm1)
+        update = self.attn1(normal)
         hidden_states, normal = residual_norm(hidden_states, update, self.norm2)
         update = self.attn2(normal, encoder_hidden_states=encoder_hidden_states)
         hidden_states, normal = residual_norm(hidden_states, update, self.norm3)
         return hidden_states + self.ff(normal)
+
+
+def norm_beside(hidden_states: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    return layer_norm(hidden_states, norm.weight, norm.bias, norm.eps)
 
 
 def residual_norm(residual: Tensor, update: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
@@ -242,6 +257,7 @@ class FusedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
 FUSED = {
     BasicTransformerBlock: FusedTransformerBlock,
     CLIPAttention: FusedCLIPAttention,
+    CLIPEncoderLayer: FusedCLIPEncoderLayer,
     GEGLU: FusedGEGLU,
     LoraLinear: FusedLoraLinear,
     ResnetBlock2D: FusedResnetBlock2D,

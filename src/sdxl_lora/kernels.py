@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
@@ -49,6 +50,35 @@ def add_norm(
         return fused_add_norm(residual.contiguous(), update.contiguous(), weight, bias, eps)[:2]
     total = residual + update
     return total, functional.layer_norm(total, weight.shape, weight, bias, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The layer normalisation by itself.
+
+    Args:
+        x: (..., C).
+        weight: frozen, (C,).
+        bias: frozen, (C,).
+
+    Returns:
+        x, for whoever else reads it, as its gradient then takes no sum of its own; and x normalised.
+    """
+    if is_fused(x):
+        return LayerNorm.apply(x.contiguous(), weight, bias, eps)  # type: ignore[no-untyped-call]
+    return x, functional.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+class LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight)
+        return x, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx_beside: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return add_norm_gradient(dx_beside, dy, *ctx.saved_tensors), None, None, None
 
 
 # Triton is imported where it runs: PyTorch's builds for CPUs come without it.
