@@ -6,7 +6,13 @@ from peft import LoraConfig as PeftConfig
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
-from sdxl_lora.projections import is_mergeable, make_neighbours, project, side_by_side
+from sdxl_lora.projections import (
+    columns_side_by_side,
+    is_mergeable,
+    make_neighbours,
+    project,
+    side_by_side,
+)
 from sdxl_lora.randomness import generator
 
 NAMES = ["to_q", "to_k", "to_v"]
@@ -74,3 +80,15 @@ def test_neighbours_are_one_tensor_without_a_copy() -> None:
     swapped = side_by_side([parts[1], parts[0], parts[2]])
     assert torch.equal(swapped[:2], parts[1])
     assert swapped.data_ptr() != block.data_ptr()
+
+
+def test_neighbouring_columns_are_one_tensor_without_a_copy() -> None:
+    block = torch.arange(24.0).view(4, 6)
+    parts = block.chunk(3, dim=1)
+    merged = columns_side_by_side(parts)
+    assert torch.equal(merged, block)
+    assert merged.data_ptr() == block.data_ptr()
+    for others in ([parts[1], parts[0], parts[2]], parts[:2], [part.clone() for part in parts]):
+        copied = columns_side_by_side(others)
+        assert torch.equal(copied, torch.cat(list(others), dim=1))
+        assert copied.untyped_storage()._cdata != block.untyped_storage()._cdata

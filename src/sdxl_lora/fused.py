@@ -20,6 +20,7 @@ from torch.nn.functional import silu
 from transformers.models.clip.modeling_clip import ALL_ATTENTION_FUNCTIONS, CLIPAttention
 
 from sdxl_lora.attention import AttentionShape, attend
+from sdxl_lora.attention_kernels import few_keys_attention, suits_few_keys
 from sdxl_lora.config import AttentionBackend
 from sdxl_lora.kernels import add_norm, frozen_conv2d, geglu, group_norm
 from sdxl_lora.projections import is_mergeable, make_neighbours, project, project_merged
@@ -93,10 +94,15 @@ class FusedAttentionProcessor:
 
 
 class FusedCLIPAttention(CLIPAttention):  # type: ignore[misc]
-    """A text encoder's attention with merged projections."""
+    """A text encoder's attention with merged projections, and on a GPU by the kernel for few keys."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         heads = [t.unflatten(-1, (-1, self.head_dim)) for t in project(projections(self), hidden_states)]
+        key, value, query = heads
+        if attention_mask is None and suits_few_keys(query, key):
+            causal = bool(kwargs.get("is_causal", self.is_causal))
+            output = few_keys_attention(query, key, value, causal)
+            return self.out_proj(output.flatten(-2)), None
         key, value, query = (t.transpose(1, 2) for t in heads)
         attend_ = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         output, weights = attend_(self, query, key, value, attention_mask, scaling=self.scale, **kwargs)

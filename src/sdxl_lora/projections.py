@@ -73,15 +73,30 @@ def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
     first = tensors[0]
     if len(tensors) == 1:
         return first
-    start, storage = first.storage_offset(), first.untyped_storage()._cdata
-    if all(
-        tensor.storage_offset() == start + number * first.numel()
-        and tensor.untyped_storage()._cdata == storage
-        for number, tensor in enumerate(tensors)
-    ):
+    if are_neighbours(tensors, first.numel()):
         shape = (len(tensors) * first.shape[0], *first.shape[1:])
         return first.detach().as_strided(shape, first.stride())
     return torch.cat([tensor.detach() for tensor in tensors])
+
+
+def columns_side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    """Equal tensors (M, O) as one, (M, n O): a view where their rows lie as that has them."""
+    first, n = tensors[0], len(tensors)
+    if are_neighbours(tensors, first.shape[1]) and first.stride() == (n * first.shape[1], 1):
+        return first.as_strided((len(first), n * first.shape[1]), first.stride())
+    return torch.cat(list(tensors), dim=1)
+
+
+def are_neighbours(tensors: Sequence[Tensor], distance: int) -> bool:
+    """Whether each begins `distance` numbers behind the one before, in one block of memory."""
+    first = tensors[0]
+    start, storage = first.storage_offset(), first.untyped_storage()._cdata
+    return all(
+        tensor.storage_offset() == start + number * distance
+        and tensor.untyped_storage()._cdata == storage
+        and tensor.stride() == first.stride()
+        for number, tensor in enumerate(tensors)
+    )
 
 
 def make_neighbours(tensors: Sequence[Tensor]) -> None:
@@ -133,7 +148,7 @@ class AdaptedLinears(torch.autograd.Function):
         x, hidden, down, up = ctx.saved_tensors
         n, scale = len(gradients), ctx.scale
         dys = [gradient.reshape(len(x), -1) for gradient in gradients]
-        dy = torch.cat(dys, dim=1) if n > 1 else dys[0].contiguous()
+        dy = columns_side_by_side(dys)
         dhidden = torch.empty_like(hidden)
         torch.bmm(by_layer(dy, n), up, out=by_layer(dhidden, n))
         dup = torch.bmm(by_layer(dy, n).mT, by_layer(hidden, n))
