@@ -83,6 +83,10 @@ class RandomDataset:
     def batch(self, indices: list[int], variants: object = None) -> Batch:  # noqa: ARG002
         return Batch(*(tensor[indices] for tensor in self._batch.tensors().values() if tensor is not None))
 
+    def token_ids(self) -> Tensor:
+        """Of every caption, (8, 2, 77)."""
+        return self._batch.token_ids
+
     def with_embeddings(self, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Self:
         """The same examples with these embeddings, a row each."""
         dataset = copy(self)
