@@ -15,6 +15,7 @@ from PIL import Image
 
 from sdxl_lora import paths
 from sdxl_lora.config import Params
+from sdxl_lora.dvc_lock import read_lock
 from sdxl_lora.execution import current_execution
 from sdxl_lora.gates import failures
 from sdxl_lora.lineage import facts_of, training_digest
@@ -175,10 +176,9 @@ def description(run_id: str) -> str:
 
 def content_id() -> str:
     """A hash of all results but the pointer to MLflow, and of the params that they came from."""
-    stages = yaml.safe_load(paths.LOCK.read_text(encoding="utf-8"))["stages"]
     results = {
         name: [{out["path"]: out.get("md5") for out in entry.get("outs", [])}, entry.get("params")]
-        for name, entry in stages.items()
+        for name, entry in read_lock(paths.LOCK).items()
         if name != "track_run"
     }
     return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()[:16]
