@@ -26,9 +26,10 @@ from sdxl_lora.dvc_lock import Stages, read_lock
 from sdxl_lora.files import require_safetensors
 from sdxl_lora.history import commit_of
 from sdxl_lora.lineage import digest_of, facts_of
+from sdxl_lora.pins import check_pin
 from sdxl_lora.records import Record, record_of_adapter
 from sdxl_lora.sdxl import digests, local_models, weight_files
-from sdxl_lora.sources import damaged_files, file_digest, folder_digest, is_folder, local_copy
+from sdxl_lora.sources import file_digest, is_folder, local_copy
 from sdxl_lora.tensor_files import content_digest
 
 WIDTH = 11  # of the longest check's name
@@ -156,21 +157,7 @@ def check_source(facts: Facts) -> Check:
     """Whether the data set that was downloaded is still what it was."""
     repository, revision = facts.get("data.repository", "(unknown)"), facts.get("data.revision", "")
     copy = local_copy(repository, revision, HUB_FILES, "dataset")
-    if copy is None:
-        return warned(
-            "data source",
-            f"{repository} at {revision} is not here",
-            "download it, or check the encoded data alone",
-        )
-    if is_folder(repository):
-        damaged = [] if folder_digest(copy) == revision else [repository]
-    else:
-        damaged = damaged_files(copy)
-    if damaged:
-        return failed(
-            "data source", f"is not what it was: {', '.join(damaged)}", f"`git checkout {repository}`"
-        )
-    return passed("data source", f"{repository} at {revision[:19]}")
+    return check_pin("data source", repository, revision, copy)
 
 
 def check_data(record: Record | None, facts: Facts) -> Check:
