@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -25,6 +26,19 @@ from sdxl_lora.tracking import ENTRIES_A_REQUEST, TRACKING_ERRORS, Connection, c
 
 DIGEST_LENGTH = 36  # characters that MLflow has for a data set's digest
 RECORD_FOLDER = Path("dvc")  # of a run's artifacts
+RESULTS = (
+    paths.PIPELINE,
+    paths.LOCK,
+    paths.RAW_SOURCE,
+    paths.ENCODED_INDEX,
+    *paths.NUMBERS,
+    paths.LOSS_CURVE,
+    paths.GATES,
+    paths.EXPORTED_WEIGHTS,
+    paths.CARD,
+    paths.SAMPLE_GRID,
+    paths.SAMPLE_TABLE,
+)
 NOTE_LENGTH = 8000  # characters that MLflow has for a tag
 
 logger = logging.getLogger(__name__)
@@ -37,7 +51,11 @@ def track_run(params: Params) -> dict[str, dict[str, str | None]]:
 
     Returns:
         The pointer to that run, {"mlflow": {"run": name, "id": id}}; nulls if the server cannot be reached.
+
+    Raises:
+        FileNotFoundError: there is nothing to show, or not all of it; names a file and the remedy.
     """
+    require_results()
     try:
         connection = connect()
         run_id = show_results(connection, params)
@@ -51,6 +69,22 @@ def track_run(params: Params) -> dict[str, dict[str, str | None]]:
         return {"mlflow": {"run": None, "id": None}}
     logger.info("MLflow run %s (%s): `make ui` shows it", name, run_id)
     return {"mlflow": {"run": name, "id": run_id}}
+
+
+def require_results() -> None:
+    """Refuses results that are not all there, before their absence passes for a fault of the server."""
+    for path in files_shown():
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} not found: `dvc repro` makes what is missing, and `dvc pull` gets what others made"
+            )
+
+
+def files_shown() -> Iterator[Path]:
+    """All that a run cannot be shown without; the table of samples before the pictures that it names."""
+    yield from RESULTS
+    samples = pd.read_json(paths.SAMPLE_TABLE, lines=True)
+    yield from (paths.SAMPLES / str(file) for file in samples["file"])
 
 
 def show_results(connection: Connection, params: Params) -> str:
