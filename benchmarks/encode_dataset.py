@@ -24,8 +24,9 @@ from tqdm import tqdm
 from benchmarks.timing import timed, wait_for
 from sdxl_lora.config import EncodingConfig, load_params
 from sdxl_lora.encoders import Encoders, encode_images, load_encoders
-from sdxl_lora.encoding import EncodingReport, encode_dataset
+from sdxl_lora.encoding import encode_dataset
 from sdxl_lora.entries import Entries
+from sdxl_lora.findings import EncodingReport
 from sdxl_lora.fused import fuse_vae
 from sdxl_lora.hardware import one_cpu_thread, reserved_device
 from sdxl_lora.pictures import CaptionedImage

@@ -15,11 +15,13 @@ from PIL import Image, ImageOps
 from sdxl_lora.config import EncodingConfig, ModelConfig, load_params
 from sdxl_lora.dataset import Batch, EncodedDataset, Variant, data_digest
 from sdxl_lora.encoders import Encoders, embed_captions, encode_images, load_encoders
-from sdxl_lora.encoding import EncodingReport, Share, encode_dataset, read_captions, split_by_content
+from sdxl_lora.encoding import Share, encode_dataset, read_captions
 from sdxl_lora.entries import Entries
+from sdxl_lora.findings import EncodingReport
 from sdxl_lora.images import decode_image, resize_and_crop, to_bytes, to_pixels
 from sdxl_lora.pictures import CaptionedImage
 from sdxl_lora.sdxl import load_pipeline, tokenize
+from sdxl_lora.selection import split_by_content
 from sdxl_lora.store import Store
 
 CPU = torch.device("cpu")
