@@ -21,8 +21,9 @@ from sdxl_lora.execution import current_execution
 from sdxl_lora.gates import failures
 from sdxl_lora.lineage import facts_of, training_digest
 from sdxl_lora.logged_model import log_adapter
+from sdxl_lora.reports import flat
 from sdxl_lora.sources import file_digest
-from sdxl_lora.tracking import ENTRIES_A_REQUEST, TRACKING_ERRORS, Connection, cause, chunks, connect, flat
+from sdxl_lora.tracking import ENTRIES_A_REQUEST, TRACKING_ERRORS, Connection, cause, chunks, connect
 
 DIGEST_LENGTH = 36  # characters that MLflow has for a data set's digest
 RECORD_FOLDER = Path("dvc")  # of a run's artifacts
@@ -152,7 +153,7 @@ def log_reports(client: MlflowClient, run_id: str, model_id: str, dataset: Datas
     now = int(time.time() * 1000)
     for path in paths.NUMBERS:
         prefix = "" if path == paths.METRICS else f"{path.stem}/"
-        leaves = flat(json.loads(path.read_text(encoding="utf-8")), separator="/")
+        leaves = flat(json.loads(path.read_text(encoding="utf-8")), "/")
         entries = {f"{prefix}{key}": value for key, value in leaves}
         words = [RunTag(key, value) for key, value in entries.items() if isinstance(value, str)]
         of = evaluated if path == paths.METRICS else {}
