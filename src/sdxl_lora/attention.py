@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from sdxl_lora.attention_kernels import few_keys_attention, flash_attention, suits_few_keys
 from sdxl_lora.config import Attention, AttentionBackend
 from sdxl_lora.randomness import generator
 
@@ -21,7 +22,7 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-CANDIDATES: tuple[AttentionBackend, ...] = ("cudnn", "flash", "efficient", "xformers")
+CANDIDATES: tuple[AttentionBackend, ...] = ("cudnn", "triton", "flash", "efficient", "xformers")
 TOLERANCE = 0.02  # relative error of outputs and gradients; bf16 alone makes 0.005
 REPEATS = 10
 
@@ -40,13 +41,14 @@ class AttentionShape:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackend) -> Tensor:
-    """softmax(Q K^T / sqrt(D)) V.
+    """softmax(Q K^T / sqrt(D)) V. To a caption's few tokens by a kernel for that, if a GPU can run it.
 
     Args:
         query: (B, L, H, D).
         key: (B, S, H, D).
         value: shaped as `key`.
-        backend: whose kernels; `sdpa` leaves the choice to PyTorch.
+        backend: whose kernels otherwise; `sdpa` leaves the choice to PyTorch, `math` means plain arithmetic
+            always.
 
     Returns:
         (B, L, H, D).
@@ -54,6 +56,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackend)
     Raises:
         RuntimeError: the backend cannot run on this device, or with these shapes.
     """
+    if backend != "math" and suits_few_keys(query, key):
+        return few_keys_attention(query, key, value)
+    if backend == "triton":
+        return flash_attention(query, key, value)
     if backend == "xformers":
         from xformers.ops import memory_efficient_attention
 

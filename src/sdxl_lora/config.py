@@ -25,7 +25,7 @@ from sdxl_lora.paths import PARAMS
 
 Precision = Literal["fp16", "bf16", "fp32"]
 Quantization = Literal["none", "int8", "nf4"]
-AttentionBackend = Literal["sdpa", "flash", "cudnn", "efficient", "math", "xformers"]
+AttentionBackend = Literal["sdpa", "flash", "cudnn", "efficient", "math", "triton", "xformers"]
 Attention = Literal["auto", AttentionBackend]
 AspectRatios = Literal["square", "buckets"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -179,7 +179,8 @@ class TrainingConfig(Section):
     """Blocks whose activations the backward pass computes again: a number of them, those first that free the
     most memory for the arithmetic; `auto`: as few as vram_gib demands."""
     attention: Attention
-    """Kernels of the UNet's attention: `auto` measures and takes the fastest, `sdpa` is PyTorch's choice."""
+    """Kernels of the UNet's self-attention: `auto` measures and takes the fastest, `sdpa` is PyTorch's
+    choice. Attention to captions has a kernel of its own on a GPU, unless this is `math`."""
     deterministic: bool
     """Use only kernels that repeat to the bit on the same GPU and software: 23 % slower on an H100."""
     ema_decay: OpenFraction | None
