@@ -11,7 +11,7 @@ import pandas as pd
 
 from sdxl_lora import paths
 from sdxl_lora.records import Record
-from sdxl_lora.tracking import flat
+from sdxl_lora.reports import flat
 
 Outcome = Literal["bit-identical", "within tolerance", "different", "failed"]
 State = Literal["identical", "identical but for times", "different", "missing", "not compared"]
@@ -206,4 +206,4 @@ def compare_environments(record: Record, again: Record) -> Iterator[Difference]:
 
 def leaves(text: str) -> dict[str, Any]:
     """The values of nested JSON under joined names, `a/b`."""
-    return dict(flat(json.loads(text), separator="/"))
+    return dict(flat(json.loads(text), "/"))
