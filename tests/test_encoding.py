@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from patterns import pattern, row_of, write_patterns
 from PIL import Image, ImageOps
 
+from sdxl_lora import entries
 from sdxl_lora.config import EncodingConfig, ModelConfig, load_params
 from sdxl_lora.dataset import Batch, EncodedDataset, Variant, data_digest
 from sdxl_lora.encoders import Encoders, embed_captions, encode_images, load_encoders
@@ -327,6 +328,13 @@ def examples_with_captions(folder: Path) -> dict[str, list[Batch]]:
         for side in sides
         for n, example in enumerate(side.examples)
     }
+
+
+def test_latents_are_made_anew_when_a_kernel_for_images_changes() -> None:
+    """Wherever it lies: a module that is new or renamed is easily forgotten."""
+    modules = {path.stem for path in Path(entries.__file__).parent.glob("*image*.py")}
+    assert len(modules) > 2
+    assert modules <= set(entries.CODE_OF_LATENTS)
 
 
 def test_lines_of_one_image_are_its_captions(tmp_path: Path) -> None:
