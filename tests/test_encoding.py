@@ -21,9 +21,10 @@ from sdxl_lora.entries import Entries
 from sdxl_lora.findings import EncodingReport
 from sdxl_lora.images import decode_image, resize_and_crop, to_bytes, to_pixels
 from sdxl_lora.pictures import CaptionedImage
-from sdxl_lora.sdxl import load_pipeline, tokenize
+from sdxl_lora.sdxl import load_pipeline
 from sdxl_lora.selection import split_by_content
 from sdxl_lora.store import Store
+from sdxl_lora.tokenizers import tokenize
 
 CPU = torch.device("cpu")
 PARAMS = load_params(Path("recipes/demo.yaml"))

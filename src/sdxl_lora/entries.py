@@ -30,9 +30,10 @@ from sdxl_lora.encoders import (
 from sdxl_lora.hardware import machine
 from sdxl_lora.images import BadImageError
 from sdxl_lora.pictures import CaptionedImage, Picture, View, decode_pictures
-from sdxl_lora.sdxl import DTYPES, tokenize
+from sdxl_lora.sdxl import DTYPES
 from sdxl_lora.sources import file_digest
 from sdxl_lora.store import Store, content_key
+from sdxl_lora.tokenizers import tokenize
 from sdxl_lora.transfers import fetch, to_device
 
 CODE_OF_PICTURES = ("images",)
