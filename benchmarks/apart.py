@@ -1,7 +1,7 @@
 """Each measurement in a process of its own, started afresh: importing bitsandbytes alone takes up the GPU."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import ParamSpec, TypeVar
@@ -21,10 +21,10 @@ def apart(function: Callable[Arguments, Value], *args: Arguments.args, **kwargs:
         return pool.submit(function, *args, **kwargs).result()
 
 
-def side_by_side(function: Callable[[Argument], Value], arguments: Sequence[Argument]) -> Sequence[Value]:
-    """The same for many arguments, on as many cores as there are."""
+def side_by_side(function: Callable[[Argument], Value], arguments: Sequence[Argument]) -> Iterator[Value]:
+    """The same for many arguments, on as many cores as there are: in their order, each when it is there."""
     with fresh_processes(min(len(arguments), os.cpu_count() or 1)) as pool:
-        return list(pool.map(function, arguments))
+        yield from pool.map(function, arguments)
 
 
 def fresh_processes(number: int) -> ProcessPoolExecutor:

@@ -133,6 +133,14 @@ CLAIMS = (
         lambda change: change.memory_ratio <= 1.05,
         "at most 5 % more memory",
     ),
+    Claim(
+        "kernels that repeat to the bit",
+        "slower",
+        {"deterministic": True},
+        {"deterministic": False},
+        lambda change: change.time_ratio > 1,
+        "more time",
+    ),
 )
 
 

@@ -5,8 +5,9 @@ it went. Without a GPU, `--forecast-only` shows what would be compared.
 """
 
 import argparse
-import json
-from concurrent.futures.process import BrokenProcessPool
+import os
+import shlex
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,17 @@ from typing import Any
 import torch
 
 from benchmarks.apart import apart, side_by_side
+from benchmarks.device_memory import DeviceMemory, allocator_peaks
 from benchmarks.random_sdxl import RandomDataset, random_denoiser
+from benchmarks.results import OK, Result, now, publish, this_machine
+from benchmarks.tables import forecast_table
 from sdxl_lora.config import Params, load_params
-from sdxl_lora.hardware import GIB, peak_memory_gib, reserved_device
+from sdxl_lora.hardware import deterministic, reserved_device
 from sdxl_lora.lora import add_adapters
 from sdxl_lora.planning import Plan, choose_plan
 from sdxl_lora.training import prepare, train_lora
 
-STEPS = 4  # the first records, and all take the same memory
-TOLERANCE = 0.05
+STEPS = 4  # the first records, and all take the same memory, but for text encoders that freeze after two
 
 FULL = {"checkpointing": "none", "micro_batch_size": 3, "vram_gib": None}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -33,16 +36,20 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "micro-batches of 1": FULL | {"micro_batch_size": 1},
     "micro-batches of 1, all checkpointed": FULL | {"micro_batch_size": 1, "checkpointing": "all"},
     "text encoders frozen": FULL | {"text_encoders": "frozen"},
+    "text encoders trained, then frozen": FULL
+    | {"text_encoders": "trained_then_frozen", "text_encoder_steps": 2},
     "text encoders frozen, all checkpointed": FULL | {"text_encoders": "frozen", "checkpointing": "all"},
     "bf16": FULL | {"precision": "bf16"},
     "fp32, micro-batches of 1": FULL | {"precision": "fp32", "micro_batch_size": 1},
     "AdamW in fp32, rank 64": FULL | {"optimizer": "adamw", "rank": 64},
     "moving average": FULL | {"ema_decay": 0.999},
+    "plain attention, all checkpointed": FULL | {"attention": "math", "checkpointing": "all"},
     "8-bit weights, all checkpointed": FULL | {"quantization": "int8", "checkpointing": "all"},
     "4-bit weights, all checkpointed": FULL | {"quantization": "nf4", "checkpointing": "all"},
     "768 px": FULL | {"resolution": 768},
     "512 px, batch 8": FULL | {"resolution": 512, "batch_size": 8, "micro_batch_size": 8},
     "14.5 GiB, planned": {"vram_gib": 14.5},
+    "13.8 GiB, planned": {"vram_gib": 13.8},
     "10.8 GiB, planned": {"vram_gib": 10.8},
     "10.8 GiB, planned for 3 at once": {"vram_gib": 10.8, "micro_batch_size": 3},
 }
@@ -61,47 +68,67 @@ def changed(params: Params, changes: dict[str, Any]) -> Params:
     return params.model_copy(update={**sections, "training": training})
 
 
-def plan_of(name: str, recipe: Params) -> Plan:
-    """How this configuration would train on a GPU."""
+def plan_of(name: str, recipe: Params) -> Plan | str:
+    """How this configuration would train on a GPU, or why it cannot."""
     params = changed(recipe, CONFIGURATIONS[name])
     latents = RandomDataset(params.encoding.resolution).latents
-    return choose_plan(params.model, params.lora, params.training, latents, torch.device("cuda"))
+    try:
+        return choose_plan(params.model, params.lora, params.training, latents, torch.device("cuda"))
+    except (MemoryError, RuntimeError, ValueError) as error:
+        return reason(error)
+
+
+def compare(name: str, recipe: Params, plan: Plan | str, measures: bool) -> Result:
+    """Forecast and, if it is wanted, measured peak of a configuration; a failure of one stops no other."""
+    outcome, measured = OK, {}
+    if isinstance(plan, str):
+        outcome = plan
+    elif measures:
+        try:
+            measured = apart(measure, name, recipe, plan)
+        except (ImportError, RuntimeError, ValueError) as error:  # also a process that died, or a full GPU
+            outcome = reason(error)
+    figures = {}
+    if isinstance(plan, Plan) and plan.forecast is not None:
+        figures = {f"forecast_{part}_gib": round(gib, 3) for part, gib in plan.forecast.gib().items()}
+        figures |= {"micro_batch_size": plan.micro_batch_size, "checkpointed": len(plan.checkpointed)}
+    return Result(
+        **{
+            "benchmark": "forecast",
+            "date": now(),
+            "command": shlex.join(["python", "-m", "benchmarks.forecast", "--only", name]),
+            "machine": this_machine(),
+            "configuration": {"name": name, **CONFIGURATIONS[name]},
+            "outcome": outcome,
+            "forecast_gib": figures.get("forecast_total_gib"),
+            "figures": figures,
+            **measured,
+        }
+    )
 
 
 def measure(name: str, recipe: Params, plan: Plan) -> dict[str, Any]:
-    """Measured peaks, GiB, of this configuration on this machine's GPU."""
+    """What a result says of time and memory of this configuration on this machine's GPU."""
     params = changed(recipe, CONFIGURATIONS[name])
-    with reserved_device(params.training.vram_gib) as device:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as stages do
+    with (
+        reserved_device(params.training.vram_gib) as device,
+        deterministic(params.training.deterministic),
+        DeviceMemory() as memory,
+    ):
         config = plan.applied_to(params.training)
         dataset: Any = RandomDataset(params.encoding.resolution)  # acts as an EncodedDataset
         trained = params.model.text_encoders != "frozen"
         denoiser = random_denoiser(config.precision, device, trained, config.quantization)
         add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
         prepare(denoiser, config, dataset.latents, plan.checkpointed)
-        seconds = [report.seconds for report in train_lora(denoiser, dataset, config, params.seed)]
-        measured = {
-            "reserved": peak_memory_gib(device),
-            "allocated": torch.cuda.max_memory_allocated(device) / GIB,
-            "outside": outside_gib(device),
-        }
-        gpu = torch.cuda.get_device_name(device)
-    return {"measured_gib": measured, "seconds_a_step": min(seconds), "device": gpu}
+        seconds = [round(report.seconds, 4) for report in train_lora(denoiser, dataset, config, params.seed)]
+        peaks = allocator_peaks(device)
+    return {"seconds": seconds, **peaks, "peak_device_gib": memory.peak_gib}
 
 
-def outside_gib(device: torch.device) -> float:
-    """What the process holds beside PyTorch's own, if it has the GPU to itself: CUDA's context, GiB."""
-    free, total = torch.cuda.mem_get_info(device)
-    return (total - free - torch.cuda.memory_reserved(device)) / GIB
-
-
-def table_line(outcome: dict[str, Any]) -> str:
-    """Forecast and measurement side by side."""
-    if "error" in outcome:
-        return f"{outcome['configuration']:40} {outcome['error']}"
-    forecast, measured = outcome["forecast_gib"]["total"], outcome["measured_gib"]["reserved"]
-    error = forecast / measured - 1
-    verdict = "" if abs(error) <= TOLERANCE else "  <- off"
-    return f"{outcome['configuration']:40} {forecast:8.2f} {measured:9.2f} {error:+7.1%}{verdict}"
+def reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
 def main() -> None:
@@ -112,23 +139,16 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS), metavar="NAME"
     )
+    parser.add_argument("--output", type=Path, help="append the JSON lines to this file as well")
     parser.add_argument("--forecast-only", action="store_true", help="do not measure: needs no GPU")
     arguments = parser.parse_args()
     recipe = load_params(arguments.recipe)
     plans = side_by_side(partial(plan_of, recipe=recipe), arguments.only)
-    outcomes = []
+    results = []
     for name, plan in zip(arguments.only, plans, strict=True):
-        outcome = {"configuration": name, **plan.numbers()}
-        if not arguments.forecast_only:
-            try:
-                outcome |= apart(measure, name, recipe, plan)
-            except (BrokenProcessPool, torch.OutOfMemoryError) as error:
-                outcome["error"] = str(error).splitlines()[0]
-        print(json.dumps(outcome), flush=True)
-        outcomes.append(outcome)
-    if not arguments.forecast_only:
-        print(f"\n{'':40} forecast  measured   error  (peak reserved by PyTorch, GiB)")
-        print("\n".join(map(table_line, outcomes)))
+        results.append(compare(name, recipe, plan, measures=not arguments.forecast_only))
+        publish(results[-1], arguments.output)
+    print(forecast_table(results), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ class RandomDataset:
         self.latents_shapes = [self.latents] * 8
         self.examples = [Example(str(n), f"{n}.png", "", "train", "random", n) for n in range(8)]
         token_ids = torch.randint(0, 49000, (8, 2, 77))
-        token_ids[..., -1] = shapes.SDXL_BASE.text_encoder["eos_token_id"]
+        token_ids[..., -1] = shapes.SDXL_BASE.text_encoder["vocab_size"] - 1  # a caption's end
         self._batch = Batch(
             latents_mean=torch.randn(8, 4, side, side),
             latents_std=torch.full((8, 4, side, side), 0.1),

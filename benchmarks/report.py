@@ -16,6 +16,7 @@ from benchmarks.tables import (
     SUBJECTS,
     cell,
     encode_table,
+    forecast_table,
     number,
     sampling_table,
     steps_table,
@@ -44,6 +45,10 @@ DRAWING = """\
 Prompts to pictures, with guidance, text encoders and VAE. **x diffusers** is images a second over diffusers'
 own pipeline with the adapter as `load_lora_weights` leaves it. **PSNR** is of the pictures against that
 pipeline's in fp32; only those of the demo model mean something."""
+FORECAST = """\
+Peak memory of training as `make plan` foretells it, without a GPU and before any weight is loaded, beside
+what PyTorch reserved in four steps. 1024 px, batch 3, fp16, nothing checkpointed unless the row says
+otherwise."""
 MEASURE = """\
 ## Measure it
 
@@ -58,11 +63,14 @@ On a machine with a CUDA GPU and nothing else on it; DIFFUSERS is a checkout of 
     python -m benchmarks.train_step --output $FILE $BASE --optimizer adamw
     python -m benchmarks.train_step --output $FILE $BASE --attention math xformers
     python -m benchmarks.train_step --output $FILE $BASE --text-encoders frozen
+    python -m benchmarks.train_step --output $FILE $BASE --deterministic true false
+    python -m benchmarks.forecast --output $FILE
     python -m benchmarks.sample --output $FILE
     python -m benchmarks.sample --output $FILE $DEMO --precision fp16 bf16
     python -m benchmarks.report
 
-with FILE=benchmarks/results/DATE-GPU.jsonl BASE="--checkpointing all --vram-gib none" and
+with FILE=benchmarks/results/DATE-GPU.jsonl,
+BASE="--checkpointing all --vram-gib none --attention sdpa --deterministic false" and
 DEMO="--model demo --resolution 128 --batch-size 8 --num-inference-steps 25". An option that takes several
 values runs every combination; `--help` names the others. Each line of a file holds the command that
 repeats it.
@@ -99,6 +107,8 @@ def sitting_section(name: str, results: Sequence[Result], counted: Counted) -> s
         lines += ["### Training step", "", steps_table(steps, results, counted), ""]
     if encodes := list(select(results, "vae_encode", {})):
         lines += ["### Encoding images", "", encode_table(encodes), ""]
+    if forecasts := list(select(results, "forecast", {})):
+        lines += ["### Forecast memory", "", FORECAST, "", forecast_table(forecasts), ""]
     if samples := list(select(results, "sample", {})):
         lines += ["### Drawing pictures", "", DRAWING, "", sampling_table(samples), ""]
     lines += [

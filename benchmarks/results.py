@@ -23,7 +23,7 @@ OK = "ok"
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "xformers")
 
 Configuration = dict[str, Any]  # of JSON scalars
-Benchmark = Literal["official_script", "train_step", "vae_encode", "matmul", "sample"]
+Benchmark = Literal["official_script", "train_step", "vae_encode", "matmul", "sample", "forecast"]
 
 
 class Machine(BaseModel):

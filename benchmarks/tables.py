@@ -126,6 +126,24 @@ def drawing_speedup(result: Result, samples: Sequence[Result]) -> float | None:
     return own / baseline if own and baseline else None
 
 
+def forecast_table(results: Sequence[Result]) -> str:
+    """Forecast peak memory of training beside the measured one, and the plan."""
+    rows = [
+        (
+            result.configuration["name"],
+            number(result.figures.get("micro_batch_size"), 0),
+            number(result.figures.get("checkpointed"), 0),
+            number(result.forecast_gib, 2),
+            number(result.peak_reserved_gib, 2),
+            NONE if (error := forecast_error(result)) is None else f"{error:+.1%}",
+            result.outcome,
+        )
+        for result in results
+    ]
+    titles = ["configuration", "examples at once", "blocks checkpointed", "forecast GiB", "reserved GiB"]
+    return table([*titles, "error", "outcome"], rows)
+
+
 def speedup(result: Result, sitting: Sequence[Result]) -> float | None:
     """Samples a second over the official script's; None without such a run of the same work."""
     same = {key: result.configuration.get(key) for key in WORKLOAD}
@@ -154,6 +172,12 @@ def share_of_peak(result: Result, sitting: Sequence[Result], counted: Counted | 
 
 def forecast(result: Result) -> str:
     """The forecast and by how much it missed."""
+    error = forecast_error(result)
+    return number(result.forecast_gib, 2) + ("" if error is None else f" ({error:+.1%})")
+
+
+def forecast_error(result: Result) -> float | None:
+    """By which share of the measured peak the forecast is above it; None where one of the two is missing."""
     if result.forecast_gib is None or not result.peak_reserved_gib:
-        return number(result.forecast_gib, 2)
-    return f"{result.forecast_gib:.2f} ({result.forecast_gib / result.peak_reserved_gib - 1:+.1%})"
+        return None
+    return result.forecast_gib / result.peak_reserved_gib - 1

@@ -49,7 +49,7 @@ def main() -> None:
     options = parse()
     grid = list(combinations(options, VARIED, fixed=()))
     recipe = load_params(options.recipe)
-    plans = side_by_side(partial(plan, recipe=recipe, device=choose_device()), grid)
+    plans = list(side_by_side(partial(plan, recipe=recipe, device=choose_device()), grid))  # none while timed
     results = []
     for configuration, chosen in zip(grid, plans, strict=True):
         try:

@@ -13,11 +13,11 @@ from encoded import write_encoded_dataset
 from PIL import Image
 from torch import nn
 
-from benchmarks import counts, random_sdxl, resume, saved_sdxl, train_step
+from benchmarks import counts, forecast, random_sdxl, resume, saved_sdxl, train_step
 from benchmarks.apart import apart, side_by_side
 from benchmarks.grid import combinations, gib_or_none, repeat
 from benchmarks.matmul import measure as measure_matmul
-from benchmarks.results import Configuration, publish, read_results
+from benchmarks.results import Configuration, Result, publish, read_results
 from benchmarks.sample import measure as measure_sample
 from benchmarks.sample import psnr
 from benchmarks.tables import WAYS
@@ -26,6 +26,9 @@ from benchmarks.vae_encode import measure as measure_vae
 from sdxl_lora import shapes
 from sdxl_lora.config import load_params
 from sdxl_lora.denoising import load_denoiser
+from sdxl_lora.forecast import Forecast
+from sdxl_lora.hardware import GIB
+from sdxl_lora.planning import Plan
 from sdxl_lora.quantization import QuantizedLinear
 
 RECIPE = Path("recipes/sdxl-naruto-16gb.yaml")
@@ -156,9 +159,33 @@ def test_a_configuration_that_fits_nowhere_says_why() -> None:
     assert plan.startswith("training.vram_gib is 0.01")
 
 
+@pytest.mark.usefixtures("small_sdxl")
+def test_a_forecast_is_measured_by_the_librarys_own_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"precision": "fp32", "resolution": 64, "batch_size": 1, "micro_batch_size": 1, "vram_gib": None}
+    freezing = {"text_encoders": "trained_then_frozen", "text_encoder_steps": 2}
+    monkeypatch.setitem(forecast.CONFIGURATIONS, "small", small | freezing)
+    monkeypatch.setattr(forecast, "apart", lambda function, *values: function(*values))
+    recipe = load_params(RECIPE)
+    plan = Plan(1, (), 0.0, Forecast(*[GIB] * 7))
+    result = forecast.compare("small", recipe, plan, measures=True)
+    assert result.outcome == "ok"
+    assert len(result.seconds) == forecast.STEPS
+    assert result.forecast_gib == 7
+    assert Result.model_validate_json(result.model_dump_json()) == result
+    assert forecast.compare("small", recipe, plan, measures=False).seconds == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would be measured")
+def test_a_forecast_that_fails_has_its_reason_as_outcome() -> None:
+    recipe, plan = load_params(RECIPE), Plan(1, (), 0.0, None)
+    assert forecast.compare("bf16", recipe, "ValueError: no", measures=True).outcome == "ValueError: no"
+    dead = forecast.compare("10.8 GiB, planned", recipe, plan, measures=True)
+    assert dead.outcome.startswith("ValueError: training.vram_gib is 10.8: this recipe needs a CUDA GPU")
+
+
 def test_measurements_run_apart() -> None:
     assert apart(os.getpid) != os.getpid()
-    assert side_by_side(abs, [-1, 2]) == [1, 2]
+    assert list(side_by_side(abs, [-1, 2])) == [1, 2]
     with pytest.raises(BrokenProcessPool):
         apart(os._exit, 1)
 

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 from traced import peak
 
+from sdxl_lora.allocator import MIB, CachingAllocator
 from sdxl_lora.config import Params, Precision, TrainingConfig, load_params
 from sdxl_lora.denoising import Denoiser, load_denoiser
 from sdxl_lora.engine import Group, make_optimizer
 from sdxl_lora.forecast import (
+    CUBLAS_WORKSPACE,
     Rehearsal,
     TrainingTrace,
     Workload,
@@ -20,6 +22,7 @@ from sdxl_lora.forecast import (
     make_denoiser,
     make_examples,
     optimizer_bytes,
+    record,
 )
 from sdxl_lora.hardware import GIB
 from sdxl_lora.lora import add_adapters, lora_parameters
@@ -151,6 +154,31 @@ def test_previews_come_on_top_of_a_recorded_step(work: Workload, trace: Training
     vae = sum(p.nbytes for p in work.shapes.make_vae("fp16", META).parameters())
     assert with_previews.previews > vae
     assert with_previews.total > without.total
+
+
+def test_workspace_keeps_the_segment_in_which_it_lies() -> None:
+    """One of 512 MiB that is free again when the backward pass first needs its workspace."""
+    step = [
+        Event("workspace", 0, 0),
+        Event("allocate", 0, 512 * MIB),
+        Event("free", 0, 0),
+        Event("workspace", 1, 0),
+    ]
+    calls, graph = record(step, CachingAllocator())
+    assert calls.peak_reserved == calls.reserved == CUBLAS_WORKSPACE + 512 * MIB
+    assert graph.reserved == CUBLAS_WORKSPACE + 512 * MIB
+    calls, graph = record([step[0], step[3], *step[1:3]], CachingAllocator())
+    assert calls.reserved == 2 * CUBLAS_WORKSPACE
+    assert graph.reserved == 2 * CUBLAS_WORKSPACE + 512 * MIB
+
+
+def test_adamw_in_fp32_updates_with_one_more_copy(trace: TrainingTrace, work: Workload) -> None:
+    plain = replace(work, config=work.config.model_copy(update={"optimizer": "adamw"}))
+    denoiser = make_denoiser(work)
+    add_adapters(denoiser.unet, denoiser.text_encoders, work.lora, seed=0)
+    num_parameters = sum(p.numel() for module in denoiser.modules for p in lora_parameters(module))
+    assert Rehearsal(plain).step(4).update == 4 * num_parameters
+    assert trace.update == 0
 
 
 def test_budget_that_is_too_small_is_an_error(trace: TrainingTrace) -> None:

@@ -88,8 +88,11 @@ def test_group_norm_repeats_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("cudnn", [True, False], ids=["cudnn", "kernels that give another layout"])
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (1, 1, 0), (3, 2, 1)])
-def test_frozen_convolution_is_pytorchs(device: str, kernel: int, stride: int, padding: int) -> None:
+def test_frozen_convolution_is_pytorchs(
+    device: str, cudnn: bool, kernel: int, stride: int, padding: int
+) -> None:
     x, weight = draws(2, 8, 16, 16).float(), draws(12, 8, kernel, kernel, key="weight").float()
     bias = draws(12, key="bias").float()
     exact = x.double().requires_grad_()
@@ -98,8 +101,9 @@ def test_frozen_convolution_is_pytorchs(device: str, kernel: int, stride: int, p
     (gradient,) = torch.autograd.grad(oracle, exact, dy.double())
     ours = x.to(device, memory_format=torch.channels_last).requires_grad_()
     weight = weight.to(device, memory_format=torch.channels_last)
-    y = frozen_conv2d(ours, weight, bias.to(device), (stride, stride), (padding, padding))
-    (dx,) = torch.autograd.grad(y, ours, dy.to(device))
+    with torch.backends.cudnn.flags(enabled=cudnn):
+        y = frozen_conv2d(ours, weight, bias.to(device), (stride, stride), (padding, padding))
+        (dx,) = torch.autograd.grad(y, ours, dy.to(device))
     assert relative_error(y, oracle) < 1e-3  # convolutions may compute in tf32
     assert relative_error(dx, gradient) < 1e-3
 

@@ -120,11 +120,34 @@ def test_convolution_keeps_channels_last(formats: str) -> None:
     assert [event.size for event in trace.events] == [result.nbytes]
 
 
-def test_attention_by_plain_arithmetic_is_so_traced() -> None:
-    query = torch.empty(2, 4, 1024, 64, device=META)
+@pytest.mark.parametrize(("trains", "bytes_a_score"), [(False, 4 + 4 + 1), (True, 4 + 4 + 4 + 4)])
+def test_plain_attention_takes_what_cuda_does(trains: bool, bytes_a_score: int) -> None:
+    """Forward, scores, probabilities, and a byte for what is masked; backward, four matrices in fp32.
+
+    These are the probabilities, their gradient, the product of the two and the gradient of the scores.
+    """
+    query = torch.empty(2, 4, 4096, 1, dtype=torch.float16, device=META, requires_grad=trains)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), (trace := MemoryTrace(META)):
-        scaled_dot_product_attention(query, query, query)
-    assert peak(trace.events) > 2 * 4 * 1024 * 1024 * 4
+        output = scaled_dot_product_attention(query, query, query)
+        if trains:
+            output.sum().backward()
+    assert peak(trace.events) == pytest.approx(bytes_a_score * 2 * 4 * 4096 * 4096, rel=0.01)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_first_product_of_each_thread_needs_a_workspace(checkpointed: bool) -> None:
+    kinds = ("workspace", "backward")
+    with META:
+        units = [unit(), unit()]
+        inputs = torch.ones(BATCH, WIDTH)
+    trace = MemoryTrace(META)
+    for _ in range(2):
+        start = len(trace.events)
+        with trace, trace.watching(units):
+            loss_of(units, inputs, checkpointed).backward()
+        passed = [(event.kind, event.key) for event in trace.events[start:] if event.kind in kinds]
+        assert passed[0] == ("workspace", 0)
+        assert passed[1:] == [("backward", 1), ("workspace", 1), ("backward", 0)]
 
 
 def test_arithmetic_of_units_is_counted() -> None:
@@ -148,7 +171,8 @@ def test_boundaries_of_units_are_marked() -> None:
     trace = MemoryTrace(META)
     with trace, trace.watching(units):
         loss_of(units, inputs, checkpointed=False).backward()
-    marks = [(event.kind, event.key) for event in trace.events if event.kind not in ("allocate", "free")]
+    boundaries = ("enter", "leave", "backward")
+    marks = [(event.kind, event.key) for event in trace.events if event.kind in boundaries]
     forward: list[tuple[str, int]] = [("enter", 0), ("leave", 0), ("enter", 1), ("leave", 1)]
     assert marks == [*forward, ("backward", 1), ("backward", 0)]
 

@@ -11,6 +11,7 @@ from benchmarks.sizes import ADAPTER, full_fine_tuning
 from benchmarks.tables import (
     DRAWN,
     drawing_speedup,
+    forecast_table,
     sampling_table,
     share_of_peak,
     speedup,
@@ -125,6 +126,19 @@ def test_a_table_says_what_failed_and_how_far_a_forecast_was_off() -> None:
     text = steps_table([failed, forecast])
     assert "| out of memory |" in text
     assert "9.00 (-6.2%)" in text
+
+
+def test_forecasts_stand_beside_what_was_measured() -> None:
+    result = measured("forecast", 0.1, 10.0, name="all checkpointed").model_copy(
+        update={"forecast_gib": 10.2, "figures": {"micro_batch_size": 3, "checkpointed": 130}}
+    )
+    failed = measured("forecast", None, None, outcome="RuntimeError: x", name="bf16")
+    rows = forecast_table([result, failed]).splitlines()[2:]
+    assert rows == [
+        "| all checkpointed | 3 | 130 | 10.20 | 10.00 | +2.0% | ok |",
+        "| bf16 | - | - | - | - | - | RuntimeError: x |",
+    ]
+    assert rows[0] in report.page({"today": [result]}, counts.load())
 
 
 def test_a_pair_differs_in_its_technique_alone() -> None:

@@ -259,7 +259,11 @@ def test_replayed_steps_are_the_eager_ones_to_the_bit(
 def test_two_hundred_steps_follow_mixed_precision_training_as_usually_done(
     params: Params, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig, cuda: torch.device
 ) -> None:
-    """Against autocast, fp32 adapters in PEFT's own layers, a gradient scaler and torch's AdamW."""
+    """Against autocast, fp32 adapters in PEFT's own layers, a gradient scaler and torch's AdamW.
+
+    The curves are those of learning: on the same draws, adapters that stay as they are lose twice as much.
+    Early and late steps cannot be compared, as each has other timesteps.
+    """
     model = params.model.model_copy(update={"text_encoders": "trained"})
     config = with_(config, steps=200, precision="fp16", learning_rate=1e-3, warmup_steps=10)
     _, reports = trained_on_gpu(model, lora, dataset, config, cuda)
@@ -297,7 +301,10 @@ def test_two_hundred_steps_follow_mixed_precision_training_as_usually_done(
     ours = torch.tensor([report.loss for report in reports]).view(10, 20).mean(1)
     theirs = torch.tensor(losses).view(10, 20).mean(1)
     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.0)
-    assert ours[-1] < 0.8 * ours[0]
+    still = with_(config, learning_rate=1e-12, text_encoder_learning_rate=1e-12)
+    _, reports = trained_on_gpu(model, lora, dataset, still, cuda)
+    untrained = torch.tensor([report.loss for report in reports]).view(10, 20).mean(1)
+    assert (ours / untrained)[1:].max() < 0.7  # 0.46 to 0.57 in fp32 on a CPU
 
 
 def test_accumulation_equals_a_larger_batch(

@@ -15,6 +15,8 @@ def test_tensors_come_back_as_they_were() -> None:
 @pytest.mark.gpu
 def test_what_a_gpu_was_given_later_is_not_waited_for() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
+    pinned = [torch.arange(2**20).pin_memory() for _ in range(4)]
+    del pinned  # kept by PyTorch for the next: making some would wait for all that the GPU does
     sent = to_device(torch.arange(2**20), device)
     wait = fetch(sent, sent + 1)
     torch.cuda._sleep(2**31)  # about a second

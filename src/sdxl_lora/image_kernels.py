@@ -115,6 +115,7 @@ class FrozenConv2d(torch.autograd.Function):
         if bias is None or not (channels_last and is_fused(x)):
             return functional.conv2d(x, weight, bias, stride, padding)
         y = functional.conv2d(x, weight, None, stride, padding)
+        y = y.contiguous(memory_format=torch.channels_last)  # not every kernel gives what it takes
         add_bias(y, bias)  # cuDNN leaves it to PyTorch, which takes twice the time
         return y
 

@@ -5,7 +5,7 @@ only what shape its result has. Knows neither SDXL nor the GPU's allocator.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from types import TracebackType
@@ -24,15 +24,28 @@ FUSED_KERNELS = (
     torch.backends.cuda.cudnn_sdp_enabled,
 )
 
-EventKind = Literal["allocate", "free", "enter", "leave", "backward"]
+PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
+SCRATCH: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.aten._safe_softmax.default: lambda scores, *_: torch.empty_like(scores, dtype=torch.bool),
+    torch.ops.aten._softmax_backward_data.default: lambda gradient, *_: torch.empty_like(gradient),
+}
+"""What CUDA makes for itself in plain attention beside the result, and `meta` does not: which scores are
+infinite (`_safe_softmax`, ATen/native/transformers/attention.cpp), and the gradient times the probabilities
+(`softmax_backward_cuda_out`, ATen/native/cuda/SoftMax.cu)."""
+
+EventKind = Literal["allocate", "free", "workspace", "enter", "leave", "backward"]
 
 
 class Event(NamedTuple):
-    """Something that happened to memory, or a boundary of a unit of the program."""
+    """Something that happened to memory, or a boundary of a unit of the program.
+
+    `workspace`: cuBLAS first needs scratch memory here, and keeps it. It does so once in the forward pass and
+    once in the backward pass, which autograd runs in a thread of its own.
+    """
 
     kind: EventKind
     key: int
-    """Number of the allocation or, for boundaries, of the unit."""
+    """Number of the allocation or the boundary's unit; of a workspace 1 in the backward pass, else 0."""
     size: int
     """Bytes of an allocation, else 0."""
 
@@ -56,6 +69,7 @@ class MemoryTrace(TorchDispatchMode):
         self._known: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
         self._allocations = 0
         self._unit: int | None = None
+        self._lack_workspace: set[int] = set()
         self._attention = ExitStack()
 
     def __enter__(self) -> Self:
@@ -78,6 +92,8 @@ class MemoryTrace(TorchDispatchMode):
         kwargs = kwargs or {}
         if leaves_meta(func, args, kwargs):
             return torch.empty_like(args[0], device=kwargs["device"], dtype=kwargs.get("dtype"))
+        if func.overloadpacket in PRODUCTS:
+            self._take_workspace()
         result = func(*args, **kwargs)
         if func is torch.ops.aten.convolution.default and is_channels_last(*args[:2]):
             result = result.contiguous(memory_format=torch.channels_last)  # as cuDNN; `meta` forgets it
@@ -88,6 +104,8 @@ class MemoryTrace(TorchDispatchMode):
                 self.flops[self._unit] += flops
         if not returns_its_argument(func):
             self.hold([leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)])
+        if func in SCRATCH:
+            self.hold([SCRATCH[func](*args)])  # freed at once
         return result
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
@@ -104,6 +122,12 @@ class MemoryTrace(TorchDispatchMode):
             self._known[address] = (key, weakref.ref(storage, partial(self._forget, address)))
             self.events.append(Event("allocate", key, size))
 
+    def _take_workspace(self) -> None:
+        thread = int(torch._C._current_graph_task_id() >= 0)  # so checkpointing tells a backward pass, too
+        if thread in self._lack_workspace:
+            self._lack_workspace.remove(thread)
+            self.events.append(Event("workspace", thread, 0))
+
     def _forget(self, address: int, _: weakref.ref[torch.UntypedStorage]) -> None:
         key, _ = self._known.pop(address)
         self.events.append(Event("free", key, 0))
@@ -115,12 +139,13 @@ class MemoryTrace(TorchDispatchMode):
 
     @contextmanager
     def watching(self, units: Iterable[nn.Module]) -> Iterator[None]:
-        """Marks where each unit's forward pass begins and ends, and where its backward pass begins.
+        """Marks the ends of each unit's forward pass, the start of its backward pass, and workspaces.
 
         Counts arithmetic anew.
         """
         hooks = []
         self.total_flops, self.flops, self.outputs = 0, [], []
+        self._lack_workspace = {0, 1}
         for number, unit in enumerate(units):
             self.flops.append(0)
             self.outputs.append(set())

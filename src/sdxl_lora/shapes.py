@@ -91,8 +91,9 @@ SDXL_BASE = Shapes(
         "num_hidden_layers": 12,
         "num_attention_heads": 12,
         "hidden_act": "quick_gelu",
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
+        "projection_dim": 768,
+        "bos_token_id": 0,
+        "eos_token_id": 2,  # so say the files; transformers then looks for the highest token, 49407
         "pad_token_id": 1,
     },
     text_encoder_2={
@@ -103,17 +104,22 @@ SDXL_BASE = Shapes(
         "num_attention_heads": 20,
         "hidden_act": "gelu",
         "projection_dim": 1280,
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
+        "bos_token_id": 0,
+        "eos_token_id": 2,  # so say the files; transformers then looks for the highest token, 49407
         "pad_token_id": 1,
     },
 )
-"""SDXL base 1.0 (Podell et al. 2023, arXiv:2307.01952, section 2)."""
+"""SDXL base 1.0 (Podell et al. 2023, arXiv:2307.01952, section 2).
+
+As its files */config.json have it, without what is the libraries' default. Compared with the copies in
+github.com/PRITHIVSAKTHIUR/AI-Art-Generator-SDXL, commit a04712f.
+"""
 
 BASE_NAME = "stabilityai/stable-diffusion-xl-base-1.0"
 KNOWN_VAES = {
     "madebyollin/sdxl-vae-fp16-fix": {**SDXL_BASE.vae, "sample_size": 512, "force_upcast": False},
 }
+"""Compared with what HunyuanDiT, which has a copy of this VAE, is told of it; the file was not at hand."""
 
 
 def read_shapes(config: ModelConfig) -> Shapes:
