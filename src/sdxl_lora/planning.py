@@ -160,7 +160,7 @@ def choose_plan(
     work = Workload(read_shapes(model), model.text_encoders != "frozen", lora, config, latents)
     planner = Planner(work)
     if config.vram_gib is None and device.type == "cpu":
-        if config.checkpointing in ("auto", "none"):
+        if config.checkpointing in ("auto", "none", 0):
             return Plan(planner.micro_batch_sizes()[0], (), 0.0, None)
         plan = planner.fastest(inf)
         assert plan is not None
