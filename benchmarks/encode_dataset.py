@@ -3,6 +3,7 @@
 Encodes synthetic pictures with the demo recipe's models, at a small size, so that what does not depend on the
 model shows: decoding, the store, the search for near duplicates, the shards. With `--sdxl` the VAE has SDXL's
 real shapes with random weights, and the VAE alone, on pictures that lie on the device already, is timed too.
+The first batch, for which a GPU's kernels are compiled once a machine, is timed apart.
 """
 
 import argparse
@@ -20,13 +21,14 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.timing import timed
+from benchmarks.timing import timed, wait_for
 from sdxl_lora.config import EncodingConfig, load_params
-from sdxl_lora.encoders import Encoders, load_encoders
-from sdxl_lora.encoding import EncodingReport, encode_dataset
+from sdxl_lora.encoders import Encoders, encode_images, load_encoders
+from sdxl_lora.encoding import encode_dataset
 from sdxl_lora.entries import Entries
+from sdxl_lora.findings import EncodingReport
 from sdxl_lora.fused import fuse_vae
-from sdxl_lora.hardware import reserved_device
+from sdxl_lora.hardware import one_cpu_thread, reserved_device
 from sdxl_lora.pictures import CaptionedImage
 from sdxl_lora.sdxl import load_tokenizers
 from sdxl_lora.shapes import SDXL_BASE
@@ -48,7 +50,7 @@ def main() -> None:
     arguments = parser.parse_args()
     params = load_params(arguments.recipe)
     config = params.encoding.model_copy(update={"resolution": arguments.resolution})
-    with TemporaryDirectory() as scratch, reserved_device(None) as device:
+    with TemporaryDirectory() as scratch, reserved_device(None) as device, one_cpu_thread(device):
         folder = Path(scratch)
         rows = write_pictures(folder / "images", arguments.images, arguments.resolution)
         numbers: dict[str, object] = {}
@@ -60,6 +62,7 @@ def main() -> None:
             encoders = Encoders(vae, tokenizers, text_encoders=None)
         else:
             encoders = load_encoders(params.model, config, device)
+        numbers["seconds_of_the_first_batch"] = first_batch(encoders.vae, config, device)
         for name in ("first", "again"):
             entries = Entries(Store(folder / "store"), encoders, config, folder / "images")
             numbers[name] = measure(rows, entries, config, folder / name)
@@ -73,6 +76,15 @@ def vae_speed(vae: AutoencoderKL, config: EncodingConfig, device: torch.device) 
     pixels = torch.rand(size, device=device, dtype=vae.dtype)
     seconds = timed(lambda: vae.encode(pixels), device, REPETITIONS)
     return round(config.batch_size / median(seconds), 1)
+
+
+def first_batch(vae: AutoencoderKL, config: EncodingConfig, device: torch.device) -> float:
+    """Seconds that the VAE takes for a batch before anything has been encoded."""
+    levels = torch.zeros(config.batch_size, 3, config.resolution, config.resolution, dtype=torch.uint8)
+    start = perf_counter()
+    encode_images(vae, levels)
+    wait_for(device)
+    return round(perf_counter() - start, 1)
 
 
 def write_pictures(folder: Path, count: int, resolution: int) -> list[CaptionedImage]:

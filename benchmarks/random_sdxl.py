@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Self
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import CLIPTokenizer
 
 from sdxl_lora import shapes
 from sdxl_lora.config import Precision, Quantization
@@ -17,6 +19,11 @@ from sdxl_lora.dataset import Batch, Example
 from sdxl_lora.denoising import Denoiser
 from sdxl_lora.quantization import quantize
 from sdxl_lora.sdxl import NoiseSchedule
+
+TOKENIZER = Path("demo/base_model/tokenizer")
+"""The embedded demo's: its 2,007 tokens lie within SDXL's 49,408."""
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+"""SDXL's schedule, as its schedulers take it."""
 
 
 def random_denoiser(
@@ -31,9 +38,31 @@ def random_denoiser(
     with quantized_as_made(quantization, device):
         unet = base.make_unet(precision, device)
         text_encoders = base.make_text_encoders(precision, device) if trained_text_encoders else None
-    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler = DDPMScheduler(**NOISE)
     schedule = NoiseSchedule(scheduler.alphas_cumprod.to(device), "epsilon")
     return Denoiser(unet, text_encoders, schedule, precision)
+
+
+def random_pipeline(precision: Precision, device: torch.device) -> StableDiffusionXLPipeline:
+    """SDXL base with random weights, made on `device`, and a VAE that counts as one for half precisions."""
+    torch.manual_seed(0)
+    base = shapes.SDXL_BASE
+    text_encoder, text_encoder_2 = base.make_text_encoders(precision, device)
+    vae = base.make_vae(precision, device)
+    vae.register_to_config(force_upcast=False)  # as sdxl-vae-fp16-fix
+    vae.enable_slicing()
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER),
+        tokenizer_2=CLIPTokenizer.from_pretrained(TOKENIZER),
+        unet=base.make_unet(precision, device),
+        scheduler=EulerDiscreteScheduler(**NOISE, timestep_spacing="leading"),
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @contextmanager
@@ -82,6 +111,10 @@ class RandomDataset:
 
     def batch(self, indices: list[int], variants: object = None) -> Batch:  # noqa: ARG002
         return Batch(*(tensor[indices] for tensor in self._batch.tensors().values() if tensor is not None))
+
+    def token_ids(self) -> Tensor:
+        """Of every caption, (8, 2, 77)."""
+        return self._batch.token_ids
 
     def with_embeddings(self, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Self:
         """The same examples with these embeddings, a row each."""

@@ -16,15 +16,14 @@ from time import perf_counter
 
 import numpy as np
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL.Image import Image
-from transformers import CLIPTokenizer
 
 from benchmarks.device_memory import allocator_peaks
 from benchmarks.grid import combinations, repeat
+from benchmarks.random_sdxl import random_pipeline
 from benchmarks.results import GIB, OK, Configuration, Result, now, publish, this_machine
-from benchmarks.saved_sdxl import TOKENIZER
 from benchmarks.tables import WAYS
 from benchmarks.timing import wait_for
 from sdxl_lora import shapes
@@ -166,30 +165,6 @@ def adapted_pipeline(
                 parameter.data = draws.to(device)
             parameter.data = parameter.data.to(DTYPES[precision])
         module.eval().requires_grad_(False)
-    return pipeline
-
-
-def random_pipeline(precision: Precision, device: torch.device) -> StableDiffusionXLPipeline:
-    """SDXL base with random weights and the embedded demo's tokenizers, whose tokens SDXL has too."""
-    torch.manual_seed(0)
-    base = shapes.SDXL_BASE
-    text_encoder, text_encoder_2 = base.make_text_encoders(precision, device)
-    vae = base.make_vae(precision, device)
-    vae.register_to_config(force_upcast=False)  # as sdxl-vae-fp16-fix, the recipe's
-    vae.enable_slicing()
-    pipeline = StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        text_encoder_2=text_encoder_2,
-        tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER),
-        tokenizer_2=CLIPTokenizer.from_pretrained(TOKENIZER),
-        unet=base.make_unet(precision, device),
-        scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading"
-        ),
-        add_watermarker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 

@@ -8,12 +8,13 @@ from sdxl_lora import paths
 from sdxl_lora.config import load_params
 from sdxl_lora.dataset_card import dataset_card
 from sdxl_lora.encoders import load_encoders
-from sdxl_lora.encoding import EncodingReport, encode_dataset, own_share, read_captions
+from sdxl_lora.encoding import encode_dataset, own_share, read_captions
 from sdxl_lora.entries import Entries
 from sdxl_lora.environment import environment
 from sdxl_lora.execution import project_root, run, stage
 from sdxl_lora.files import write_text
-from sdxl_lora.hardware import require_precision, reserved_device
+from sdxl_lora.findings import EncodingReport
+from sdxl_lora.hardware import one_cpu_thread, require_precision, reserved_device
 from sdxl_lora.reports import read_numbers, write_numbers, write_table
 from sdxl_lora.store import Store
 
@@ -21,7 +22,7 @@ from sdxl_lora.store import Store
 def main() -> None:
     params = load_params()
     config = params.encoding
-    with stage("encode_dataset"), reserved_device(None) as device:
+    with stage("encode_dataset"), reserved_device(None) as device, one_cpu_thread(device):
         require_precision(device, config.vae_precision, "encoding.vae_precision")
         require_precision(device, config.text_precision, "encoding.text_precision")
         rows = read_captions(paths.CAPTIONS)

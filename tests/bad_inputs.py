@@ -29,8 +29,9 @@ from tables import table
 from sdxl_lora.captions import CaptionsReport, clean_captions
 from sdxl_lora.config import load_params
 from sdxl_lora.encoders import load_encoders
-from sdxl_lora.encoding import EncodingReport, Finding, encode_dataset
+from sdxl_lora.encoding import encode_dataset
 from sdxl_lora.entries import Entries
+from sdxl_lora.findings import EncodingReport, Finding
 from sdxl_lora.pictures import CaptionedImage
 from sdxl_lora.sdxl import count_tokens, load_tokenizers
 from sdxl_lora.store import Store

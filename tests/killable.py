@@ -17,9 +17,9 @@ from sdxl_lora.checkpoints import Checkpoints
 from sdxl_lora.config import LoraConfig, ModelConfig, TrainingConfig
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.denoising import load_denoiser
-from sdxl_lora.engine import LossScale
 from sdxl_lora.hardware import deterministic
 from sdxl_lora.lora import add_adapters, save_lora, saved_lora
+from sdxl_lora.loss_scale import LossScale
 from sdxl_lora.sources import file_digest
 from sdxl_lora.training import Training, prepare
 

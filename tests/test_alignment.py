@@ -17,9 +17,10 @@ from sdxl_lora.dataset import FIRST, Batch, EncodedDataset, Variant
 from sdxl_lora.denoising import Denoiser
 from sdxl_lora.diffusion import PredictionType
 from sdxl_lora.encoders import embed_captions, encode_images, load_encoders
-from sdxl_lora.encoding import EncodingReport, encode_dataset
+from sdxl_lora.encoding import encode_dataset
 from sdxl_lora.entries import Entries
 from sdxl_lora.examples import Examples, draw_examples, draw_variants
+from sdxl_lora.findings import EncodingReport
 from sdxl_lora.images import decode_image, resize_and_crop, to_bytes
 from sdxl_lora.randomness import generator
 from sdxl_lora.sdxl import NoiseSchedule, tokenize

@@ -5,7 +5,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdxl_lora.attention import AttentionShape, attend, choose_attention, draws, find_fault, passes
+from sdxl_lora.attention import (
+    AttentionShape,
+    attend,
+    choose_attention,
+    draws,
+    fastest,
+    find_fault,
+    passes,
+)
 from sdxl_lora.config import AttentionBackend
 
 CPU = torch.device("cpu")
@@ -52,3 +60,9 @@ def test_auto_takes_one_that_is_right_on_a_gpu(dtype: torch.dtype) -> None:
     device = torch.device("cuda")
     shapes = [AttentionShape(3, 1024, 1024, 20, 64, 60), AttentionShape(3, 1024, 77, 20, 64, 60)]
     assert find_fault(choose_attention("auto", shapes, dtype, device), shapes, dtype, device) is None
+
+
+def test_fastest_is_taken_with_some_grace_for_triton() -> None:
+    assert fastest({"cudnn": 10.0, "flash": 9.0}) == "flash"
+    assert fastest({"cudnn": 10.0, "triton": 10.4, "flash": 12.0}) == "triton"
+    assert fastest({"cudnn": 10.0, "triton": 10.6}) == "cudnn"

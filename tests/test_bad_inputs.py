@@ -6,7 +6,7 @@ import pytest
 from bad_inputs import CAPTIONS, DOCUMENT, CaptionCase, ImageCase
 
 from sdxl_lora.dataset import EncodedDataset
-from sdxl_lora.encoding import Finding
+from sdxl_lora.findings import Finding
 from sdxl_lora.images import decode_image
 
 GOOD = bad_inputs.good_images()

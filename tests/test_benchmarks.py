@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from encoded import write_encoded_dataset
 from PIL import Image
 from torch import nn
@@ -195,6 +195,8 @@ def test_a_random_sdxl_loads_as_a_pipeline(tmp_path: Path) -> None:
     folder = saved_sdxl.save_random_sdxl(tmp_path / "sdxl", torch.device("cpu"))
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float16)
     assert {part.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder_2)} == {torch.float16}
+    noise = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")  # as diffusers' script reads it
+    assert noise.alphas_cumprod[-1] == pytest.approx(0.00466, abs=1e-5)
     assert pipeline.tokenizer("red fox").input_ids != pipeline.tokenizer("old boat").input_ids
     written = (folder / "model_index.json").stat().st_mtime_ns
     saved_sdxl.save_random_sdxl(folder, torch.device("cpu"))

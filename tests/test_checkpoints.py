@@ -200,9 +200,9 @@ def test_nothing_is_found_where_nothing_is_whole(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "none", 0.0).newest() is None
     checkpoints = saved(tmp_path, [1])
     next(tmp_path.iterdir()).write_bytes(b"half")
-    (tmp_path / "step-00000002-abc.partial").write_bytes(b"of a process that was killed")
+    (tmp_path / ".7-step-00000002-abc.safetensors").write_bytes(b"of a process that was killed")
     assert checkpoints.newest() is None
-    assert list(tmp_path.glob("*.partial")) == []
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_full_disk_costs_the_new_checkpoint_alone(tmp_path: Path) -> None:

@@ -141,6 +141,12 @@ def test_further_captions_are_read_with_their_image_and_checked(tmp_path: Path) 
         swapped.example(1, Variant(caption=1))
 
 
+def test_token_ids_are_those_of_every_caption_in_order(tmp_path: Path) -> None:
+    dataset = write_captioned(tmp_path, numbered([5, 6], embeds=True))
+    assert dataset.token_ids().shape == (4, 2, 77)
+    assert dataset.token_ids()[:, 0, 0].tolist() == [0, 1, 5, 6]
+
+
 def test_other_embeddings_keep_to_their_captions(tmp_path: Path) -> None:
     dataset = write_captioned(tmp_path, numbered([5, 6], embeds=True))
     rows = torch.arange(4.0)

@@ -7,7 +7,7 @@ import pytest
 from sdxl_lora.config import load_params
 from sdxl_lora.dataset import Example, data_digest
 from sdxl_lora.dataset_card import cell, dataset_card
-from sdxl_lora.encoding import EncodingReport, Finding
+from sdxl_lora.findings import EncodingReport, Finding
 
 CONFIG = load_params(Path("recipes/demo.yaml")).encoding
 SOURCE = {

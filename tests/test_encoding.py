@@ -1,5 +1,6 @@
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from PIL import Image, ImageOps
 from sdxl_lora.config import EncodingConfig, ModelConfig, load_params
 from sdxl_lora.dataset import Batch, EncodedDataset, Variant, data_digest
 from sdxl_lora.encoders import Encoders, embed_captions, encode_images, load_encoders
-from sdxl_lora.encoding import EncodingReport, Share, encode_dataset, read_captions, split_by_content
+from sdxl_lora.encoding import Share, encode_dataset, read_captions
 from sdxl_lora.entries import Entries
+from sdxl_lora.findings import EncodingReport
 from sdxl_lora.images import decode_image, resize_and_crop, to_bytes, to_pixels
 from sdxl_lora.pictures import CaptionedImage
 from sdxl_lora.sdxl import load_pipeline, tokenize
+from sdxl_lora.selection import split_by_content
 from sdxl_lora.store import Store
 
 CPU = torch.device("cpu")
@@ -390,6 +393,26 @@ def test_latents_that_are_not_finite_are_refused_and_not_kept(
         encode(rows, images, broken, tmp_path / "encoded", store=tmp_path / "store")
     assert not (tmp_path / "encoded").exists()
     assert entries_by_kind(tmp_path / "store")["latents"] == set()
+
+
+def test_batches_are_encoded_while_those_before_them_are_written(
+    images: Path, rows: list[CaptionedImage], tmp_path: Path
+) -> None:
+    """A GPU works on while files are written, so the next batches have to be with it by then."""
+    events = []
+
+    class Watched(Store):
+        def put(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
+            events.append(key.partition("/")[0])
+            super().put(key, tensors)
+
+    encoders = replace(load_encoders(PARAMS.model, CONFIG, CPU), text_encoders=None)
+    encoders.vae.encoder.register_forward_pre_hook(lambda *_: events.append("encode"))
+    entries = Entries(Watched(tmp_path / "store"), encoders, CONFIG, images)
+    assert all(fault is None for _, fault in entries.encode(rows))
+    kept = [event for event in events if event != "picture"]
+    written = ["latents"] * CONFIG.batch_size
+    assert kept == [*["encode"] * 3, *written, "encode", *written * 3]
 
 
 def test_batch_that_does_not_fit_names_the_key(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from sdxl_lora.config import TrainingConfig, load_params
-from sdxl_lora.engine import Engine, Group, LossScale, Update
+from sdxl_lora.engine import Engine, Group, Update
+from sdxl_lora.loss_scale import LossScale
 from sdxl_lora.randomness import generator
 
 CPU = torch.device("cpu")

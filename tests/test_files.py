@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sdxl_lora.execution import run
-from sdxl_lora.files import require_writable, write_text, written_whole
+from sdxl_lora.files import UNFINISHED, require_writable, write_bytes, write_text, written_whole
 
 
 def test_file_takes_its_place_whole(tmp_path: Path) -> None:
@@ -14,9 +14,30 @@ def test_file_takes_its_place_whole(tmp_path: Path) -> None:
         partial.write_text("half")
         assert not path.exists()
         assert partial.suffix == path.suffix
+        assert partial.match(UNFINISHED)
         partial.write_text("whole")
     assert path.read_text() == "whole"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_durable_file_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file.txt"
+    synced: list[tuple[Path, bool]] = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink(), path.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_bytes(path, b"whole")
+    assert synced == []
+    path.unlink()
+    write_bytes(path, b"whole", durable=True)
+    (partial, named), folder = synced
+    assert partial.match(UNFINISHED)
+    assert not named
+    assert folder == (tmp_path, True)
 
 
 def write_half(path: Path, error: BaseException) -> None:

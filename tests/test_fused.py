@@ -11,13 +11,15 @@ from torch import Tensor
 from sdxl_lora.attention import AttentionShape
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.denoising import Denoiser, load_denoiser
-from sdxl_lora.fused import FUSED, attention_shapes, fuse, fuse_unet
+from sdxl_lora.fused import FUSED, attention_shapes, cross_attentions, fuse, fuse_unet, project_text
 from sdxl_lora.lora import add_adapters, lora_parameters
 from sdxl_lora.randomness import generator
 from sdxl_lora.sdxl import embed_tokens, predict
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+VALUES = ["to_q", "attn2.to_v"]
+ONE_BLOCK = [f"mid_block.attentions.0.transformer_blocks.0.attn2.{name}" for name in ("to_k", "to_v")]
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +73,35 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("everything", [False, True], ids=["attention", "everything"])
+@pytest.mark.parametrize(
+    "modules",
+    [ATTENTION, VALUES, ONE_BLOCK, None],
+    ids=["attention", "some values", "one block", "everything"],
+)
 def test_predictions_and_gradients_are_those_of_diffusers_and_peft(
-    params: Params, device: str, everything: bool
+    params: Params, device: str, modules: list[str] | None
 ) -> None:
-    modules = params.lora.unet_modules if everything else ATTENTION
-    plain, fused = (adapted(params, modules, torch.device(device)) for _ in range(2))
+    names = modules or params.lora.unet_modules
+    plain, fused = (adapted(params, names, torch.device(device)) for _ in range(2))
     fuse_all(fused)
     with torch.backends.cudnn.flags(allow_tf32=False):
         for ours, oracle in zip(prediction_and_gradient(fused), prediction_and_gradient(plain), strict=True):
             assert relative_error(ours, oracle) < 1e-5
+
+
+def test_a_text_is_projected_once_for_all_attentions_of_a_width(params: Params) -> None:
+    denoiser = adapted(params, ATTENTION, torch.device("cpu"))
+    fuse_all(denoiser)
+    attentions = cross_attentions(denoiser.unet)
+    text = torch.randn(2, 77, attentions[0].to_k.in_features, generator=generator("text"))
+    found = project_text(denoiser.unet, text.requires_grad_())
+    assert len({tensor.grad_fn for pair in found.values() for tensor in pair}) == len(
+        {attention.inner_dim for attention in attentions}
+    )
+    assert set(found) == set(attentions)
+    for attention, (key, value) in found.items():
+        torch.testing.assert_close(key, attention.to_k(text))
+        torch.testing.assert_close(value, attention.to_v(text))
 
 
 def test_adapters_with_dropout_keep_pefts_arithmetic(params: Params) -> None:

@@ -7,6 +7,7 @@ from sdxl_lora.hardware import (
     DEVICE_VARIABLE,
     GIB,
     choose_device,
+    one_cpu_thread,
     peak_memory_gib,
     require_disk_space,
     reserved_device,
@@ -44,6 +45,19 @@ def test_peak_memory_of_a_cpu_process_is_what_it_held() -> None:
     ballast = torch.ones(int((before + 0.25) * GIB / 4))
     assert peak_memory_gib(torch.device("cpu")) > before + 0.2
     del ballast
+
+
+def test_one_cpu_thread_where_models_are_on_a_gpu_and_as_many_as_before_afterwards() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with one_cpu_thread(torch.device("cpu")):
+            assert torch.get_num_threads() == 3
+        with one_cpu_thread(torch.device("cuda", 0)):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.gpu

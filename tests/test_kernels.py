@@ -1,11 +1,11 @@
-"""The kernels against PyTorch's own operators in float64."""
+"""The kernels on tokens against PyTorch's own operators in float64."""
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sdxl_lora.kernels import add_norm, frozen_conv2d, geglu, group_norm
+from sdxl_lora.kernels import add_norm, geglu, layer_norm
 from sdxl_lora.randomness import generator
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -39,47 +39,6 @@ def test_geglu_and_its_gradient(device: str, dtype: torch.dtype, shape: tuple[in
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("shape", [(3, 320, 32, 32), (2, 960, 9, 7), (1, 96, 130, 2), (2, 2560, 4, 4)])
-def test_group_norm_and_its_gradient(
-    device: str, dtype: torch.dtype, silu: bool, shape: tuple[int, ...]
-) -> None:
-    """With a mean ten times the deviation, which a naive variance would lose in fp32's digits."""
-    x, dy = (draws(*shape) + 10).to(dtype), draws(*shape, key="dy").to(dtype)
-    weight, bias = draws(shape[1], key="weight").to(dtype), draws(shape[1], key="bias").to(dtype)
-    exact = x.double().requires_grad_()
-    oracle = functional.group_norm(exact, 32, weight.double(), bias.double(), 1e-5)
-    oracle = functional.silu(oracle) if silu else oracle
-    (gradient,) = torch.autograd.grad(oracle, exact, dy.double())
-    ours = x.to(device, memory_format=torch.channels_last).requires_grad_()
-    y = group_norm(ours, weight.to(device), bias.to(device), 32, 1e-5, silu)
-    (dx,) = torch.autograd.grad(y, ours, dy.to(device))
-    assert y.dtype == dx.dtype == dtype
-    assert relative_error(y, oracle) < 3 * DTYPES[dtype]
-    assert relative_error(dx, gradient) < 3 * DTYPES[dtype]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_group_norm_of_a_picture_as_large_as_the_vaes(device: str) -> None:
-    """More pixels than one round of the kernel adds up."""
-    x = (draws(1, 32, 190, 190) + 10).half()
-    weight, bias = (draws(32, key=key).half() for key in ("weight", "bias"))
-    oracle = functional.group_norm(x.double(), 32, weight.double(), bias.double(), 1e-5)
-    ours = x.to(device, memory_format=torch.channels_last)
-    y = group_norm(ours, weight.to(device), bias.to(device), 32, 1e-5, silu=False)
-    assert relative_error(y, oracle) < 3 * DTYPES[torch.float16]
-
-
-@pytest.mark.gpu
-def test_group_norm_repeats_to_the_bit() -> None:
-    x = draws(3, 640, 64, 64).half().to("cuda", memory_format=torch.channels_last)
-    weight, bias = torch.ones(2, 640, device="cuda", dtype=torch.half).unbind()
-    first, second = (group_norm(x, weight, bias, 32, 1e-5, True) for _ in range(2))
-    assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 5, 1280), (3, 640), (7, 96)])
 def test_add_norm_and_its_gradient(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     residual, update = (draws(*shape, key=key).to(dtype) + 3 for key in ("residual", "update"))
@@ -98,17 +57,21 @@ def test_add_norm_and_its_gradient(device: str, dtype: torch.dtype, shape: tuple
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (1, 1, 0), (3, 2, 1)])
-def test_frozen_convolution_is_pytorchs(device: str, kernel: int, stride: int, padding: int) -> None:
-    x, weight = draws(2, 8, 16, 16).float(), draws(12, 8, kernel, kernel, key="weight").float()
-    bias = draws(12, key="bias").float()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 5, 1280), (3, 640), (7, 96)])
+def test_layer_norm_and_its_inputs_own_gradient(
+    device: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    x = draws(*shape).to(dtype) + 3
+    dx_beside, dy = (draws(*shape, key=key).to(dtype) for key in ("dx", "dy"))
+    weight, bias = (draws(shape[-1], key=key).to(dtype) for key in ("weight", "bias"))
     exact = x.double().requires_grad_()
-    oracle = functional.conv2d(exact, weight.double(), bias.double(), stride, padding)
-    dy = draws(*oracle.shape, key="dy").float()
-    (gradient,) = torch.autograd.grad(oracle, exact, dy.double())
-    ours = x.to(device, memory_format=torch.channels_last).requires_grad_()
-    weight = weight.to(device, memory_format=torch.channels_last)
-    y = frozen_conv2d(ours, weight, bias.to(device), (stride, stride), (padding, padding))
-    (dx,) = torch.autograd.grad(y, ours, dy.to(device))
-    assert relative_error(y, oracle) < 1e-3  # convolutions may compute in tf32
-    assert relative_error(dx, gradient) < 1e-3
+    oracle = functional.layer_norm(exact, weight.shape, weight.double(), bias.double(), 1e-5)
+    (gradient,) = torch.autograd.grad((exact * 1, oracle), exact, (dx_beside.double(), dy.double()))
+    ours = x.to(device).requires_grad_()
+    beside, y = layer_norm(ours, weight.to(device), bias.to(device), 1e-5)
+    (dx,) = torch.autograd.grad((beside * 1, y), ours, (dx_beside.to(device), dy.to(device)))
+    assert torch.equal(beside, ours)
+    for value, expected in ((y, oracle), (dx, gradient)):
+        assert value.dtype == dtype
+        assert relative_error(value, expected) < 3 * DTYPES[dtype]

@@ -10,6 +10,7 @@ from sdxl_lora.projections import (
     columns_side_by_side,
     is_mergeable,
     make_neighbours,
+    neighbours,
     project,
     side_by_side,
 )
@@ -35,12 +36,12 @@ def adapters(parts: list[nn.Module]) -> list[Tensor]:
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("neighbours", [False, True])
-def test_outputs_and_gradients_are_pefts(count: int, bias: bool, neighbours: bool) -> None:
+@pytest.mark.parametrize("together", [0, 2, 3])
+def test_outputs_and_gradients_are_pefts(count: int, bias: bool, together: int) -> None:
+    """The first `together` layers are neighbours."""
     parts = layers(count, bias)
-    if neighbours:
-        for kind in ("lora_A.default.weight", "lora_B.default.weight", "base_layer.weight"):
-            make_neighbours([part.get_parameter(kind) for part in parts])
+    for name in dict(parts[0].named_parameters()) if together else ():
+        make_neighbours([part.get_parameter(name) for part in parts[:together]])
     inputs = torch.randn(2, 5, 24, generator=generator("x")).double().requires_grad_()
     gradients = [torch.randn(2, 5, 40, generator=generator("dy", number)).double() for number in range(count)]
     expected = [part(inputs) for part in parts]
@@ -69,6 +70,16 @@ def test_adapters_with_dropout_keep_pefts_forward() -> None:
     (ours,) = project(parts, inputs)
     torch.manual_seed(0)
     assert torch.equal(ours, parts[0](inputs))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_neighbours_are_multiplied_together(bias: bool) -> None:
+    bases = [nn.Linear(24, 40, bias=bias) for _ in range(5)]
+    for first, last in ((0, 2), (2, 4)):
+        for tensors in zip(*(base.parameters() for base in bases[first:last]), strict=True):
+            make_neighbours(tensors)
+    assert neighbours(bases) == [bases[:2], bases[2:4], bases[4:]]
+    assert neighbours(bases[::-1]) == [[base] for base in bases[::-1]]
 
 
 def test_neighbours_are_one_tensor_without_a_copy() -> None:

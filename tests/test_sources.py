@@ -1,6 +1,5 @@
 """Repositories from a Hub on the loopback, and from folders."""
 
-import hashlib
 import re
 import shutil
 import socket
@@ -11,7 +10,6 @@ from hub import Hub
 from huggingface_hub import constants
 
 from sdxl_lora.sources import (
-    damaged_files,
     download_size,
     folder_digest,
     local_copy,
@@ -192,27 +190,3 @@ def test_local_copy_is_found_without_asking_the_hub(hub: Hub, folder: Path) -> N
     assert local_copy(str(folder), "sha256:0") == folder
     assert local_copy(str(folder / "none"), "sha256:0") is None
     assert hub.requests == []
-
-
-@pytest.mark.parametrize("name", ["config.json", "unet/weights.safetensors"])
-def test_damaged_file_of_the_cache_is_named(hub: Hub, folder: Path, name: str) -> None:
-    hub.add("owner/model", folder)
-    snapshot = open_model()
-    assert damaged_files(snapshot) == []
-    (snapshot / name).resolve().write_bytes(b"other")
-    assert damaged_files(snapshot) == [name]
-    (snapshot / name).resolve().unlink()
-    assert damaged_files(snapshot) == [name]
-
-
-def test_weights_in_the_cache_are_known_by_their_sha256(tmp_path: Path) -> None:
-    """As the Hub names what it keeps in LFS; the server above keeps nothing there."""
-    blob = tmp_path / "blobs" / hashlib.sha256(b"weights").hexdigest()
-    link = tmp_path / "snapshots/c0ffee/unet/model.safetensors"
-    for folder in (blob.parent, link.parent):
-        folder.mkdir(parents=True)
-    blob.write_bytes(b"weights")
-    link.symlink_to(blob)
-    assert damaged_files(tmp_path / "snapshots/c0ffee") == []
-    blob.write_bytes(b"Weights")
-    assert damaged_files(tmp_path / "snapshots/c0ffee") == ["unet/model.safetensors"]

@@ -146,6 +146,15 @@ def test_server_that_is_down_stops_nothing(params: Params, monkeypatch: pytest.M
     assert track_run(params) == {"mlflow": {"run": None, "id": None}}
 
 
+@pytest.mark.parametrize(
+    "path", [paths.GATES, paths.LOCK, paths.SAMPLES / "strength-1/00-seed-0.png"], ids=str
+)
+def test_results_that_are_missing_are_no_fault_of_the_server(params: Params, path: Path) -> None:
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"^{path} not found: `dvc repro` makes what is missing"):
+        track_run(params)
+
+
 def test_server_that_never_answers_slows_no_step(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "PATIENCE", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:

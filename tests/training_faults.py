@@ -91,7 +91,7 @@ def adapter() -> str:
 
 def checkpoints() -> list[int]:
     """Steps of the checkpoints that there are."""
-    return sorted(int(path.name.split("-")[1]) for path in paths.CHECKPOINTS.rglob("*.safetensors"))
+    return sorted(int(path.name.split("-")[1]) for path in paths.CHECKPOINTS.rglob("step-*.safetensors"))
 
 
 def kill_after_a_checkpoint() -> None:

@@ -6,9 +6,7 @@ activations.)
 """
 
 import hashlib
-import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -21,15 +19,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sdxl_lora.config import LoraConfig, ModelConfig, TrainingConfig
-from sdxl_lora.files import explained_write_errors, require_safetensors
+from sdxl_lora.files import UNFINISHED, write_bytes
 from sdxl_lora.hardware import machine
 from sdxl_lora.processes import processes
 from sdxl_lora.sdxl import open_base
 from sdxl_lora.sources import file_digest
 from sdxl_lora.store import UNUSED_SECONDS, content_key
+from sdxl_lora.tensor_files import read_header
 
 KEPT = 2  # a newest one that turns out to be damaged is not the end
-LENGTH_SIZE = 8  # bytes of a safetensors file before its header
 INERT = {"checkpoint_minutes", "deadline_minutes", "log_every"}  # these cannot change a training's result
 LIBRARIES = ("bitsandbytes", "diffusers", "peft", "torch", "transformers")
 
@@ -76,32 +74,20 @@ class Checkpoints:
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         content = save(copies, dict(facts))
         path = self.folder / f"step-{step:08d}-{digest(content)}.safetensors"
-        partial = path.with_suffix(".partial")
-        try:
-            with explained_write_errors(path):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with partial.open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.replace(path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
-        sync_folder(self.folder)
+        write_bytes(path, content, durable=True)
         for old in self._files()[KEPT:]:
             old.unlink()
         self._saved = time.monotonic()
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is as it was written; None if there is none. To ask before any save."""
-        for leftover in self.folder.glob("*.partial"):
+        for leftover in self.folder.glob(UNFINISHED):
             leftover.unlink(missing_ok=True)  # of a process that was killed while it saved
         for path in self._files():
             content = path.read_bytes()
             if path.stem.endswith(f"-{digest(content)}"):
-                require_safetensors(path)
-                return Checkpoint(load(content), facts_of(content))
+                facts = read_header(path)  # which refuses a file that is something else
+                return Checkpoint(load(content), facts)
             logger.warning("%s is damaged: falling back to the checkpoint before it", path.name)
         return None
 
@@ -149,19 +135,3 @@ def modules() -> Iterator[Path]:
 
 def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def facts_of(content: bytes) -> dict[str, str]:
-    """The entries that a safetensors file has beside its tensors."""
-    end = LENGTH_SIZE + int.from_bytes(content[:LENGTH_SIZE], "little")
-    facts: dict[str, str] = json.loads(content[LENGTH_SIZE:end]).get("__metadata__", {})
-    return facts
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder outlast a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ import pandas as pd
 from sdxl_lora import paths
 from sdxl_lora.choices import choices_of
 from sdxl_lora.records import Record
-from sdxl_lora.tracking import flat
+from sdxl_lora.reports import flat
 
 Outcome = Literal["bit-identical", "within tolerance", "different", "failed"]
 State = Literal["identical", "identical but for times", "different", "missing", "not compared"]
@@ -223,4 +223,4 @@ def compare_choices(record: Record, again: Record) -> Iterator[Difference]:
 
 def leaves(text: str) -> dict[str, Any]:
     """The values of nested JSON under joined names, `a/b`."""
-    return dict(flat(json.loads(text), separator="/"))
+    return dict(flat(json.loads(text), "/"))

@@ -182,7 +182,7 @@ class TrainingConfig(Section):
     """Kernels of the UNet's self-attention: `auto` measures and takes the fastest, `sdpa` is PyTorch's
     choice. Attention to captions has a kernel of its own on a GPU, unless this is `math`."""
     deterministic: bool
-    """Use only kernels that repeat to the bit on the same GPU and software: 23 % slower on an H100."""
+    """Use only kernels that repeat to the bit on the same GPU and software: no slower on an H100."""
     ema_decay: OpenFraction | None
     """Save an exponential moving average of the adapters with this decay a step; null: the last weights."""
     vram_gib: PositiveFloat | None

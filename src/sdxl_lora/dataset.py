@@ -217,11 +217,21 @@ class EncodedDataset:
         variants = [FIRST] * len(indices) if variants is None else variants
         return Batch.cat([self.example(*key) for key in zip(indices, variants, strict=True)])
 
-    def with_embeddings(self, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Self:
-        """The same examples with these embeddings in place of any on disk.
+    def token_ids(self) -> Tensor:
+        """Of every caption, in the order of the examples and of the captions of each, (N, 2, 77).
 
-        They have a row for each caption, in the order of the examples and of the captions of each.
+        Not compared with their hash, which is of whole examples: `example` does that.
         """
+        rows = []
+        for example in self.examples:
+            shard, start, count = self._shards[example.shard], example.more_row, len(example.more_captions)
+            rows.append(shard.get_slice("token_ids")[example.row : example.row + 1])
+            if count:
+                rows.append(shard.get_slice(f"{MORE}token_ids")[start : start + count])
+        return torch.cat(rows)
+
+    def with_embeddings(self, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Self:
+        """The same examples with these embeddings in place of any on disk: rows as those of `token_ids`."""
         dataset = copy(self)
         counts = [1 + len(example.more_captions) for example in self.examples]
         dataset._first_embedding = list(accumulate(counts, initial=0))

@@ -7,7 +7,7 @@ from statistics import median
 
 from sdxl_lora.config import EncodingConfig
 from sdxl_lora.dataset import Example, data_digest
-from sdxl_lora.encoding import EncodingReport
+from sdxl_lora.findings import EncodingReport
 from sdxl_lora.sources import file_digest
 
 SPLITS = ("train", "held_out")

@@ -7,7 +7,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from sdxl_lora.config import ModelConfig, Precision, Quantization
-from sdxl_lora.dataset import Batch, EncodedDataset, Variant
+from sdxl_lora.dataset import Batch, EncodedDataset
 from sdxl_lora.diffusion import add_noise, prediction_target, squared_error
 from sdxl_lora.quantization import quantize
 from sdxl_lora.sdxl import (
@@ -145,14 +145,7 @@ def with_captions_embedded(denoiser: Denoiser, dataset: EncodedDataset) -> Encod
     """
     assert denoiser.text_encoders is not None
     embeds = []
-    captions = [
-        (index, Variant(caption=number))
-        for index, example in enumerate(dataset.examples)
-        for number in range(1 + len(example.more_captions))
-    ]
-    for start in range(0, len(captions), EMBEDDED_AT_ONCE):
-        batches = [dataset.batch([i], [variant]) for i, variant in captions[start : start + EMBEDDED_AT_ONCE]]
-        token_ids = torch.cat([batch.token_ids for batch in batches])
+    for token_ids in dataset.token_ids().split(EMBEDDED_AT_ONCE):
         rows = embed_tokens(denoiser.text_encoders, token_ids.to(denoiser.device))
         embeds.append([tensor.cpu() for tensor in rows])
     return dataset.with_embeddings(*(torch.cat(column) for column in zip(*embeds, strict=True)))

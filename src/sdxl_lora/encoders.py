@@ -24,6 +24,7 @@ from sdxl_lora.sdxl import (
     load_tokenizers,
     load_vae,
 )
+from sdxl_lora.transfers import to_device
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def tile_vae(vae: AutoencoderKL, side: int | None) -> None:
 def encode_images(vae: AutoencoderKL, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the VAE's posterior, scaled as the UNet reads latents.
 
-    On a GPU returns before they are computed.
+    On a GPU returns before they are computed, if the levels lie there.
 
     Args:
         levels: uint8, (B, 3, H, W).
@@ -69,7 +70,8 @@ def encode_images(vae: AutoencoderKL, levels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors in the VAE's precision, on its device, (B, 4, H/8, W/8).
     """
-    pixels = to_pixels(levels.to(vae.device, non_blocking=True)).to(vae.dtype)
+    weight = next(vae.parameters())  # diffusers walks over all modules to tell a model's device and type
+    pixels = to_pixels(levels.to(weight.device)).to(weight.dtype)
     posterior = vae.encode(pixels).latent_dist
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     mean = (posterior.mean - shift) * vae.config.scaling_factor
@@ -78,9 +80,14 @@ def encode_images(vae: AutoencoderKL, levels: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def embed_captions(text_encoders: TextEncoders, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompt embeddings, (B, 77, 2048), and pooled ones, (B, 1280), on the CPU, as the encoders give them."""
-    prompt_embeds, pooled_prompt_embeds = embed_tokens(text_encoders, token_ids.to(text_encoders[0].device))
-    return prompt_embeds.cpu(), pooled_prompt_embeds.cpu()
+    """Prompt embeddings, (B, 77, 2048), and pooled ones, (B, 1280), as the encoders give them.
+
+    On a GPU returns before they are computed.
+
+    Args:
+        token_ids: (B, 2, 77).
+    """
+    return embed_tokens(text_encoders, to_device(token_ids, text_encoders[0].device))
 
 
 def filled_up(rows: Tensor, size: int) -> Tensor:

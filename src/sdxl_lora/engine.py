@@ -17,6 +17,8 @@ from torch.nn import Parameter
 
 from sdxl_lora.config import TrainingConfig
 from sdxl_lora.cuda_graph import Inputs, Recorder
+from sdxl_lora.flat_adapters import FlatAdapters
+from sdxl_lora.loss_scale import LossScale
 from sdxl_lora.processes import processes, sum_over_processes
 
 
@@ -192,82 +194,6 @@ class Engine(Generic[Inputs]):
     def finish(self) -> None:
         """Gives the parameters their values in fp32: the last ones, or their moving average."""
         self._adapters.bind(self._adapters.master if self._average is None else self._average.value)
-
-
-class FlatAdapters:
-    """Parameters side by side in one tensor, with an fp32 master copy and an fp32 gradient alike."""
-
-    def __init__(self, groups: Sequence[Sequence[Parameter]], dtype: torch.dtype) -> None:
-        self._groups = groups
-        self.master = torch.cat([p.detach().flatten().float() for group in groups for p in group])
-        self._weights = self.master.to(dtype)  # the master itself, if that is fp32
-        sizes = [sum(parameter.numel() for parameter in group) for group in groups]
-        self.masters = [Parameter(part) for part in self.master.split(sizes)]
-        """What the optimizer moves: the master of each group, with its gradient."""
-        self.restrict(len(groups))
-        self.bind(self._weights)
-
-    def restrict(self, num_groups: int) -> None:
-        """Gives the first groups a gradient, all zeros, and takes it from the others.
-
-        Without one, an optimizer passes a master over: neither momentum nor weight decay moves it.
-        """
-        self.parameters = [parameter for group in self._groups[:num_groups] for parameter in group]
-        """Those that have a gradient."""
-        sizes = [len(master) for master in self.masters[:num_groups]]
-        self.sums = self.master.new_zeros(sum(sizes) + 2)
-        """The gradient, the loss and votes to stop: what processes add up, in one go."""
-        self.gradient, self.loss, self.votes = self.sums[:-2], self.sums[-2], self.sums[-1]
-        gradients = [*self.gradient.split(sizes), *(None for _ in self.masters[num_groups:])]
-        for master, gradient in zip(self.masters, gradients, strict=True):
-            master.grad = gradient
-
-    def refresh(self) -> None:
-        """Rounds the master into the weights that the model computes with."""
-        if self._weights is not self.master:
-            self._weights.copy_(self.master)
-
-    def bind(self, flat: Tensor) -> None:
-        """Makes every parameter a view of `flat`."""
-        parameters = [parameter for group in self._groups for parameter in group]
-        sizes = [parameter.numel() for parameter in parameters]
-        for parameter, part in zip(parameters, flat.split(sizes), strict=True):
-            parameter.data = part.view_as(parameter)
-
-
-class LossScale:
-    """Dynamic loss scaling (Micikevicius et al. 2018, arXiv:1710.03740), with PyTorch's constants."""
-
-    INITIAL = 65536.0
-    GROWTH_INTERVAL = 2000  # steps without an overflow before it doubles
-
-    def __init__(self, device: torch.device, enabled: bool) -> None:
-        self._enabled = enabled
-        self.value = self.INITIAL if enabled else 1.0
-        self.tensor = torch.tensor(self.value, device=device)
-        """The value where a recorded graph reads it."""
-        self._good_steps = 0
-
-    def update(self, finite: bool) -> None:
-        """Halves the scale after an overflow, doubles it after many steps without one."""
-        if not self._enabled:
-            return
-        self._good_steps = self._good_steps + 1 if finite else 0
-        if not finite:
-            self.value /= 2
-        elif self._good_steps % self.GROWTH_INTERVAL == 0:
-            self.value *= 2
-        self.tensor.fill_(self.value)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {
-            "loss_scale": torch.tensor(self.value, dtype=torch.float64),
-            "good_steps": torch.tensor(self._good_steps),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.value, self._good_steps = float(state["loss_scale"]), int(state["good_steps"])
-        self.tensor.fill_(self.value)
 
 
 class MovingAverage:

@@ -5,10 +5,11 @@ it; a mirrored image has its own. `text`: what frozen text encoders make of the 
 so that a change encodes no more than what depends on it.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -40,9 +41,12 @@ from sdxl_lora.pictures import CaptionedImage, Picture, View, decode_pictures
 from sdxl_lora.sdxl import DTYPES, tokenize
 from sdxl_lora.sources import file_digest
 from sdxl_lora.store import Store, content_key
+from sdxl_lora.transfers import fetch, to_device
 
 IMAGE_LIBRARIES = ("pillow", "imagehash", "numpy")
 LAYER = "penultimate"
+IN_FLIGHT = 2
+"""Batches that a GPU is left with while what came before them is written: it never waits for the next."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,6 @@ class Job:
     row: CaptionedImage
     flipped: bool
     view: View
-
-
-NOTHING: tuple[Sequence[Job], Tensor] = ([], torch.empty(2, 0))
 
 
 class Entries:
@@ -67,13 +68,14 @@ class Entries:
             images: folder of the image files.
         """
         self._store, self._encoders, self._config, self._images = store, encoders, config, images
+        self._device = encoders.vae.device
         self._of_picture = {"code": code_version([images_module], IMAGE_LIBRARIES)}
         self._of_latents = {
             **config.model_dump(
                 include={"resolution", "aspect_ratios", "crop", "vae_precision", "vae_tile", "batch_size"}
             ),
             "vae": weights_digest(encoders.vae),
-            "machine": machine(encoders.vae.device),
+            "machine": machine(self._device),
             "code": code_version(
                 [
                     buckets_module,
@@ -92,7 +94,7 @@ class Entries:
                 **config.model_dump(include={"text_precision", "batch_size"}),
                 "encoders": [weights_digest(encoder) for encoder in encoders.text_encoders],
                 "layer": LAYER,
-                "machine": machine(encoders.text_encoders[0].device),
+                "machine": machine(self._device),
                 "code": code_version([encoders_module, sdxl_module], ("torch", "transformers")),
             }
 
@@ -107,8 +109,8 @@ class Entries:
             OSError: an image file is missing.
         """
         waiting: dict[torch.Size, list[Job]] = defaultdict(list)
-        encoded = NOTHING  # a GPU may still be at it, while the batch before it is written
         captions: list[Tensor] = []
+        unwritten: deque[Callable[[], None]] = deque()
         lacking = [row for row in rows if self._lacks_picture(row)]
         decoded = decode_pictures(lacking, self._images, self._config, self._lacks_picture)
         expected = {row.id for row in lacking}
@@ -121,22 +123,22 @@ class Entries:
                 jobs = waiting[job.view.levels.shape]
                 jobs.append(job)
                 if len(jobs) == self._config.batch_size:
-                    before, encoded = encoded, self._encode(waiting.pop(job.view.levels.shape))
-                    self._put_latents(*before)
+                    unwritten.append(self._encode(waiting.pop(job.view.levels.shape)))
             for caption in row.captions:
                 token_ids = self._token_ids(caption)
                 if self._lacks_text(token_ids):
                     captions.append(token_ids)
                 if len(captions) == self._config.batch_size:
-                    self._put_texts(captions)
+                    unwritten.append(self._embed(captions))
                     captions = []
+            while len(unwritten) > IN_FLIGHT:
+                unwritten.popleft()()
             yield row, None
-        for jobs in waiting.values():
-            before, encoded = encoded, self._encode(jobs)
-            self._put_latents(*before)
-        self._put_latents(*encoded)
+        unwritten.extend(map(self._encode, waiting.values()))
         if captions:
-            self._put_texts(captions)
+            unwritten.append(self._embed(captions))
+        for write in unwritten:
+            write()
 
     def example(self, row: CaptionedImage, variant: Variant = FIRST) -> Batch:
         """The example of a row that was encoded, as a batch of one."""
@@ -186,18 +188,23 @@ class Entries:
         jobs = [Job(row, bool(number), view) for number, view in enumerate(picture.views)]
         return [job for job in jobs if self._latents_key(row, job.flipped) not in self._store]
 
-    def _encode(self, jobs: Sequence[Job]) -> tuple[Sequence[Job], Tensor]:
-        """The jobs with mean and standard deviation of their latents, (2, B, 4, H/8, W/8)."""
-        levels = torch.stack([job.view.levels for job in jobs])
+    def _encode(self, jobs: Sequence[Job]) -> Callable[[], None]:
+        """Begins to encode the jobs; what it returns puts their latents into the store."""
         with explained_memory_errors(self._config):
-            latents = encode_images(self._encoders.vae, filled_up(levels, self._config.batch_size))
-            return jobs, torch.stack(latents)
+            levels = torch.stack([to_device(job.view.levels, self._device) for job in jobs])
+            mean, std = encode_images(self._encoders.vae, filled_up(levels, self._config.batch_size))
+            finite = (mean.isfinite() & std.isfinite()).flatten(1).all(1)
+        return partial(self._put_latents, jobs, fetch(mean, std, finite))
 
-    def _put_latents(self, jobs: Sequence[Job], latents: Tensor) -> None:
-        mean, std = latents.cpu()
+    def _put_latents(self, jobs: Sequence[Job], fetched: Callable[[], tuple[Tensor, ...]]) -> None:
+        mean, std, finite = fetched()
         for number, job in enumerate(jobs):
             part = slice(number, number + 1)
-            require_finite(job.row, mean[part] + std[part], self._config)
+            if not finite[number]:
+                raise ValueError(
+                    f"{job.row.image}: its latents are not finite in {self._config.vae_precision}: "
+                    "set encoding.vae_precision to fp32, or model.vae to madebyollin/sdxl-vae-fp16-fix"
+                )
             entry = {
                 "latents_mean": mean[part],
                 "latents_std": std[part],
@@ -205,11 +212,16 @@ class Entries:
             }
             self._store.put(self._latents_key(job.row, job.flipped), entry)
 
-    def _put_texts(self, captions: Sequence[Tensor]) -> None:
+    def _embed(self, captions: Sequence[Tensor]) -> Callable[[], None]:
+        """Begins to embed captions, given as token ids; what it returns puts them into the store."""
         assert self._encoders.text_encoders is not None
         token_ids = filled_up(torch.cat(list(captions)), self._config.batch_size)
         with explained_memory_errors(self._config):
-            prompt_embeds, pooled = embed_captions(self._encoders.text_encoders, token_ids)
+            embeds = embed_captions(self._encoders.text_encoders, token_ids)
+        return partial(self._put_texts, captions, fetch(*embeds))
+
+    def _put_texts(self, captions: Sequence[Tensor], fetched: Callable[[], tuple[Tensor, ...]]) -> None:
+        prompt_embeds, pooled = fetched()
         for number, own_ids in enumerate(captions):
             part = slice(number, number + 1)
             text = {"prompt_embeds": prompt_embeds[part], "pooled_prompt_embeds": pooled[part]}
@@ -253,16 +265,3 @@ def explained_memory_errors(config: EncodingConfig) -> Iterator[None]:
             f"encoding.batch_size is {config.batch_size}: so many pictures of {config.resolution} px do not "
             f"fit into the GPU's memory ({error}). Lower it, or encoding.vae_tile ({config.vae_tile})"
         ) from error
-
-
-def require_finite(row: CaptionedImage, latents: Tensor, config: EncodingConfig) -> None:
-    """Refuses infinite latents and NaN before they can be kept.
-
-    Raises:
-        ValueError: names the image and the remedy.
-    """
-    if not latents.isfinite().all():
-        raise ValueError(
-            f"{row.image}: its latents are not finite in {config.vae_precision}: "
-            "set encoding.vae_precision to fp32, or model.vae to madebyollin/sdxl-vae-fp16-fix"
-        )

@@ -9,6 +9,8 @@ from tempfile import TemporaryFile
 
 from safetensors import SafetensorError, safe_open
 
+UNFINISHED = ".*-*"
+"""Names, as a glob, of files that killed processes were writing whole."""
 PICKLE_STARTS = (b"\x80", b"PK\x03\x04")  # a pickle, and the ZIP archive of one that PyTorch writes
 FREE_SPACE = (
     "free some (`dvc gc --workspace` drops old results), then run again. "
@@ -25,8 +27,12 @@ REMEDIES = {
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """A name beside `path` to write to, which takes its place if the block ends well, and goes if not.
+
+    Args:
+        durable: all of it is on the disk before it takes its place, so that a power failure cannot leave half
+            of it there either. Costs a wait for the disk.
 
     Raises:
         OSError: it cannot be written; names `path`, the cause and the remedy.
@@ -36,15 +42,28 @@ def written_whole(path: Path) -> Iterator[Path]:
         with explained_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
+            if durable:
+                sync(partial)
             partial.replace(path)
+            if durable:
+                sync(path.parent)  # which holds the name
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
     """Raises as `written_whole`."""
-    with written_whole(path) as partial:
+    with written_whole(path, durable=durable) as partial:
         partial.write_bytes(content)
 
 

@@ -4,7 +4,8 @@
 what they always saw. What is not known here (other blocks, adapters with dropout) keeps its own forward.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,15 +18,19 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from transformers.models.clip.modeling_clip import ALL_ATTENTION_FUNCTIONS, CLIPAttention
+from transformers.models.clip.modeling_clip import ALL_ATTENTION_FUNCTIONS, CLIPAttention, CLIPEncoderLayer
 
 from sdxl_lora.attention import AttentionShape, attend
 from sdxl_lora.attention_kernels import few_keys_attention, suits_few_keys
 from sdxl_lora.config import AttentionBackend
-from sdxl_lora.kernels import add_norm, frozen_conv2d, geglu, group_norm
+from sdxl_lora.image_kernels import frozen_conv2d, group_norm, residual_sum
+from sdxl_lora.kernels import add_norm, geglu, is_fused, layer_norm
 from sdxl_lora.projections import is_mergeable, make_neighbours, project, project_merged
 
 NUM_TOKENS = 77  # of a caption, padded
+
+TextKeys = Mapping[Attention, tuple[Tensor, Tensor]]
+"""Key and value of each cross-attention, (B, 77, C)."""
 
 
 def fuse(module: nn.Module) -> None:
@@ -63,6 +68,35 @@ def projections(attention: Any) -> list[Any]:
     return keys_and_values if attention.is_cross_attention else [attention.to_q, *keys_and_values]
 
 
+class FusedUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
+    """A UNet that makes the keys and values of all its cross-attentions before it asks for the first.
+
+    All read the same text. What takes the text's place on its way to the transformer blocks is `TextKeys`.
+    """
+
+    def process_encoder_hidden_states(self, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> TextKeys:
+        return project_text(self, encoder_hidden_states)
+
+
+def project_text(unet: UNet2DConditionModel, text: Tensor) -> TextKeys:
+    """Projects a text, (B, 77, 2048), for all attentions of equal width at once."""
+    groups: dict[tuple[int, bool], list[Attention]] = defaultdict(list)
+    for attention in cross_attentions(unet):
+        groups[attention.inner_dim, all(map(is_mergeable, projections(attention)))].append(attention)
+    projected: dict[Attention, tuple[Tensor, Tensor]] = {}
+    for group in groups.values():
+        outputs = project([layer for attention in group for layer in projections(attention)], text)
+        projected.update(zip(group, zip(outputs[::2], outputs[1::2], strict=True), strict=True))
+    return projected
+
+
+def cross_attentions(unet: UNet2DConditionModel) -> list[Attention]:
+    """In the order of the blocks."""
+    parts = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    stacks = [stack for part in parts for stack in getattr(part, "attentions", ())]
+    return [block.attn2 for stack in stacks for block in stack.transformer_blocks]
+
+
 class FusedAttentionProcessor:
     """An attention of the UNet with merged projections and a chosen backend."""
 
@@ -73,10 +107,10 @@ class FusedAttentionProcessor:
         self,
         attn: Any,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Attention of `hidden_states`, (B, L, C), to themselves or to a text, (B, 77, 2048).
+        """Attention of `hidden_states`, (B, L, C), to themselves or to a text's key and value.
 
         Raises:
             ValueError: there is a mask. SDXL has none.
@@ -87,7 +121,7 @@ class FusedAttentionProcessor:
             query, key, value = project(projections(attn), hidden_states)
         else:
             (query,) = project([attn.to_q], hidden_states)
-            key, value = project(projections(attn), encoder_hidden_states)
+            key, value = encoder_hidden_states
         query, key, value = (t.unflatten(-1, (attn.heads, -1)) for t in (query, key, value))
         output = attend(query, key, value, self._backend).flatten(-2)
         return attn.to_out[1](attn.to_out[0](output))
@@ -109,6 +143,16 @@ class FusedCLIPAttention(CLIPAttention):  # type: ignore[misc]
         return self.out_proj(output.flatten(-2)), weights
 
 
+class FusedCLIPEncoderLayer(CLIPEncoderLayer):  # type: ignore[misc]
+    """A text encoder's layer: the residual sum and the normalisation after it in one kernel."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        hidden_states, normal = norm_beside(hidden_states, self.layer_norm1)
+        update, _ = self.self_attn(normal, attention_mask, **kwargs)
+        hidden_states, normal = residual_norm(hidden_states, update, self.layer_norm2)
+        return hidden_states + self.mlp(normal)
+
+
 class FusedLoraLinear(LoraLinear):  # type: ignore[misc]
     """An adapted layer that is no part of an attention's merged ones."""
 
@@ -128,10 +172,14 @@ class FusedGEGLU(GEGLU):  # type: ignore[misc]
 class FusedGroupNorm(nn.GroupNorm):
     """A group normalisation that keeps channels_last."""
 
-    def forward(self, input: Tensor, silu: bool = False) -> Tensor:
+    def forward(self, input: Tensor, silu: bool = False, shift: Tensor | None = None) -> Tensor:
         if input.ndim != 4:  # the VAE's attention normalises tokens
             return super().forward(input)
-        return group_norm(input, self.weight, self.bias, self.num_groups, self.eps, silu)
+        return self.beside(input, silu, shift)[1]
+
+    def beside(self, input: Tensor, silu: bool = False, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The input, to be read once more, and what becomes of it."""
+        return group_norm(input, self.weight, self.bias, self.num_groups, self.eps, silu, shift)
 
 
 class FusedConv2d(nn.Conv2d):
@@ -141,30 +189,53 @@ class FusedConv2d(nn.Conv2d):
         assert not isinstance(self.padding, str)
         return frozen_conv2d(input, self.weight, self.bias, self.stride, self.padding)
 
+    def without_bias(self, input: Tensor) -> Tensor:
+        assert not isinstance(self.padding, str)
+        return frozen_conv2d(input, self.weight, None, self.stride, self.padding)
+
 
 class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
-    """A residual block: normalisation and SiLU in one kernel. The VAE's know no time."""
+    """A residual block: whatever is added to an image, the next kernel adds. The VAE's know no time."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
-        hidden = self.conv1(self.norm1(input_tensor, silu=True))
+        input_tensor, hidden = self.norm1.beside(input_tensor, silu=True)
+        hidden, bias = bias_apart(self.conv1, hidden)
+        shift = None if bias is None else bias.expand(len(hidden), -1).contiguous()
         if temb is not None:
-            hidden = hidden + self.time_emb_proj(silu(temb))[:, :, None, None]
-        hidden = self.norm2(hidden, silu=True)
-        hidden = self.conv2(self.dropout(hidden))
+            time = self.time_emb_proj(silu(temb))
+            shift = time if bias is None else time + bias
+        hidden = self.norm2(hidden, silu=True, shift=shift)
+        hidden, bias = bias_apart(self.conv2, self.dropout(hidden))
         if self.conv_shortcut is not None:
-            input_tensor = self.conv_shortcut(input_tensor)
-        return input_tensor + hidden
+            input_tensor, more = bias_apart(self.conv_shortcut, input_tensor)
+            bias = more if bias is None else bias if more is None else bias + more
+        return residual_sum(input_tensor, hidden, bias)
+
+
+def bias_apart(conv: nn.Module, image: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a convolution makes of an image, and the bias that is still to be added, if there is one.
+
+    On a CPU none is, nor where an adapter's layer is wrapped around the convolution.
+    """
+    if isinstance(conv, FusedConv2d) and is_fused(image):
+        return conv.without_bias(image), conv.bias
+    return conv(image), None
 
 
 class FusedTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
     """A transformer block: each residual sum and the normalisation after it in one kernel."""
 
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        update = self.attn1(self.norm1(hidden_states))
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: tuple[Tensor, Tensor]) -> Tensor:
+        hidden_states, normal = norm_beside(hidden_states, self.norm1)
+        update = self.attn1(normal)
         hidden_states, normal = residual_norm(hidden_states, update, self.norm2)
         update = self.attn2(normal, encoder_hidden_states=encoder_hidden_states)
         hidden_states, normal = residual_norm(hidden_states, update, self.norm3)
         return hidden_states + self.ff(normal)
+
+
+def norm_beside(hidden_states: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    return layer_norm(hidden_states, norm.weight, norm.bias, norm.eps)
 
 
 def residual_norm(residual: Tensor, update: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
@@ -177,14 +248,14 @@ class FusedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
     def forward(
         self,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: TextKeys,
         **_: Any,
     ) -> tuple[Tensor]:
         batch, channels, height, width = hidden_states.shape
-        tokens: Tensor = self.norm(hidden_states).permute(0, 2, 3, 1).flatten(1, 2)
-        tokens = self.proj_in(tokens)
+        hidden_states, normal = self.norm.beside(hidden_states)
+        tokens: Tensor = self.proj_in(normal.permute(0, 2, 3, 1).flatten(1, 2))
         for block in self.transformer_blocks:
-            tokens = block(tokens, encoder_hidden_states)
+            tokens = block(tokens, encoder_hidden_states[block.attn2])
         output = self.proj_out(tokens).view(batch, height, width, channels).permute(0, 3, 1, 2)
         return (output + hidden_states,)
 
@@ -192,10 +263,12 @@ class FusedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
 FUSED = {
     BasicTransformerBlock: FusedTransformerBlock,
     CLIPAttention: FusedCLIPAttention,
+    CLIPEncoderLayer: FusedCLIPEncoderLayer,
     GEGLU: FusedGEGLU,
     LoraLinear: FusedLoraLinear,
     ResnetBlock2D: FusedResnetBlock2D,
     Transformer2DModel: FusedTransformer2DModel,
+    UNet2DConditionModel: FusedUNet2DConditionModel,
     nn.Conv2d: FusedConv2d,
     nn.GroupNorm: FusedGroupNorm,
 }

@@ -87,6 +87,21 @@ def alone_on(gpu: str) -> Iterator[None]:
 
 
 @contextmanager
+def one_cpu_thread(device: torch.device) -> Iterator[None]:
+    """Gives PyTorch one thread on the CPU while the block runs, if the models are on a GPU.
+
+    What is left to the CPU is small then, and threads that wait for work take cores from decoders. Where the
+    models are on the CPU, the number of threads is part of their arithmetic, and stays.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if device.type == "cuda" else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
     """Lets PyTorch use only kernels that repeat to the bit, while the block runs.
 

@@ -1,4 +1,4 @@
-"""Elementwise work of the UNet in one pass over memory: its gated unit and its normalisations.
+"""Work on tokens in one pass over memory: the gated unit, and residual sums with their normalisation.
 
 On a GPU these are Triton kernels, which compute in fp32 where PyTorch rounds between its kernels; elsewhere
 they are PyTorch's own operators, which say what is meant. Frozen weights get no gradient.
@@ -32,24 +32,6 @@ def geglu(x: Tensor) -> Tensor:
     return hidden * functional.gelu(gate)
 
 
-def group_norm(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool) -> Tensor:
-    """Group normalisation (Wu & He 2018, arXiv:1803.08494), then SiLU if `silu`.
-
-    Args:
-        x: (N, C, H, W); on a GPU in channels_last, or it is copied into that format.
-        weight: frozen, (C,).
-        bias: frozen, (C,).
-
-    Returns:
-        Shaped and laid out as `x`.
-    """
-    if is_fused(x):
-        x = x.contiguous(memory_format=torch.channels_last)
-        return fused_group_norm(x, weight, bias, num_groups, eps, silu)[0]
-    y = functional.group_norm(x, num_groups, weight, bias, eps)
-    return functional.silu(y) if silu else y
-
-
 def add_norm(
     residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -70,6 +52,35 @@ def add_norm(
     return total, functional.layer_norm(total, weight.shape, weight, bias, eps)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The layer normalisation by itself.
+
+    Args:
+        x: (..., C).
+        weight: frozen, (C,).
+        bias: frozen, (C,).
+
+    Returns:
+        x, for whoever else reads it, as its gradient then takes no sum of its own; and x normalised.
+    """
+    if is_fused(x):
+        return LayerNorm.apply(x.contiguous(), weight, bias, eps)  # type: ignore[no-untyped-call]
+    return x, functional.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+class LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight)
+        return x, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx_beside: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return add_norm_gradient(dx_beside, dy, *ctx.saved_tensors), None, None, None
+
+
 # Triton is imported where it runs: PyTorch's builds for CPUs come without it.
 
 
@@ -85,26 +96,6 @@ def geglu_gradient(dy: Tensor, x: Tensor) -> Tensor:
     from sdxl_lora import triton_kernels
 
     return triton_kernels.geglu_gradient(dy.contiguous(), x)
-
-
-@torch.library.custom_op("sdxl_lora::group_norm", mutates_args=())
-def fused_group_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, and the mean and reciprocal standard deviation of each group, (N, G)."""
-    from sdxl_lora import triton_kernels
-
-    return triton_kernels.group_norm(x, weight, bias, num_groups, eps, silu)
-
-
-@torch.library.custom_op("sdxl_lora::group_norm_gradient", mutates_args=())
-def group_norm_gradient(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, silu: bool
-) -> Tensor:
-    from sdxl_lora import triton_kernels
-
-    dy = dy.contiguous(memory_format=torch.channels_last)
-    return triton_kernels.group_norm_gradient(dy, x, mean, rstd, weight, bias, silu)
 
 
 @torch.library.custom_op("sdxl_lora::add_norm", mutates_args=())
@@ -136,19 +127,6 @@ def _(dy: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-@fused_group_norm.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    mean = x.new_empty(len(x), num_groups, dtype=torch.float32)
-    return torch.empty_like(x), mean, torch.empty_like(mean)
-
-
-@group_norm_gradient.register_fake
-def _(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
-    return torch.empty_like(x)
-
-
 @fused_add_norm.register_fake
 def _(
     residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
@@ -170,18 +148,7 @@ def differentiate_geglu(ctx: Any, dy: Tensor) -> Tensor:
     return geglu_gradient(dy, *ctx.saved_tensors)
 
 
-def save_group_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, _, _, ctx.silu = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, output[1], output[2], weight, bias)
-
-
-def differentiate_group_norm(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return (group_norm_gradient(dy, *ctx.saved_tensors, ctx.silu), None, None, None, None, None)
-
-
 fused_geglu.register_autograd(differentiate_geglu, setup_context=save_geglu)
-fused_group_norm.register_autograd(differentiate_group_norm, setup_context=save_group_norm)
 
 
 def save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -196,43 +163,3 @@ def differentiate_add_norm(ctx: Any, dtotal: Tensor, dy: Tensor, *_: None) -> tu
 
 
 fused_add_norm.register_autograd(differentiate_add_norm, setup_context=save_add_norm)
-
-
-def frozen_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
-) -> Tensor:
-    """A convolution whose weights get no gradient, so that it need not keep its input.
-
-    Args:
-        x: (N, C, H, W).
-        weight: frozen, (O, C, K, K).
-        bias: frozen, (O,).
-    """
-    return FrozenConv2d.apply(x, weight, bias, stride, padding)  # type: ignore[no-untyped-call]
-
-
-class FrozenConv2d(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: tuple[int, ...],
-        padding: tuple[int, ...],
-    ) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.shape, ctx.options = x.shape, (stride, padding)
-        channels_last = x.is_contiguous(memory_format=torch.channels_last)
-        ctx.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        return functional.conv2d(x, weight, bias, stride, padding)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,), (stride, padding) = ctx.saved_tensors, ctx.options
-        x = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=ctx.memory_format)
-        dx, _, _ = torch.ops.aten.convolution_backward(
-            dy, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1, (True, False, False)
-        )  # reads the shape of x alone
-        return dx, None, None, None, None

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sdxl_lora.config import ModelConfig
+from sdxl_lora.dvc_lock import read_lock
 from sdxl_lora.execution import git_commit
 from sdxl_lora.sources import file_digest, public_name
 from sdxl_lora.tensor_files import read_header
@@ -44,8 +43,8 @@ def lineage(
     if model.vae is not None:
         facts |= {"vae.repository": public_name(model.vae), "vae.revision": str(model.vae_revision)}
     facts |= {f"{part}.sha256": digest for part, digest in weights.items()}
-    if training := locked_training(lock):
-        facts["dvc.train_lora"] = training_digest(lock)
+    if training := read_lock(lock).get("train_lora"):
+        facts["dvc.train_lora"] = entry_digest(training)
         facts["params.sha256"] = digest_of(training.get("params"))
     return {f"{PREFIX}{name}": fact for name, fact in facts.items() if fact}
 
@@ -58,7 +57,7 @@ def facts_of(path: Path) -> dict[str, str]:
 
 def training_digest(lock: Path) -> str:
     """A hash of what DVC knows of the training: code, data, params, and the adapter that came of them."""
-    return entry_digest(locked_training(lock))
+    return entry_digest(read_lock(lock).get("train_lora", {}))
 
 
 def entry_digest(entry: Mapping[str, Any]) -> str:
@@ -68,15 +67,6 @@ def entry_digest(entry: Mapping[str, Any]) -> str:
     """
     outs = [out for out in entry.get("outs", []) if not out["path"].startswith("data/reports/")]
     return digest_of([entry.get("deps"), entry.get("params"), outs])
-
-
-def locked_training(lock: Path) -> dict[str, list[dict[str, str]]]:
-    """The entry of train_lora in dvc.lock; empty if there is none."""
-    if not lock.is_file():
-        return {}
-    stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"]
-    entry: dict[str, list[dict[str, str]]] = stages.get("train_lora", {})
-    return entry
 
 
 def digest_of(value: object) -> str:

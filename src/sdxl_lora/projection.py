@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -15,15 +16,30 @@ from PIL import Image
 
 from sdxl_lora import paths
 from sdxl_lora.config import Params
+from sdxl_lora.dvc_lock import read_lock
 from sdxl_lora.execution import current_execution
 from sdxl_lora.gates import failures
 from sdxl_lora.lineage import facts_of, training_digest
 from sdxl_lora.logged_model import log_adapter
+from sdxl_lora.reports import flat
 from sdxl_lora.sources import file_digest
-from sdxl_lora.tracking import ENTRIES_A_REQUEST, TRACKING_ERRORS, Connection, cause, chunks, connect, flat
+from sdxl_lora.tracking import ENTRIES_A_REQUEST, TRACKING_ERRORS, Connection, cause, chunks, connect
 
 DIGEST_LENGTH = 36  # characters that MLflow has for a data set's digest
 RECORD_FOLDER = Path("dvc")  # of a run's artifacts
+RESULTS = (
+    paths.PIPELINE,
+    paths.LOCK,
+    paths.RAW_SOURCE,
+    paths.ENCODED_INDEX,
+    *paths.NUMBERS,
+    paths.LOSS_CURVE,
+    paths.GATES,
+    paths.EXPORTED_WEIGHTS,
+    paths.CARD,
+    paths.SAMPLE_GRID,
+    paths.SAMPLE_TABLE,
+)
 NOTE_LENGTH = 8000  # characters that MLflow has for a tag
 
 logger = logging.getLogger(__name__)
@@ -36,7 +52,11 @@ def track_run(params: Params) -> dict[str, dict[str, str | None]]:
 
     Returns:
         The pointer to that run, {"mlflow": {"run": name, "id": id}}; nulls if the server cannot be reached.
+
+    Raises:
+        FileNotFoundError: there is nothing to show, or not all of it; names a file and the remedy.
     """
+    require_results()
     try:
         connection = connect()
         run_id = show_results(connection, params)
@@ -50,6 +70,22 @@ def track_run(params: Params) -> dict[str, dict[str, str | None]]:
         return {"mlflow": {"run": None, "id": None}}
     logger.info("MLflow run %s (%s): `make ui` shows it", name, run_id)
     return {"mlflow": {"run": name, "id": run_id}}
+
+
+def require_results() -> None:
+    """Refuses results that are not all there, before their absence passes for a fault of the server."""
+    for path in files_shown():
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} not found: `dvc repro` makes what is missing, and `dvc pull` gets what others made"
+            )
+
+
+def files_shown() -> Iterator[Path]:
+    """All that a run cannot be shown without; the table of samples before the pictures that it names."""
+    yield from RESULTS
+    samples = pd.read_json(paths.SAMPLE_TABLE, lines=True)
+    yield from (paths.SAMPLES / str(file) for file in samples["file"])
 
 
 def show_results(connection: Connection, params: Params) -> str:
@@ -118,7 +154,7 @@ def log_reports(client: MlflowClient, run_id: str, model_id: str, dataset: Datas
     now = int(time.time() * 1000)
     for path in paths.NUMBERS:
         prefix = "" if path == paths.METRICS else f"{path.stem}/"
-        leaves = flat(json.loads(path.read_text(encoding="utf-8")), separator="/")
+        leaves = flat(json.loads(path.read_text(encoding="utf-8")), "/")
         entries = {f"{prefix}{key}": value for key, value in leaves}
         words = [RunTag(key, value) for key, value in entries.items() if isinstance(value, str)]
         of = evaluated if path == paths.METRICS else {}
@@ -184,10 +220,9 @@ def description(run_id: str) -> str:
 
 def content_id() -> str:
     """A hash of all results but the pointer to MLflow, and of the params that they came from."""
-    stages = yaml.safe_load(paths.LOCK.read_text(encoding="utf-8"))["stages"]
     results = {
         name: [{out["path"]: out.get("md5") for out in entry.get("outs", [])}, entry.get("params")]
-        for name, entry in stages.items()
+        for name, entry in read_lock(paths.LOCK).items()
         if name != "track_run"
     }
     return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()[:16]

@@ -5,8 +5,8 @@ query, key and value of an attention, are one layer here whose weights stand sid
 layers, no model.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from sdxl_lora.quantization import QuantizedLinear, unpack
 
 
 def project(layers: Sequence[nn.Module], inputs: Tensor) -> tuple[Tensor, ...]:
-    """What each of `layers` makes of the same inputs.
+    """What each of `layers` makes of the same inputs, in one product for each run of neighbours.
 
     Args:
         layers: linear layers of equal shape.
@@ -40,10 +40,10 @@ def project_merged(layers: Sequence[Any], inputs: Tensor) -> tuple[Tensor, ...]:
     biases = [base.bias for base in bases if base.bias is not None]
     downs = [layer.lora_A[ADAPTER].weight for layer in layers]
     ups = [layer.lora_B[ADAPTER].weight for layer in layers]
-    weight = partial(merged_weight, bases)
+    runs = neighbours(bases)
     bias = side_by_side(biases) if biases else None
     scale = layers[0].scaling[ADAPTER]
-    return AdaptedLinears.apply(inputs, weight, bias, scale, *downs, *ups)  # type: ignore[no-untyped-call]
+    return AdaptedLinears.apply(inputs, runs, bias, scale, *downs, *ups)  # type: ignore[no-untyped-call]
 
 
 def merged_weight(layers: Sequence[nn.Linear]) -> Tensor:
@@ -73,7 +73,7 @@ def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
     first = tensors[0]
     if len(tensors) == 1:
         return first
-    if are_neighbours(tensors, first.numel()):
+    if all(follows(tensor, before, first.numel()) for before, tensor in pairwise(tensors)):
         shape = (len(tensors) * first.shape[0], *first.shape[1:])
         return first.detach().as_strided(shape, first.stride())
     return torch.cat([tensor.detach() for tensor in tensors])
@@ -81,22 +81,37 @@ def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
 
 def columns_side_by_side(tensors: Sequence[Tensor]) -> Tensor:
     """Equal tensors (M, O) as one, (M, n O): a view where their rows lie as that has them."""
-    first, n = tensors[0], len(tensors)
-    if are_neighbours(tensors, first.shape[1]) and first.stride() == (n * first.shape[1], 1):
-        return first.as_strided((len(first), n * first.shape[1]), first.stride())
+    (rows, width), n = tensors[0].shape, len(tensors)
+    adjoin = all(follows(tensor, before, width) for before, tensor in pairwise(tensors))
+    if adjoin and tensors[0].stride() == (n * width, 1):
+        return tensors[0].as_strided((rows, n * width), tensors[0].stride())
     return torch.cat(list(tensors), dim=1)
 
 
-def are_neighbours(tensors: Sequence[Tensor], distance: int) -> bool:
-    """Whether each begins `distance` numbers behind the one before, in one block of memory."""
-    first = tensors[0]
-    start, storage = first.storage_offset(), first.untyped_storage()._cdata
-    return all(
-        tensor.storage_offset() == start + number * distance
-        and tensor.untyped_storage()._cdata == storage
-        and tensor.stride() == first.stride()
-        for number, tensor in enumerate(tensors)
+def follows(tensor: Tensor, before: Tensor, distance: int) -> bool:
+    """Whether `tensor`, laid out as `before`, begins `distance` numbers behind it in the same memory."""
+    return (
+        tensor.storage_offset() == before.storage_offset() + distance
+        and tensor.untyped_storage()._cdata == before.untyped_storage()._cdata
+        and tensor.stride() == before.stride()
     )
+
+
+def frozen_tensors(layer: nn.Module) -> list[Tensor]:
+    """What a frozen linear layer computes with: weight or codes and scales, and its bias."""
+    return [*layer.parameters(), *layer.buffers()]
+
+
+def neighbours(layers: Sequence[nn.Linear]) -> list[list[nn.Linear]]:
+    """Splits equal layers into runs whose tensors follow one another in memory."""
+    runs = [[layers[0]]]
+    for before, layer in pairwise(layers):
+        both = zip(frozen_tensors(layer), frozen_tensors(before), strict=True)
+        if all(follows(tensor, other, other.numel()) for tensor, other in both):
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return runs
 
 
 def make_neighbours(tensors: Sequence[Tensor]) -> None:
@@ -113,7 +128,7 @@ class AdaptedLinears(torch.autograd.Function):
     def forward(
         ctx: Any,
         inputs: Tensor,
-        weight: Callable[[], Tensor],
+        runs: Sequence[Sequence[nn.Linear]],
         bias: Tensor | None,
         scale: float,
         *adapters: Tensor,
@@ -122,8 +137,8 @@ class AdaptedLinears(torch.autograd.Function):
 
         Args:
             inputs: x, (..., I).
-            weight: gives W of all layers, frozen, (n O, I); called again for the gradient, so that a
-                quantised one is not kept until then.
+            runs: the frozen layers, whose weights are W, (n O, I), those that are neighbours together. Each
+                run's weight is read, written out if it is quantised, when its product's turn has come.
             bias: b of all layers, frozen, (n O,).
             scale: s = alpha / r.
             adapters: A of each layer, (r, I), then B of each layer, (O, r).
@@ -134,11 +149,11 @@ class AdaptedLinears(torch.autograd.Function):
         n = len(adapters) // 2
         down, up = side_by_side(adapters[:n]), stack(adapters[n:])
         x = inputs.reshape(-1, inputs.shape[-1])
-        y = linear(x, weight(), bias)
+        y = frozen_product(x, runs, bias)
         hidden = scaled_product(x, down.T, scale)  # s x A^T, (M, n r)
         by_layer(y, n).baddbmm_(by_layer(hidden, n), up.mT)
         ctx.save_for_backward(x, hidden, down, up)
-        ctx.weight, ctx.scale, ctx.shape = weight, scale, inputs.shape
+        ctx.runs, ctx.scale, ctx.shape = runs, scale, inputs.shape
         return tuple(part.view(*inputs.shape[:-1], -1) for part in y.chunk(n, dim=1))
 
     @staticmethod
@@ -155,8 +170,32 @@ class AdaptedLinears(torch.autograd.Function):
         ddown = scaled_product(dhidden.T, x, scale)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (dy @ ctx.weight()).addmm_(dhidden, down, alpha=scale).view(ctx.shape)
+            dx = frozen_gradient(dy, ctx.runs).addmm_(dhidden, down, alpha=scale).view(ctx.shape)
         return (dx, None, None, None, *ddown.chunk(n), *dup)
+
+
+def frozen_product(x: Tensor, runs: Sequence[Sequence[nn.Linear]], bias: Tensor | None) -> Tensor:
+    """The frozen layers' part of y, x W^T + b, (M, n O)."""
+    if len(runs) == 1:
+        return linear(x, merged_weight(runs[0]), bias)
+    sizes = widths(runs)
+    y = x.new_empty(len(x), sum(sizes))
+    for run, part in zip(runs, y.split(sizes, dim=1), strict=True):
+        torch.mm(x, merged_weight(run).T, out=part)
+    return y if bias is None else y.add_(bias)
+
+
+def frozen_gradient(dy: Tensor, runs: Sequence[Sequence[nn.Linear]]) -> Tensor:
+    """The same part of the gradient of x, dy W, (M, I)."""
+    dx = dy.new_empty(len(dy), runs[0][0].in_features)
+    for number, (run, part) in enumerate(zip(runs, dy.split(widths(runs), dim=1), strict=True)):
+        dx.addmm_(part, merged_weight(run), beta=min(number, 1))
+    return dx
+
+
+def widths(runs: Sequence[Sequence[nn.Linear]]) -> list[int]:
+    """How many features each run's layers have together."""
+    return [len(run) * run[0].out_features for run in runs]
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:

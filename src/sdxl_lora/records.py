@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import yaml
 
 from sdxl_lora import paths
+from sdxl_lora.dvc_lock import Stages, locked_stages
 from sdxl_lora.files import require_safetensors
 from sdxl_lora.history import commit_of, commits_with, experiments, md5_at, text_at
 from sdxl_lora.lineage import PREFIX, entry_digest, facts_of
@@ -20,7 +20,6 @@ from sdxl_lora.projection import download_record
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 CODE = ("src/", "stages/")
 
-Stages = dict[str, dict[str, Any]]
 Texts = Mapping[Path, str]
 
 
@@ -181,12 +180,6 @@ def reader(folder: Path) -> Callable[[Path], str | None]:
         return (folder / path).read_text(encoding="utf-8") if (folder / path).is_file() else None
 
     return read
-
-
-def locked_stages(lock: str) -> Stages:
-    """The entries of a dvc.lock; none if it is empty, as a full disk leaves it."""
-    stages: Stages = (yaml.safe_load(lock) or {}).get("stages", {})
-    return stages
 
 
 def trained(files: Texts) -> str | None:

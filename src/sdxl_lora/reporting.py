@@ -19,6 +19,7 @@ from PIL import Image
 from sdxl_lora.charts import line_chart, stacked_bar
 from sdxl_lora.images import decode_image
 from sdxl_lora.model_card import change_of
+from sdxl_lora.reports import flat
 from sdxl_lora.samples import ORIGINS, Sample, strength_name
 
 PICTURE_SIDE = 256  # pixels
@@ -70,7 +71,7 @@ def page(title: str, results: Results, samples: Path, images: Path) -> str:
             line_chart(*curves_by_timestep(results.loss_by_timestep), "timestep", log=True)
         ),
         memory=Markup(memory_chart(results.training)),
-        training=leaves({name: v for name, v in results.training.items() if name != FORECAST}),
+        training=figures_of_training(results.training),
         facts=results.facts,
     )
 
@@ -140,6 +141,12 @@ def curves_by_timestep(loss: pd.DataFrame) -> tuple[list[float], dict[str, list[
     return loss["timestep"].tolist(), lines
 
 
+def figures_of_training(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Its numbers but the forecast, which is a chart, under readable names."""
+    shown = {name: value for name, value in training.items() if name != FORECAST}
+    return {name.replace("_", " "): value for name, value in flat(shown, ", ")}
+
+
 def memory_chart(training: Mapping[str, Any]) -> str:
     """The forecast of training's GPU memory by part, and the peak that was measured; on a CPU, nothing."""
     if FORECAST not in training:
@@ -148,15 +155,6 @@ def memory_chart(training: Mapping[str, Any]) -> str:
     measured, forecast = training["peak_memory_gib"], training[FORECAST]["total"]
     label = f"measured {measured:.2f} GiB, forecast {forecast:.2f} GiB ({measured / forecast:.0%})"
     return stacked_bar(parts, measured, label, "GiB")
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values of a nested mapping under readable names."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}".replace("_", " ")
-        found |= leaves(value, f"{name}, ") if isinstance(value, Mapping) else {name: value}
-    return found
 
 
 def embedded(path: Path) -> str:

@@ -1,10 +1,10 @@
 """Small files for people, DVC and MLflow: numbers as JSON, tables as CSV."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -48,3 +48,12 @@ def read_numbers(path: Path, stage: str) -> dict[str, object]:
         raise FileNotFoundError(f"{path} not found: run `dvc repro {stage}` first")
     numbers: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
     return numbers
+
+
+def flat(tree: Mapping[str, Any], separator: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a nested mapping under joined keys: {"a": {"b": 1}} -> ("a/b", 1)."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, separator, f"{prefix}{key}{separator}")
+        else:
+            yield f"{prefix}{key}", value

@@ -13,9 +13,10 @@ from sdxl_lora.config import Params
 from sdxl_lora.forecast import META
 from sdxl_lora.hardware import CUDA_CONTEXT, GIB
 from sdxl_lora.patient import NotTriedError, Patient
+from sdxl_lora.pins import check_pin
 from sdxl_lora.sdxl import DTYPES
 from sdxl_lora.shapes import Shapes
-from sdxl_lora.sources import damaged_files, folder_digest, is_folder
+from sdxl_lora.sources import is_folder
 
 COPIES = 3  # of encoded data: the store of entries, the shards, DVC's cache
 TOKENS = 78  # embeddings of a caption: 77 and the pooled one
@@ -110,20 +111,4 @@ def check_models(patient: Patient) -> Iterator[Check]:
     pins = {"model.base": (model.base, model.revision), "model.vae": (model.vae, model.vae_revision)}
     for key, folder in patient.models.items():
         repository, revision = (str(value) for value in pins[key])
-        if folder is None:
-            yield warned(
-                key, f"{repository} is not here, or incomplete", "the first stage to need it downloads it"
-            )
-        elif not is_folder(repository):
-            damaged = damaged_files(folder)
-            yield (
-                failed(key, f"damaged: {', '.join(damaged)}", "delete these files from the Hub's cache")
-                if damaged
-                else passed(key, f"{repository}: every file has the hash that it was published with")
-            )
-        elif folder_digest(folder) == revision:
-            yield passed(key, f"{repository} at {revision[:19]}")
-        else:
-            yield failed(
-                key, f"{repository} is not what {key}'s revision pins", f"`git checkout {repository}`"
-            )
+        yield check_pin(key, repository, revision, folder)

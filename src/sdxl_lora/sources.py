@@ -179,30 +179,6 @@ def local_copy(
     return Path(found)
 
 
-def damaged_files(snapshot: Path) -> list[str]:
-    """Files of a Hub repository's local copy that are not what the Hub sent.
-
-    Its cache names a file's content by SHA-256 if the Hub keeps it in LFS, as it does weights, else by git's
-    SHA-1 of a blob.
-    """
-    return [
-        path.relative_to(snapshot).as_posix()
-        for path in sorted(snapshot.rglob("*"))
-        if path.is_symlink() and not is_blob(path)
-    ]
-
-
-def is_blob(link: Path) -> bool:
-    """Whether a file of the Hub's cache has the content that its blob is named after."""
-    name = link.resolve().name
-    if not link.is_file():
-        return False
-    if len(name) == hashlib.sha256().digest_size * 2:
-        return file_digest(link) == name
-    content = link.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == name
-
-
 def download_size(
     repository: str, revision: str, key: str, patterns: Sequence[str], kind: RepositoryType
 ) -> int:

@@ -24,6 +24,7 @@ from PIL import Image
 
 from sdxl_lora.config import Params
 from sdxl_lora.execution import Execution, current_execution, git_commit, parse_execution, project_root
+from sdxl_lora.reports import flat
 
 TRACKING_ERRORS = (MlflowException, OSError)  # requests' errors are OSErrors
 EXPERIMENT = "sdxl-lora"
@@ -61,7 +62,7 @@ class Connection:
         run = self.client.create_run(self.experiment_id, run_name=name, tags={**identity, **tags})
         run_id: str = run.info.run_id
         note.write_text(run_id, encoding="utf-8")
-        entries = [Param(key, str(value)) for key, value in flat(params.model_dump())]
+        entries = [Param(key, str(value)) for key, value in flat(params.model_dump(), ".")]
         for chunk in chunks(entries, ENTRIES_A_REQUEST):
             self.client.log_batch(run_id, params=chunk)
         return run_id
@@ -196,15 +197,6 @@ def cause(error: BaseException) -> str:
     while inner := error.__cause__ or error.__context__:
         error = inner
     return str(error) if str(error) and "@" not in str(error) else type(error).__name__
-
-
-def flat(tree: dict[str, Any], separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a nested mapping under joined keys: {"a": {"b": 1}} -> ("a.b", 1)."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from flat(value, separator, f"{prefix}{key}{separator}")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def chunks(entries: list[Any], size: int) -> Iterable[list[Any]]:

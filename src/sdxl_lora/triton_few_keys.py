@@ -13,7 +13,7 @@ from sdxl_lora.triton_rows import LOG2_E, Rows, Tiles, add_product, load, produc
 
 # By bytes of an element: measured on an H100 at SDXL's sizes; fp32 has to fit into shared memory.
 FORWARD = {2: Tiles(64, 0, 4, 1), 4: Tiles(16, 0, 8, 1)}
-GRADIENT = {2: Tiles(32, 0, 4, 2), 4: Tiles(16, 0, 8, 1)}
+GRADIENT = {2: Tiles(32, 0, 4, 3), 4: Tiles(16, 0, 8, 1)}
 PART = 256  # queries at least, over which a program sums the gradients of the keys
 MOST_PARTS = 8
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from sdxl_lora.triton_rows import LOG2_E, Tiles, add_product, load, load_some, product, rows, store
 
 # By bytes of an element: measured on an H100 at SDXL's sizes; fp32 has to fit into shared memory.
-FORWARD = {2: Tiles(128, 64, 4, 3), 4: Tiles(32, 32, 4, 1)}
+FORWARD = {2: Tiles(64, 64, 4, 3), 4: Tiles(32, 32, 4, 1)}
 QUERY_GRADIENT = {2: Tiles(128, 64, 8, 3), 4: Tiles(32, 32, 4, 1)}
-KEY_GRADIENT = {2: Tiles(64, 128, 8, 3), 4: Tiles(32, 32, 4, 1)}
+KEY_GRADIENT = {2: Tiles(64, 64, 4, 3), 4: Tiles(32, 32, 4, 1)}
 
 
 @triton.jit

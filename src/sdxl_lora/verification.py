@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 from dvc.exceptions import DvcException
@@ -23,12 +22,14 @@ from sdxl_lora.checks import Check, as_json, exit_status, failed, line, passed, 
 from sdxl_lora.config import ModelConfig, Params
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.download import HUB_FILES
+from sdxl_lora.dvc_lock import Stages, read_lock
 from sdxl_lora.files import require_safetensors
 from sdxl_lora.history import commit_of
 from sdxl_lora.lineage import digest_of, facts_of
-from sdxl_lora.records import Record, locked_stages, record_of_adapter
+from sdxl_lora.pins import check_pin
+from sdxl_lora.records import Record, record_of_adapter
 from sdxl_lora.sdxl import digests, local_models, weight_files
-from sdxl_lora.sources import damaged_files, file_digest, folder_digest, is_folder, local_copy
+from sdxl_lora.sources import file_digest, is_folder, local_copy
 from sdxl_lora.tensor_files import content_digest
 
 WIDTH = 11  # of the longest check's name
@@ -156,21 +157,7 @@ def check_source(facts: Facts) -> Check:
     """Whether the data set that was downloaded is still what it was."""
     repository, revision = facts.get("data.repository", "(unknown)"), facts.get("data.revision", "")
     copy = local_copy(repository, revision, HUB_FILES, "dataset")
-    if copy is None:
-        return warned(
-            "data source",
-            f"{repository} at {revision} is not here",
-            "download it, or check the encoded data alone",
-        )
-    if is_folder(repository):
-        damaged = [] if folder_digest(copy) == revision else [repository]
-    else:
-        damaged = damaged_files(copy)
-    if damaged:
-        return failed(
-            "data source", f"is not what it was: {', '.join(damaged)}", f"`git checkout {repository}`"
-        )
-    return passed("data source", f"{repository} at {revision[:19]}")
+    return check_pin("data source", repository, revision, copy)
 
 
 def check_data(record: Record | None, facts: Facts) -> Check:
@@ -189,8 +176,7 @@ def check_data(record: Record | None, facts: Facts) -> Check:
 def other_data(record: Record | None) -> Check:
     """What to say of an encoded data set that is not the adapter's: damage, or that of another run."""
     recorded = None if record is None else dependency(record.stages, paths.ENCODED)
-    lock = paths.LOCK.read_text(encoding="utf-8") if paths.LOCK.is_file() else ""
-    if recorded is not None and recorded == dependency(locked_stages(lock), paths.ENCODED):
+    if recorded is not None and recorded == dependency(read_lock(paths.LOCK), paths.ENCODED):
         return failed(
             "data",
             f"{paths.ENCODED}/ is not what dvc.lock records",
@@ -204,7 +190,7 @@ def other_data(record: Record | None) -> Check:
     )
 
 
-def dependency(stages: Mapping[str, Any], path: Path) -> str | None:
+def dependency(stages: Stages, path: Path) -> str | None:
     """The recorded hash of what train_lora read at `path`."""
     deps = stages.get("train_lora", {}).get("deps", [])
     return next((dep["md5"] for dep in deps if dep["path"] == path.as_posix()), None)

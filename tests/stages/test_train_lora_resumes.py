@@ -66,7 +66,7 @@ def delete_outputs() -> None:
 
 def checkpoints() -> list[int]:
     """Steps of the checkpoints that there are."""
-    return sorted(int(path.name.split("-")[1]) for path in paths.CHECKPOINTS.rglob("*.safetensors"))
+    return sorted(int(path.name.split("-")[1]) for path in paths.CHECKPOINTS.rglob("step-*.safetensors"))
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -172,7 +172,7 @@ def test_dvc_repro_goes_on_where_it_was_killed(recipe: dict[str, Any], tmp_path:
 
     def kill_training() -> None:
         wait_for((root / paths.PREVIEWS / "step-000003.png").is_file)
-        wait_for(lambda: any("step-00000004" in path.name for path in (root / paths.CHECKPOINTS).rglob("*")))
+        wait_for(lambda: any((root / paths.CHECKPOINTS).rglob("step-00000004-*")))
         for process in psutil.process_iter(["cmdline", "cwd"]):
             if "stages.train_lora" in (process.info["cmdline"] or ()) and process.info["cwd"] == str(root):
                 process.kill()
