@@ -84,6 +84,13 @@ def test_budget_that_nothing_fits_is_said_beside_the_forecast(
     assert {words[0] for words in least} == {"train"}, "all else fits on every card"
 
 
+def test_what_lowers_a_phase_is_offered_where_a_card_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "CARDS", (1,))
+    *_, card, offer = plan.plan_recipe(load_params(Path("recipes/demo.yaml")))
+    assert "train does not fit" in card
+    assert "--save" in offer
+
+
 def test_missing_recipe_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["plan", "--recipe", "recipes/nothing.yaml"])
     with pytest.raises(SystemExit, match=r"plan: recipes/nothing\.yaml not found"):

@@ -38,8 +38,12 @@ Not in it: what CUDA takes for itself ({CUDA_CONTEXT / GIB:.1f} GiB on an H100),
 Not forecast: evaluate_lora, and main memory."""
 
 
-def plan_recipe(params: Params) -> Iterator[str]:
-    """The forecast as text, piece by piece as it is made."""
+def plan_recipe(params: Params, saves: bool = False) -> Iterator[str]:
+    """The forecast as text, piece by piece as it is made.
+
+    Args:
+        saves: say what lowers each phase that is too large for a card, too: a minute of work more.
+    """
     shapes = read_shapes(params.model)
     side = params.encoding.resolution // shapes.pixels_per_latent
     trained = params.model.text_encoders != "frozen"
@@ -48,6 +52,7 @@ def plan_recipe(params: Params) -> Iterator[str]:
     limit = inf if budget is None else budget * GIB
     plan = planner.fastest(limit)
     others = {"encode": trace_encoding(shapes, params), "sample": trace_sampling(shapes, params)}
+    tight = {"train"} if plan is None else set()
     shown = planner.smallest() if plan is None else planner.exact(plan, limit)
     yield (
         f"{shortage(work, shown)}; see the end for what lowers it." if plan is None else headline(shown, work)
@@ -56,18 +61,20 @@ def plan_recipe(params: Params) -> Iterator[str]:
     encode, sample = (forecast_inference(trace) for trace in others.values())
     yield phase_table({"encode": encode, "train": shown.forecast, "sample": sample})
     yield BESIDE
+    saves = saves or plan is None
     yield "\nCards, with training.vram_gib set to what each leaves to PyTorch (in brackets):"
-    tight = {"train"} if plan is None else set()
     for card in CARDS:
         usable = card * SHOWN * GIB - CUDA_CONTEXT
         plan = planner.fastest(usable)
         failing = [name for name, trace in others.items() if not fits(trace, usable)]
         tight |= {*failing, *([] if plan else ["train"])}
         yield card_line(card, usable, plan, failing, work)
-    if tight:
+    if tight and saves:
         yield "\nThe least that does, GiB (train: all blocks checkpointed), and what lowers it:"
         for phase, name, least in economies(params, work, tight):
             yield f"  {phase:7} {name:46} {least:5.1f}"
+    elif tight:
+        yield "\n`python -m sdxl_lora.plan --save` says what lowers each phase, and by how much (a minute)."
 
 
 def headline(plan: Plan, work: Workload) -> str:
@@ -122,13 +129,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sdxl_lora.plan", description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", type=Path, default=PARAMS, help=f"default: {PARAMS}")
     parser.add_argument("--vram", type=float, metavar="GIB", help="in place of training.vram_gib")
+    parser.add_argument("--save", action="store_true", help="say what lowers each phase (a minute more)")
     arguments = parser.parse_args()
     try:
         params = load_params(arguments.recipe)
         if arguments.vram is not None:
             training = params.training.model_copy(update={"vram_gib": arguments.vram})
             params = params.model_copy(update={"training": training})
-        for text in plan_recipe(params):
+        for text in plan_recipe(params, arguments.save):
             print(text, flush=True)
     except (ValueError, OSError) as error:
         sys.exit(f"plan: {error}")
