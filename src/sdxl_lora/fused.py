@@ -47,8 +47,9 @@ def is_known(part: Any) -> bool:
     if type(part) is ResnetBlock2D:
         resamples = part.upsample is not None or part.downsample is not None
         adds_time = part.time_embedding_norm == "default" and not part.skip_time_act
+        knows_no_time = part.time_embedding_norm == "group" and part.time_emb_proj is None  # in the decoder
         plain = type(part.nonlinearity) is nn.SiLU and part.output_scale_factor == 1
-        return plain and adds_time and not resamples
+        return plain and (adds_time or knows_no_time) and not resamples
     if type(part) is nn.Conv2d:
         whole = part.groups == 1 and part.dilation == (1, 1)
         pads_zeros = part.padding_mode == "zeros" and not isinstance(part.padding, str)
