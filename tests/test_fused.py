@@ -3,18 +3,28 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
 
 from sdxl_lora.attention import AttentionShape
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.denoising import Denoiser, load_denoiser
-from sdxl_lora.fused import FUSED, attention_shapes, cross_attentions, fuse, fuse_unet, project_text
+from sdxl_lora.fused import (
+    FUSED,
+    attention_shapes,
+    cross_attentions,
+    fuse,
+    fuse_unet,
+    fuse_vae,
+    project_text,
+)
 from sdxl_lora.lora import add_adapters, lora_parameters
 from sdxl_lora.randomness import generator
-from sdxl_lora.sdxl import embed_tokens, predict
+from sdxl_lora.sdxl import embed_tokens, load_vae, predict
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -146,3 +156,50 @@ def test_attention_shapes_are_those_that_a_forward_pass_meets(
     prediction(denoiser)
     shapes = attention_shapes(denoiser.unet, 2, 16, 16)
     assert {replace(shape, count=0): shape.count for shape in shapes} == met
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_vae_is_fused_as_a_whole_and_is_diffusers(params: Params, device: str) -> None:
+    plain, fused = (load_vae(params.model, "fp32", torch.device(device)) for _ in range(2))
+    fuse_vae(fused)
+    assert ResnetBlock2D not in {type(part) for part in fused.modules()}
+    latents = torch.randn(2, 4, 8, 8, generator=generator("latents")).to(device)
+    pixels = torch.rand(2, 3, 64, 64, generator=generator("pixels")).to(device)
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        assert relative_error(fused.decode(latents).sample, plain.decode(latents).sample) < 1e-5
+        encoded = (vae.encode(pixels).latent_dist.mean for vae in (fused, plain))
+        assert relative_error(*encoded) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"output_scale_factor": 2.0},
+        {"non_linearity": "gelu"},
+        {"skip_time_act": True},
+        {"time_embedding_norm": "scale_shift"},
+        {"up": True},
+        {"down": True},
+    ],
+    ids=str,
+)
+def test_residual_block_with_options_that_sdxl_has_not_keeps_its_arithmetic(options: dict[str, Any]) -> None:
+    block = ResnetBlock2D(in_channels=32, out_channels=64, temb_channels=8, **options).requires_grad_(False)
+    image = torch.randn(2, 32, 8, 8, generator=generator("image"))
+    time = torch.randn(2, 8, generator=generator("time"))
+    expected = block(image, time)
+    fuse(block)
+    torch.testing.assert_close(block(image, time), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"padding_mode": "circular"}, {"padding": "same"}, {"dilation": 2}, {"groups": 2}],
+    ids=str,
+)
+def test_convolution_with_options_that_sdxl_has_not_keeps_its_arithmetic(options: dict[str, Any]) -> None:
+    convolutions = nn.Sequential(nn.Conv2d(4, 6, 3, **{"padding": 1, **options})).requires_grad_(False)
+    image = torch.randn(2, 4, 8, 8, generator=generator("image"))
+    expected = convolutions(image)
+    fuse(convolutions)
+    torch.testing.assert_close(convolutions(image), expected)

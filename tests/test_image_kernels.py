@@ -126,3 +126,14 @@ def test_residual_sum_and_its_gradient(
     assert total.dtype == dtype
     assert relative_error(total, oracle) < DTYPES[dtype]
     assert all(torch.equal(gradient.cpu(), dy) for gradient in gradients)
+
+
+@pytest.mark.gpu
+def test_group_norm_of_a_picture_of_four_million_pixels() -> None:
+    """More tiles than a CUDA grid takes on any side but its first, 65,535."""
+    x = draws(1, 4, 2048, 2048).half()
+    weight, bias = (draws(4, key=key).half() for key in ("weight", "bias"))
+    oracle = functional.group_norm(x.double(), 2, weight.double(), bias.double(), 1e-5)
+    ours = x.to("cuda", memory_format=torch.channels_last)
+    _, y = group_norm(ours, weight.cuda(), bias.cuda(), 2, 1e-5, silu=False)
+    assert relative_error(y, oracle) < 3 * DTYPES[torch.float16]

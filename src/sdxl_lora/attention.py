@@ -103,10 +103,10 @@ def choose_attention(
     )
 
 
-def fastest(milliseconds: Mapping[AttentionBackend, float]) -> AttentionBackend:
+def fastest(times: Mapping[AttentionBackend, float]) -> AttentionBackend:
     """The backend that takes the least time, with some grace for the one that saves time elsewhere."""
-    least = min(milliseconds, key=milliseconds.__getitem__)
-    return "triton" if milliseconds.get("triton", inf) <= GRACE * milliseconds[least] else least
+    least = min(times, key=times.__getitem__)
+    return "triton" if times.get("triton", inf) <= GRACE * times[least] else least
 
 
 def usual_attention(

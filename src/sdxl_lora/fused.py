@@ -45,9 +45,15 @@ def fuse(module: nn.Module) -> None:
 def is_known(part: Any) -> bool:
     """Whether this file has a class for `part`, and SDXL's options are the ones that it has."""
     if type(part) is ResnetBlock2D:
-        return part.upsample is None and part.downsample is None and part.time_embedding_norm == "default"
+        resamples = part.upsample is not None or part.downsample is not None
+        adds_time = part.time_embedding_norm == "default" and not part.skip_time_act
+        knows_no_time = part.time_embedding_norm == "group" and part.time_emb_proj is None  # in the decoder
+        plain = type(part.nonlinearity) is nn.SiLU and part.output_scale_factor == 1
+        return plain and (adds_time or knows_no_time) and not resamples
     if type(part) is nn.Conv2d:
-        return part.groups == 1 and part.dilation == (1, 1) and not part.weight.requires_grad
+        whole = part.groups == 1 and part.dilation == (1, 1)
+        pads_zeros = part.padding_mode == "zeros" and not isinstance(part.padding, str)
+        return whole and pads_zeros and not part.weight.requires_grad
     return type(part) in FUSED
 
 

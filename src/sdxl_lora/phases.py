@@ -27,7 +27,8 @@ from sdxl_lora.shapes import Shapes
 
 RECORDED_SCRATCH = 3 * CUBLAS_WORKSPACE + 224 * MIB
 """What kernels take for themselves where a UNet is recorded: cuBLAS on each of three streams, and the rest as
-measured: pictures took 10.85 and 10.90 GiB on an H100, forecast 10.75."""
+measured: pictures took 10.85 and 10.90 GiB on an H100, forecast 10.75. (The VAE's decoder had diffusers' own
+blocks then, which are forecast to take 0.7 GiB more than those of `fused`.)"""
 
 
 @dataclass(frozen=True)

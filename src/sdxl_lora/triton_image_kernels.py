@@ -18,7 +18,7 @@ VALUES = 1024  # of a program that adds a bias
 @triton.jit
 def channel_sums_kernel(x, sums, num_rows, num_channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """A tile's sums and sums of squares, less the image's first pixel: a large mean costs no digits."""
-    n, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    tile, n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = tile * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < num_channels
@@ -27,7 +27,7 @@ def channel_sums_kernel(x, sums, num_rows, num_channels, ROWS: tl.constexpr, CHA
     pivot = tl.load(image + channel, inside, 0.0).to(tl.float32)
     values = tl.load(image + row[:, None] * num_channels + channel[None, :], there, 0.0).to(tl.float32)
     values = tl.where(there, values - pivot[None, :], 0.0)
-    out = sums + (n * tl.num_programs(1) + tile) * 2 * num_channels + channel
+    out = sums + (n * tl.num_programs(0) + tile) * 2 * num_channels + channel
     tl.store(out, tl.sum(values, 0), inside)
     tl.store(out + num_channels, tl.sum(values * values, 0), inside)
 
@@ -101,8 +101,8 @@ def normalise_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    tile, n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row = tile * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < num_channels
     group = n * (num_channels // width) + channel // width
@@ -150,7 +150,7 @@ def gradient_sums_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    n, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    tile, n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = tile * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < num_channels
@@ -161,7 +161,7 @@ def gradient_sums_kernel(
     normal, gradient = normalised_gradient(
         dy, x, average, rstd, weight, bias, place, there, channel, inside, group, SILU
     )
-    out = sums + (n * tl.num_programs(1) + tile) * 2 * num_channels + channel
+    out = sums + (n * tl.num_programs(0) + tile) * 2 * num_channels + channel
     tl.store(out, tl.sum(gradient, 0), inside)
     tl.store(out + num_channels, tl.sum(gradient * normal, 0), inside)
 
@@ -197,8 +197,8 @@ def normalise_gradient_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    tile, n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row = tile * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < num_channels
     num_groups = num_channels // width
@@ -216,7 +216,7 @@ def normalise_gradient_kernel(
     deviation = tl.load(rstd + group, inside, 0.0)
     values = (gradient - constant[None, :] - normal * product[None, :]) * deviation[None, :]
     if dshift is not None:
-        out = dshift + (n * tl.num_programs(1) + tl.program_id(1)) * num_channels + channel
+        out = dshift + (n * tl.num_programs(0) + tile) * num_channels + channel
         tl.store(out, tl.sum(tl.where(there, values, 0.0), 0), inside)
     if dx_beside is not None:
         values += tl.load(dx_beside + place, there, 0.0).to(tl.float32)
@@ -238,14 +238,14 @@ def group_norm(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, num_channels, num_rows = len(x), x.shape[1], x[0, 0].numel()
-    width = num_channels // num_groups
-    grid = (batch, triton.cdiv(num_rows, ROWS), triton.cdiv(num_channels, CHANNELS))
-    sums = x.new_empty(*grid[:2], 2, num_channels, dtype=torch.float32)
+    width, grid = num_channels // num_groups, tiles(x)
+    num_tiles = grid[0]
+    sums = x.new_empty(batch, num_tiles, 2, num_channels, dtype=torch.float32)
     mean = x.new_empty(batch, num_groups, dtype=torch.float32)
     rstd, y = torch.empty_like(mean), torch.empty_like(x)
     channel_sums_kernel[grid](x, sums, num_rows, num_channels, ROWS, CHANNELS)
     moments_kernel[(batch, num_groups)](
-        x, shift, sums, mean, rstd, num_rows, num_channels, grid[1], width, eps, *at_once(grid[1], width)
+        x, shift, sums, mean, rstd, num_rows, num_channels, num_tiles, width, eps, *at_once(num_tiles, width)
     )
     sizes = (num_rows, num_channels, width, silu, ROWS, CHANNELS)
     normalise_kernel[grid](x, shift, y, mean, rstd, weight, bias, *sizes)
@@ -264,20 +264,25 @@ def group_norm_gradient(
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
     (batch, num_groups), num_channels, num_rows = mean.shape, x.shape[1], x[0, 0].numel()
-    width = num_channels // num_groups
-    grid = (batch, triton.cdiv(num_rows, ROWS), triton.cdiv(num_channels, CHANNELS))
+    width, grid = num_channels // num_groups, tiles(x)
+    num_tiles = grid[0]
     known = (dy, x, shift, mean, rstd, weight, bias)
     sizes = (num_rows, num_channels, width, silu, ROWS, CHANNELS)
-    sums = x.new_empty(*grid[:2], 2, num_channels, dtype=torch.float32)
+    sums = x.new_empty(batch, num_tiles, 2, num_channels, dtype=torch.float32)
     gradient_sums_kernel[grid](*known, sums, *sizes)
     totals = x.new_empty(batch, 2, num_groups, dtype=torch.float32)
     group_sums_kernel[(batch, num_groups)](
-        sums, totals, num_channels, grid[1], width, *at_once(grid[1], width)
+        sums, totals, num_channels, num_tiles, width, *at_once(num_tiles, width)
     )
     dx = torch.empty_like(x)
-    dshift = None if shift is None else x.new_empty(*grid[:2], num_channels, dtype=torch.float32)
+    dshift = None if shift is None else x.new_empty(batch, num_tiles, num_channels, dtype=torch.float32)
     normalise_gradient_kernel[grid](dx_beside, *known, totals, dx, dshift, *sizes)
     return dx, x.new_empty(0) if dshift is None else dshift.sum(1).to(x.dtype)
+
+
+def tiles(x: Tensor) -> tuple[int, int, int]:
+    """Programs by tile of rows, image and tile of channels: a grid's first side alone goes beyond 65,535."""
+    return triton.cdiv(x[0, 0].numel(), ROWS), len(x), triton.cdiv(x.shape[1], CHANNELS)
 
 
 def at_once(num_tiles: int, width: int) -> tuple[int, int]:
