@@ -30,10 +30,10 @@ from sdxl_lora.findings import EncodingReport
 from sdxl_lora.fused import fuse_vae
 from sdxl_lora.hardware import one_cpu_thread, reserved_device
 from sdxl_lora.pictures import CaptionedImage
-from sdxl_lora.sdxl import load_tokenizers
 from sdxl_lora.shapes import SDXL_BASE
 from sdxl_lora.sources import file_digest
 from sdxl_lora.store import Store
+from sdxl_lora.tokenizers import load_tokenizers
 
 MIB = 2**20
 REPETITIONS = 20  # of the VAE alone

@@ -7,7 +7,7 @@ from sdxl_lora.config import load_params
 from sdxl_lora.execution import run, stage
 from sdxl_lora.files import write_text
 from sdxl_lora.reports import write_numbers, write_table
-from sdxl_lora.sdxl import count_tokens, load_tokenizers
+from sdxl_lora.tokenizers import count_tokens, load_tokenizers
 
 
 def main() -> None:

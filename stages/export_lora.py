@@ -3,6 +3,7 @@
 import shutil
 
 from sdxl_lora import paths
+from sdxl_lora.base_model import weight_digests
 from sdxl_lora.config import load_params
 from sdxl_lora.execution import run, stage
 from sdxl_lora.export import export_lora, kohya_file, model_spec
@@ -13,7 +14,7 @@ from sdxl_lora.lora import WEIGHTS
 from sdxl_lora.model_card import card_pictures, model_card, picture_name
 from sdxl_lora.reports import read_numbers, write_numbers
 from sdxl_lora.samples import load_table
-from sdxl_lora.sdxl import layers_per_block, load_noise_schedule, weight_digests
+from sdxl_lora.sdxl import layers_per_block, load_noise_schedule
 
 PICTURES = 6
 

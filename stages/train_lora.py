@@ -1,7 +1,10 @@
 """Stage train_lora: encoded data set -> LoRA weights, loss curve, previews."""
 
+from functools import partial
+
 from sdxl_lora import paths
 from sdxl_lora.checkpoints import Checkpoints, training_key
+from sdxl_lora.choices import as_recorded, recorded_choices
 from sdxl_lora.config import load_params
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.denoising import load_denoiser
@@ -31,7 +34,9 @@ def main() -> None:
         require_precision(device, params.training.precision, "training.precision")
         dataset = EncodedDataset(paths.ENCODED, "train")
         latents = dataset.largest_latents
-        plan = choose_plan(params.model, params.lora, params.training, latents, device)
+        recorded = recorded_choices(root)
+        plan_for = partial(choose_plan, params.model, params.lora, latents=latents, device=device)
+        plan = as_recorded(plan_for, params.training, recorded.plan)
         config = plan.applied_to(params.training)
         key = training_key(params.seed, params.lora, params.model, config, paths.ENCODED_INDEX, device)
         checkpoints = Checkpoints(root / paths.CHECKPOINTS / key, config.checkpoint_minutes)
@@ -40,7 +45,8 @@ def main() -> None:
             config = config.model_copy(update=checkpoint.facts)
         denoiser = load_denoiser(params.model, config.precision, device, config.quantization)
         add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
-        choices = {"attention": prepare(denoiser, config, latents, plan.checkpointed)}
+        prepare_for = partial(prepare, denoiser, latents=latents, checkpointed=plan.checkpointed)
+        choices = {"attention": as_recorded(prepare_for, config, recorded.attention)}
         training = Training(denoiser, dataset, config, params.seed)
         if checkpoint is not None:
             training.load_state_dict(checkpoint.tensors)

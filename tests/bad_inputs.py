@@ -33,8 +33,8 @@ from sdxl_lora.encoding import encode_dataset
 from sdxl_lora.entries import Entries
 from sdxl_lora.findings import EncodingReport, Finding
 from sdxl_lora.pictures import CaptionedImage
-from sdxl_lora.sdxl import count_tokens, load_tokenizers
 from sdxl_lora.store import Store
+from sdxl_lora.tokenizers import count_tokens, load_tokenizers
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENT = REPOSITORY / "docs/bad-inputs.md"

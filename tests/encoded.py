@@ -7,7 +7,8 @@ import torch
 from sdxl_lora.config import ModelConfig
 from sdxl_lora.dataset import Batch, EncodedDataset, Example, write_index, write_shard
 from sdxl_lora.randomness import generator
-from sdxl_lora.sdxl import embed_tokens, load_text_encoders, load_tokenizers, tokenize
+from sdxl_lora.sdxl import embed_tokens, load_text_encoders
+from sdxl_lora.tokenizers import load_tokenizers, tokenize
 
 CAPTIONS = ["red apple", "pizza", "dog face", "rocket", "sunflower", "octopus", "house", "tiger face"]
 

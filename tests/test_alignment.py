@@ -23,8 +23,9 @@ from sdxl_lora.examples import Examples, draw_examples, draw_variants
 from sdxl_lora.findings import EncodingReport
 from sdxl_lora.images import decode_image, resize_and_crop, to_bytes
 from sdxl_lora.randomness import generator
-from sdxl_lora.sdxl import NoiseSchedule, tokenize
+from sdxl_lora.sdxl import NoiseSchedule
 from sdxl_lora.store import Store
+from sdxl_lora.tokenizers import tokenize
 
 COUNT = 23
 MICRO_BATCH = 2

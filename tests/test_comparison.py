@@ -119,6 +119,31 @@ def test_environment_is_compared_fact_by_fact() -> None:
     )
 
 
+def test_what_training_chose_otherwise_is_named() -> None:
+    plan = {"micro_batch_size": 2, "checkpointing": 5, "recomputed": 0.1}
+    before = {"final_loss": 0.5, "attention": "cudnn", "plan": plan}
+    after = {**before, "attention": "sdpa", "plan": {**plan, "checkpointing": 7}}
+    found = verdict(make_run(training=before), make_run(training=after))
+    assert (found.outcome, found.first_difference) == ("within tolerance", "train_lora")
+    choices = {(choice.name, choice.recorded, choice.found) for choice in found.choices}
+    assert choices == {("attention", "cudnn", "sdpa"), ("checkpointing", 5, 7)}
+    (remark,) = [reason for reason in found.reasons if "did not choose" in reason]
+    assert "training.attention sdpa in place of cudnn" in remark
+    assert "training.checkpointing 7 in place of 5" in remark
+
+
+def test_same_choices_are_no_remark() -> None:
+    training = {"final_loss": 0.5, "attention": "cudnn", "plan": {"micro_batch_size": 2, "checkpointing": 5}}
+    found = verdict(make_run(training=training), make_run({"data/lora": "9"}, training=training))
+    assert found.choices == []
+    assert not [reason for reason in found.reasons if "choose" in reason]
+
+
+def test_choices_that_the_record_lacks_are_said() -> None:
+    found = verdict(make_run(torn=(paths.TRAINING_REPORT,)), make_run())
+    assert f"the record does not hold what `auto` was: {paths.TRAINING_REPORT}" in " ".join(found.reasons)
+
+
 def test_what_the_record_lacks_is_said() -> None:
     record = make_run(torn=(paths.LOSS_CURVE, paths.TRAINING_ENVIRONMENT))
     found = verdict(record, make_run(seconds=2.0))

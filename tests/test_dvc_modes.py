@@ -71,16 +71,23 @@ def history(project: Project, run: Run) -> list[Any]:
     return list(client.get_metric_history(run.info.run_id, "train/loss"))
 
 
-def wait_for_queue(project: Project, count: int) -> None:
-    """Returns when `count` queued experiments have succeeded."""
+def wait_for_queue(project: Project, count: int, before: int) -> None:
+    """Returns when `count` queued experiments have succeeded, beside `before` runs that were finished.
+
+    DVC is asked once they have ended: its answer takes seconds of the cores that they run on.
+    """
     deadline = time.monotonic() + TIMEOUT
-    while time.monotonic() < deadline:
-        status = project.dvc("queue", "status")
+    while number_finished(project) < before + count:
+        assert time.monotonic() < deadline, project.dvc("queue", "status")
+        time.sleep(0.5)
+    while (status := project.dvc("queue", "status")).count("Success") < count:
         assert "Failed" not in status, status
-        if status.count("Success") == count:
-            return
+        assert time.monotonic() < deadline, status
         time.sleep(1)
-    raise TimeoutError(status)
+
+
+def number_finished(project: Project) -> int:
+    return sum(run.info.status == "FINISHED" for run in runs(project))
 
 
 def test_repro_leaves_one_complete_run(project: Project) -> None:
@@ -159,9 +166,9 @@ def test_queue_of_two_at_a_time_leaves_a_live_run_for_each(project: Project) -> 
     project.dvc(
         "exp", "run", "--queue", "--set-param=lora.rank=2,4,64", "--set-param=training.warmup_steps=3"
     )
-    before = {run.info.run_id for run in runs(project)}
+    before, finished = {run.info.run_id for run in runs(project)}, number_finished(project)
     project.dvc("queue", "start", "--jobs=2")
-    wait_for_queue(project, 3)
+    wait_for_queue(project, 3, finished)
     new = [run for run in runs(project) if run.info.run_id not in before]
     assert {run.data.params["lora.rank"] for run in new} == {"2", "4", "64"}
     assert {run.info.status for run in new} == {"FINISHED"}

@@ -8,9 +8,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from sdxl_lora.base_model import weight_digests
 from sdxl_lora.config import ModelConfig, load_params
 from sdxl_lora.lineage import lineage, training_digest
-from sdxl_lora.sdxl import weight_digests
 from sdxl_lora.sources import folder_digest
 
 ENTRY: dict[str, Any] = {

@@ -150,13 +150,19 @@ def test_first_product_of_each_thread_needs_a_workspace(checkpointed: bool) -> N
         assert passed[1:] == [("backward", 1), ("workspace", 1), ("backward", 0)]
 
 
-def test_arithmetic_of_units_is_counted() -> None:
+def trace_of_two_units() -> MemoryTrace:
+    """Forward and backward through them, watched."""
     with META:
         units = [unit(), unit()]
         inputs = torch.ones(BATCH, WIDTH)
     trace = MemoryTrace(META)
     with trace, trace.watching(units):
         loss_of(units, inputs, checkpointed=False).backward()
+    return trace
+
+
+def test_arithmetic_of_units_is_counted() -> None:
+    trace = trace_of_two_units()
     product = 2 * BATCH * WIDTH * WIDTH
     assert trace.flops == [2 * product, 2 * product]
     assert (
@@ -165,12 +171,7 @@ def test_arithmetic_of_units_is_counted() -> None:
 
 
 def test_boundaries_of_units_are_marked() -> None:
-    with META:
-        units = [unit(), unit()]
-        inputs = torch.ones(BATCH, WIDTH)
-    trace = MemoryTrace(META)
-    with trace, trace.watching(units):
-        loss_of(units, inputs, checkpointed=False).backward()
+    trace = trace_of_two_units()
     boundaries = ("enter", "leave", "backward")
     marks = [(event.kind, event.key) for event in trace.events if event.kind in boundaries]
     forward: list[tuple[str, int]] = [("enter", 0), ("leave", 0), ("enter", 1), ("leave", 1)]

@@ -3,6 +3,7 @@
 What makes an adapter is real in the first test and toy in those that are about what may go wrong.
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sdxl_lora import paths
 
 MAKING = ["download_dataset", "clean_captions", "encode_dataset", "train_lora"]
 JUDGING = [*MAKING, "sample_images", "evaluate_lora", "export_lora", "report_run"]
+CHOICES = {"attention": "math", "plan": {"micro_batch_size": 1, "checkpointing": 0, "recomputed": 0.0}}
 TIMEOUT = 600  # seconds on a busy machine
 
 
@@ -30,8 +32,12 @@ def small_recipe() -> dict[str, Any]:
     return recipe
 
 
-def record_run(root: Path, stages: list[str], toy: bool) -> Project:
-    """A project of these stages alone, each run once and committed with its results."""
+def record_run(root: Path, stages: list[str], toy: bool, choices: dict[str, Any] | None = None) -> Project:
+    """A project of these stages alone, each run once and committed with its results.
+
+    Args:
+        choices: what the training makes of `auto`; None: what it likes.
+    """
 
     def keep(pipeline: dict[str, Any]) -> None:
         for name in set(pipeline) - set(stages):
@@ -45,7 +51,12 @@ def record_run(root: Path, stages: list[str], toy: bool) -> Project:
     shutil.copytree(REPOSITORY / "demo", root / "demo", ignore=ignored)
     library = {"PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
     project = create_project(root, small_recipe(), library, keep)
+    note = root / paths.RECORDED_TRAINING
+    if choices is not None:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(choices), encoding="utf-8")
     project.dvc("repro", "--quiet")
+    note.unlink(missing_ok=True)
     commit(project, "results")
     return project
 
@@ -70,7 +81,9 @@ def states(verdict: dict[str, Any]) -> dict[str, str]:
 
 @pytest.mark.timeout(TIMEOUT)
 def test_adapter_made_again_from_a_fresh_clone_is_bit_identical(tmp_path: Path) -> None:
-    project = record_run(tmp_path / "project", MAKING, toy=False)
+    """Also where the recorded training chose what this machine would not: here a note makes it."""
+    project = record_run(tmp_path / "project", MAKING, toy=False, choices=CHOICES)
+    assert project.read(str(paths.TRAINING_REPORT)).items() > CHOICES.items()
     clone = Project(tmp_path / "clone", {**project.environment, "PYTHONPATH": str(tmp_path / "clone/src")})
     project.git("clone", "--quiet", str(project.root), str(clone.root))
     status, verdict, printed = reproduce(clone, "HEAD")
@@ -81,6 +94,7 @@ def test_adapter_made_again_from_a_fresh_clone_is_bit_identical(tmp_path: Path) 
         assert f"Running stage '{stage}'" in printed, "nothing may come from a cache"
     assert not (clone.root / "data/lora").exists()
     assert not (clone.root / "mlflow.db").exists()
+    assert verdict["choices"] == []
 
 
 @pytest.mark.slow

@@ -11,11 +11,10 @@ from sdxl_lora.sdxl import (
     load_noise_schedule,
     load_pipeline,
     load_text_encoders,
-    load_tokenizers,
     load_unet,
     predict,
-    tokenize,
 )
+from sdxl_lora.tokenizers import load_tokenizers, tokenize
 
 CPU = torch.device("cpu")
 PROMPTS = ["red apple, noto style", "a very long caption " * 40, ""]

@@ -9,14 +9,8 @@ import pytest
 from hub import Hub
 from huggingface_hub import constants
 
-from sdxl_lora.sources import (
-    download_size,
-    folder_digest,
-    local_copy,
-    open_folder,
-    open_repository,
-    resolve_commit,
-)
+from sdxl_lora.hub import download_size, resolve_commit
+from sdxl_lora.sources import folder_digest, local_copy, open_folder, open_repository
 
 KEY = "model.base"
 NO_TENSORS = b"\2\0\0\0\0\0\0\0{}"

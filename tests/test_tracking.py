@@ -18,7 +18,8 @@ from sdxl_lora import paths, tracking
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.execution import Execution, current_execution, machine_digest, stage
 from sdxl_lora.lineage import training_digest
-from sdxl_lora.projection import track_run
+from sdxl_lora.projection import memory_tag, track_run
+from sdxl_lora.reports import write_numbers
 from sdxl_lora.sources import file_digest
 from sdxl_lora.tracking import EXPERIMENT, cause, connect, live_run
 
@@ -59,6 +60,7 @@ def test_run_shows_params_curves_numbers_pictures_and_the_adapter(params: Params
     assert run.data.tags["stage.train_lora"] == "executed"
     assert run.data.tags["stage.encode_dataset"] == "cached"
     assert run.data.tags["gates"] == "passed"
+    assert run.data.tags["memory"] == "9.98 GiB (process, on a CPU)"
     assert run.data.tags["dvc.train_lora"] == training_digest(paths.LOCK)
     note = run.data.tags["mlflow.note.content"]
     assert note.startswith("# An adapter\n\n![Samples](get-artifact?path=grid.png&run_uuid=")
@@ -69,6 +71,12 @@ def test_run_shows_params_curves_numbers_pictures_and_the_adapter(params: Params
     reports = {item.path for item in client().list_artifacts(run.info.run_id, "reports")}
     expected = {"captions.html", "gates.csv", "index.html", "loss.csv"}
     assert reports == {f"reports/{name}" for name in expected}
+
+
+def test_measured_memory_is_beside_its_forecast() -> None:
+    report = {"peak_memory_gib": 13.5, "forecast_gib": {"weights": 6.3, "total": 13.77}}
+    write_numbers(paths.TRAINING_REPORT, report)
+    assert memory_tag() == "13.50 GiB (forecast 13.77)"
 
 
 def model_of(run_id: str | None) -> LoggedModel:

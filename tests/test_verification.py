@@ -18,12 +18,13 @@ from encoded import write_encoded_dataset
 from safetensors.torch import load_file
 
 from sdxl_lora import paths
+from sdxl_lora.base_model import weight_digests
 from sdxl_lora.checks import Check, exit_status
 from sdxl_lora.config import load_params
 from sdxl_lora.dataset import EncodedDataset, write_index
 from sdxl_lora.export import export_lora
 from sdxl_lora.lineage import lineage
-from sdxl_lora.sdxl import layers_per_block, weight_digests
+from sdxl_lora.sdxl import layers_per_block
 from sdxl_lora.tensor_files import read_header, write_tensors
 from sdxl_lora.verification import main, verify
 

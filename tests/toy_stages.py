@@ -18,7 +18,6 @@ from PIL import Image
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
 from sdxl_lora.execution import git_commit, run, stage
-from sdxl_lora.samples import Sample, save_table
 
 STEPS = 3
 NO_TENSORS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file
@@ -37,12 +36,7 @@ def write_outputs(name: str) -> None:
 def write_output(path: Path, value: str, params: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path == paths.SAMPLES:
-        sample = Sample("strength-1/00-seed-0.png", "red apple", 0, 1.0)
-        (path / sample.file).parent.mkdir(parents=True, exist_ok=True)
-        colour = (params["lora"]["rank"] * 7 % 256, 128, 64)
-        for file in (path / sample.file, paths.SAMPLE_GRID):
-            Image.new("RGB", (64, 64), colour).save(file)
-        save_table(paths.SAMPLE_TABLE, [sample])
+        write_samples(path, params["lora"]["rank"])
     elif path == paths.LOSS_CURVE:
         path.write_text("step,loss\n" + "".join(f"{step},{1 / step}\n" for step in range(1, STEPS + 1)))
     elif path == paths.TRAINING_REPORT:
@@ -63,6 +57,16 @@ def write_output(path: Path, value: str, params: dict[str, Any]) -> None:
                 file.write_text(json.dumps({"repository": "owner/pictures", "examples": 9}))
         if path == paths.EXPORT:
             paths.EXPORTED_WEIGHTS.write_bytes(NO_TENSORS)
+
+
+def write_samples(folder: Path, rank: int) -> None:
+    from sdxl_lora.samples import Sample, save_table  # takes a second, for which the others need not wait
+
+    sample = Sample("strength-1/00-seed-0.png", "red apple", 0, 1.0)
+    (folder / sample.file).parent.mkdir(parents=True, exist_ok=True)
+    for file in (folder / sample.file, paths.SAMPLE_GRID):
+        Image.new("RGB", (64, 64), (rank * 7 % 256, 128, 64)).save(file)
+    save_table(paths.SAMPLE_TABLE, [sample])
 
 
 def train() -> None:

@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from sdxl_lora.base_model import open_base
 from sdxl_lora.config import LoraConfig, ModelConfig, TrainingConfig
 from sdxl_lora.files import UNFINISHED, write_bytes
 from sdxl_lora.hardware import machine
 from sdxl_lora.processes import processes
-from sdxl_lora.sdxl import open_base
 from sdxl_lora.sources import file_digest
 from sdxl_lora.store import UNUSED_SECONDS, content_key
 from sdxl_lora.tensor_files import read_header

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from sdxl_lora import paths
+from sdxl_lora.choices import choices_of
 from sdxl_lora.records import Record
 from sdxl_lora.reports import flat
 
@@ -94,6 +95,8 @@ class Verdict:
     """The first stage whose output differs, or that failed."""
     outs: list[Out]
     figures: list[Figure]
+    choices: list[Difference]
+    """What training chose otherwise: what was recorded could not be had here."""
     environment: list[Difference]
 
 
@@ -107,10 +110,11 @@ def judge(record: Record, again: Record, stages: Sequence[str], failure: str | N
     """
     outs = [out for stage in stages for out in compare_outs(record, again, stage)]
     figures, environment = list(compare_figures(record, again)), list(compare_environments(record, again))
+    choices = list(compare_choices(record, again))
     first = next((out.stage for out in outs if out.state in ("different", "missing")), None)
     outcome, reason = decide(first, figures, failure)
-    reasons = [reason, *remarks(record, outs)]
-    return Verdict(outcome, record.origin, record.tree, reasons, first, outs, figures, environment)
+    reasons = [reason, *remarks(record, outs, choices)]
+    return Verdict(outcome, record.origin, record.tree, reasons, first, outs, figures, choices, environment)
 
 
 def decide(first: str | None, figures: Iterable[Figure], failure: str | None) -> tuple[Outcome, str]:
@@ -139,13 +143,17 @@ def decide(first: str | None, figures: Iterable[Figure], failure: str | None) ->
     return "within tolerance", f"{start}; {', '.join(decisive)} are as near as another seed's would be"
 
 
-def remarks(record: Record, outs: Iterable[Out]) -> Iterator[str]:
+def remarks(record: Record, outs: Iterable[Out], choices: Iterable[Difference]) -> Iterator[str]:
     """What weakens or explains the outcome."""
+    if changes := [f"training.{c.name} {c.found} in place of {c.recorded}" for c in choices]:
+        yield f"training did not choose as the recorded one did: {', '.join(changes)}"
     if changed := record.changed_code():
         yield f"the record was made with code that its commit does not hold: {', '.join(changed)}"
     for stage, path in paths.ENVIRONMENTS.items():
         if stage in record.stages and path not in record.files:
             yield f"the record does not hold the environment of {stage}: {path} was not committed"
+    if "train_lora" in record.stages and paths.TRAINING_REPORT not in record.files:
+        yield f"the record does not hold what `auto` was: {paths.TRAINING_REPORT} was not committed"
     unknown = [out.path for out in outs if out.state == "not compared"]
     if unknown:
         yield f"not compared, as they hold times and the record has their hash alone: {', '.join(unknown)}"
@@ -202,6 +210,15 @@ def compare_environments(record: Record, again: Record) -> Iterator[Difference]:
             for name in sorted(before.keys() | after.keys()):
                 if before.get(name) != after.get(name):
                     yield Difference(stage, name, before.get(name), after.get(name))
+
+
+def compare_choices(record: Record, again: Record) -> Iterator[Difference]:
+    """What training did otherwise of what its report says was chosen."""
+    reports = (json.loads(run.files.get(paths.TRAINING_REPORT, "{}")) for run in (record, again))
+    before, after = ({**choices.plan, **choices.attention} for choices in map(choices_of, reports))
+    for name in sorted(before.keys() & after.keys()):
+        if before[name] != after[name]:
+            yield Difference("train_lora", name, before[name], after[name])
 
 
 def leaves(text: str) -> dict[str, Any]:

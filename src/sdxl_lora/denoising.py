@@ -17,12 +17,11 @@ from sdxl_lora.sdxl import (
     embed_tokens,
     load_noise_schedule,
     load_text_encoders,
-    load_tokenizers,
     load_unet,
     predict,
-    tokenize,
     zeros_mean_no_caption,
 )
+from sdxl_lora.tokenizers import load_tokenizers, tokenize
 
 EMBEDDED_AT_ONCE = 16  # captions, whose hidden states are 0.12 GiB in a half precision
 

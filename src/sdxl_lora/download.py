@@ -21,8 +21,9 @@ from huggingface_hub import metadata_load
 from sdxl_lora.config import DownloadConfig
 from sdxl_lora.files import write_bytes, write_text
 from sdxl_lora.hardware import require_disk_space
+from sdxl_lora.hub import download_size, resolve_commit
 from sdxl_lora.paths import RAW_CAPTIONS, RAW_IMAGES, RAW_SOURCE
-from sdxl_lora.sources import download_size, is_folder, open_folder, open_repository, resolve_commit
+from sdxl_lora.sources import is_folder, open_folder, open_repository
 
 KEY = "download.repository"
 CARD = "README.md"

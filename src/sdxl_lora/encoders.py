@@ -16,14 +16,8 @@ from torch import Tensor
 from sdxl_lora.config import EncodingConfig, ModelConfig
 from sdxl_lora.fused import fuse_vae
 from sdxl_lora.images import to_pixels
-from sdxl_lora.sdxl import (
-    TextEncoders,
-    Tokenizers,
-    embed_tokens,
-    load_text_encoders,
-    load_tokenizers,
-    load_vae,
-)
+from sdxl_lora.sdxl import TextEncoders, embed_tokens, load_text_encoders, load_vae
+from sdxl_lora.tokenizers import Tokenizers, load_tokenizers
 from sdxl_lora.transfers import to_device
 
 

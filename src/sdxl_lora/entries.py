@@ -12,19 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdxl_lora import buckets as buckets_module
-from sdxl_lora import encoders as encoders_module
-from sdxl_lora import fused as fused_module
-from sdxl_lora import images as images_module
-from sdxl_lora import kernels as kernels_module
-from sdxl_lora import pictures as pictures_module
-from sdxl_lora import sdxl as sdxl_module
 from sdxl_lora.buckets import Size
 from sdxl_lora.config import EncodingConfig
 from sdxl_lora.dataset import FIRST, Batch, Variant
@@ -38,11 +30,25 @@ from sdxl_lora.encoders import (
 from sdxl_lora.hardware import machine
 from sdxl_lora.images import BadImageError
 from sdxl_lora.pictures import CaptionedImage, Picture, View, decode_pictures
-from sdxl_lora.sdxl import DTYPES, tokenize
+from sdxl_lora.sdxl import DTYPES
 from sdxl_lora.sources import file_digest
 from sdxl_lora.store import Store, content_key
+from sdxl_lora.tokenizers import tokenize
 from sdxl_lora.transfers import fetch, to_device
 
+CODE_OF_PICTURES = ("images",)
+"""Modules that say what an entry of this kind holds: if one changes, it is made again."""
+CODE_OF_LATENTS = (
+    "buckets",
+    "images",
+    "pictures",
+    "encoders",
+    "fused",
+    "kernels",
+    "image_kernels",
+    "triton_image_kernels",
+)
+CODE_OF_TEXTS = ("encoders", "sdxl")
 IMAGE_LIBRARIES = ("pillow", "imagehash", "numpy")
 LAYER = "penultimate"
 IN_FLIGHT = 2
@@ -69,24 +75,14 @@ class Entries:
         """
         self._store, self._encoders, self._config, self._images = store, encoders, config, images
         self._device = encoders.vae.device
-        self._of_picture = {"code": code_version([images_module], IMAGE_LIBRARIES)}
+        self._of_picture = {"code": code_version(CODE_OF_PICTURES, IMAGE_LIBRARIES)}
         self._of_latents = {
             **config.model_dump(
                 include={"resolution", "aspect_ratios", "crop", "vae_precision", "vae_tile", "batch_size"}
             ),
             "vae": weights_digest(encoders.vae),
             "machine": machine(self._device),
-            "code": code_version(
-                [
-                    buckets_module,
-                    images_module,
-                    pictures_module,
-                    encoders_module,
-                    fused_module,
-                    kernels_module,
-                ],
-                (*IMAGE_LIBRARIES, "torch", "diffusers"),
-            ),
+            "code": code_version(CODE_OF_LATENTS, (*IMAGE_LIBRARIES, "torch", "diffusers")),
         }
         self._of_text: dict[str, Any] | None = None
         if encoders.text_encoders is not None:
@@ -95,7 +91,7 @@ class Entries:
                 "encoders": [weights_digest(encoder) for encoder in encoders.text_encoders],
                 "layer": LAYER,
                 "machine": machine(self._device),
-                "code": code_version([encoders_module, sdxl_module], ("torch", "transformers")),
+                "code": code_version(CODE_OF_TEXTS, ("torch", "transformers")),
             }
 
     def encode(self, rows: Sequence[CaptionedImage]) -> Iterator[tuple[CaptionedImage, BadImageError | None]]:
@@ -249,9 +245,9 @@ class Entries:
         return content_key("text", token_ids=token_ids.tolist(), **self._of_text)
 
 
-def code_version(modules: Sequence[ModuleType], libraries: Sequence[str]) -> dict[str, str]:
+def code_version(modules: Sequence[str], libraries: Sequence[str]) -> dict[str, str]:
     """The source of our modules, as a hash, and the versions of the libraries that they call."""
-    sources = {module.__name__: file_digest(Path(str(module.__file__))) for module in modules}
+    sources = {module: file_digest(Path(__file__).with_name(f"{module}.py")) for module in modules}
     return sources | {library: version(library) for library in libraries}
 
 

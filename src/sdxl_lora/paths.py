@@ -34,6 +34,8 @@ PREVIEWS = DATA / "previews"
 TRAINING_REPORT = REPORTS / "training.json"
 TRAINING_ENVIRONMENT = REPORTS / "environment/train_lora.json"
 LOSS_CURVE = REPORTS / "loss.csv"
+RECORDED_TRAINING = Path(".dvc/tmp/recorded_training.json")
+"""In the clone where a run is made again: its training's report as it was."""
 CHECKPOINTS = Path(".dvc/tmp/checkpoints")
 FAILED_STEPS = Path(".dvc/tmp/failed_steps")
 

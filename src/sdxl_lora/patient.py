@@ -10,12 +10,12 @@ from tempfile import mkdtemp
 
 import torch
 
+from sdxl_lora.base_model import local_models
 from sdxl_lora.checks import Check
 from sdxl_lora.config import Params, TrainingConfig
 from sdxl_lora.forecast import Workload
 from sdxl_lora.hardware import GIB
 from sdxl_lora.planning import Plan, Planner, refusal
-from sdxl_lora.sdxl import local_models
 from sdxl_lora.shapes import Shapes, read_shapes
 from sdxl_lora.trial import Trial
 

@@ -96,6 +96,15 @@ def forecast_inference(trace: InferenceTrace, budget: float = inf) -> Forecast:
     return Forecast(**parts, cache=cache, workspace=workspace)
 
 
+def fits(trace: InferenceTrace, budget: float) -> bool:
+    """Whether a run goes through with `budget` bytes."""
+    try:
+        forecast_inference(trace, budget)
+    except MemoryError:
+        return False
+    return True
+
+
 def trace_encoding(shapes: Shapes, params: Params) -> InferenceTrace:
     """What the stage encode_dataset takes for one batch."""
     config = params.encoding

@@ -5,9 +5,9 @@ own beside its arithmetic: small kernels, and large ones that a small micro-batc
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from math import ceil, inf
 
 import torch
@@ -22,6 +22,7 @@ MOST_GIB = 1024
 OPERATIONS_A_PASS = 1e13
 """Arithmetic that takes as long as what a pass costs beside its own: on an H100, three passes of one 1024 px
 example took 198 ms and one pass of three 134 ms, of 44 TFLOP each."""
+Change = Callable[[Workload], Workload]
 SMALLER_SIDES = (112, 96, 80, 64, 48, 32)  # latents a side that a refusal may propose
 
 
@@ -160,7 +161,7 @@ def choose_plan(
     work = Workload(read_shapes(model), model.text_encoders != "frozen", lora, config, latents)
     planner = Planner(work)
     if config.vram_gib is None and device.type == "cpu":
-        if config.checkpointing in ("auto", "none"):
+        if config.checkpointing in ("auto", "none", 0):
             return Plan(planner.micro_batch_sizes()[0], (), 0.0, None)
         plan = planner.fastest(inf)
         assert plan is not None
@@ -174,37 +175,63 @@ def choose_plan(
 
 def refusal(work: Workload, smallest: Plan) -> str:
     """Why nothing fits, and what would."""
-    config = work.config
-    assert config.vram_gib is not None
-    assert smallest.forecast is not None
-    needed = ceil(smallest.forecast.total / GIB * 10) / 10
-    ways = [f"training.vram_gib {needed}", *(key for key, plan in alternatives(work) if plan is not None)]
+    assert work.config.vram_gib is not None
+    ways = [f"training.vram_gib {needed_gib(smallest)}", *alternatives(work, work.config.vram_gib * GIB)]
+    return f"{shortage(work, smallest)}. Any of these would do: {'; '.join(ways)}"
+
+
+def shortage(work: Workload, smallest: Plan) -> str:
+    """Why nothing fits."""
     return (
-        f"training.vram_gib is {config.vram_gib:g}, and training takes {needed} GiB at least (micro-batches "
-        f"of {smallest.micro_batch_size}, {len(smallest.checkpointed)} blocks checkpointed). "
-        f"Any of these would do: {'; '.join(ways)}"
+        f"training.vram_gib is {work.config.vram_gib:g}, and training takes {needed_gib(smallest)} GiB at "
+        f"least (micro-batches of {smallest.micro_batch_size}, {len(smallest.checkpointed)} blocks "
+        "checkpointed)"
     )
 
 
-def alternatives(work: Workload) -> Iterator[tuple[str, Plan | None]]:
-    """Changes of params that need less memory, with the plan that each allows."""
-    config, budget = work.config, (work.config.vram_gib or inf) * GIB
-    free = {"checkpointing": "auto", "micro_batch_size": "auto"}
-    if any(getattr(config, key) != value for key, value in free.items()):
-        freed = replace(work, config=config.model_copy(update=free))
-        yield "training.checkpointing auto and training.micro_batch_size auto", Planner(freed).fastest(budget)
-    if work.trains_text_encoders:
-        yield "model.text_encoders frozen", Planner(replace(work, trains_text_encoders=False)).fastest(budget)
-    if config.quantization != "nf4":
-        packed = replace(work, config=config.model_copy(update={"quantization": "nf4"}))
-        yield "training.quantization nf4", Planner(packed).fastest(budget)
-    if config.preview_every:
-        bare = replace(work, config=config.model_copy(update={"preview_every": None}))
-        yield "training.preview_every null", Planner(bare).fastest(budget)
+def needed_gib(plan: Plan) -> float:
+    """A budget that does for a plan, GiB, rounded up."""
+    assert plan.forecast is not None
+    return ceil(plan.forecast.total / GIB * STEPS_A_GIB) / STEPS_A_GIB
+
+
+def alternatives(work: Workload, budget: float) -> Iterator[str]:
+    """Changes of params with which training takes at most `budget` bytes."""
+    for name, change in changes(work).items():
+        if Planner(change(work)).fastest(budget) is not None:
+            yield name
     for side in SMALLER_SIDES:
-        if side < work.latents[-1]:
-            smaller = torch.Size((*work.latents[:2], side, side))
-            plan = Planner(replace(work, latents=smaller)).fastest(budget)
-            if plan is not None:
-                yield f"encoding.resolution {side * work.shapes.pixels_per_latent}", plan
-                return
+        if side < work.latents[-1] and Planner(with_side(work, side)).fastest(budget) is not None:
+            yield resolution_name(work, side)
+            return
+
+
+def changes(work: Workload) -> dict[str, Change]:
+    """Changes of params that need less memory, but for a lower resolution, by what to write into params."""
+    config = work.config
+    found: dict[str, Change] = {}
+    if (config.checkpointing, config.micro_batch_size) != ("auto", "auto"):
+        name = "training.checkpointing auto and training.micro_batch_size auto"
+        found[name] = partial(with_training, checkpointing="auto", micro_batch_size="auto")
+    if work.trains_text_encoders:
+        found["model.text_encoders frozen"] = partial(replace, trains_text_encoders=False)
+    if config.quantization != "nf4":
+        found["training.quantization nf4"] = partial(with_training, quantization="nf4")
+    if config.preview_every:
+        found["training.preview_every null"] = partial(with_training, preview_every=None)
+    return found
+
+
+def with_training(work: Workload, **update: object) -> Workload:
+    """`work` with these keys of params' section `training` changed."""
+    return replace(work, config=work.config.model_copy(update=update))
+
+
+def with_side(work: Workload, side: int) -> Workload:
+    """`work` on square images of another size: latents of `side` x `side`."""
+    return replace(work, latents=torch.Size((*work.latents[:2], side, side)))
+
+
+def resolution_name(work: Workload, side: int) -> str:
+    """The change of params that makes latents of `side` x `side`."""
+    return f"encoding.resolution {side * work.shapes.pixels_per_latent}"

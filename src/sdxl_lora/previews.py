@@ -9,12 +9,13 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from PIL.Image import Image
 from torch import nn
 
+from sdxl_lora.base_model import open_base
 from sdxl_lora.config import ModelConfig
 from sdxl_lora.dataset import EncodedDataset
 from sdxl_lora.denoising import Denoiser
 from sdxl_lora.files import written_whole
 from sdxl_lora.randomness import generator
-from sdxl_lora.sdxl import load_vae, open_base
+from sdxl_lora.sdxl import load_vae
 
 # A preview is looked at and thrown away: what it costs matters more than its last detail.
 NUM_INFERENCE_STEPS = 20

@@ -112,6 +112,7 @@ def show_results(connection: Connection, params: Params) -> str:
     client.log_artifacts(run_id, str(paths.EXPORT), "adapter")
     for path in filter(Path.is_file, paths.RECORD):
         client.log_artifact(run_id, str(path), str(RECORD_FOLDER / path.parent))
+    client.set_tag(run_id, "memory", memory_tag())
     client.set_tag(run_id, "mlflow.note.content", description(run_id))
     client.set_tag(run_id, "dvc.content", content)
     client.set_tag(run_id, "dvc.train_lora", training_digest(paths.LOCK))
@@ -199,6 +200,14 @@ def log_pictures(client: MlflowClient, run_id: str) -> None:
         step = round(100 * float(str(row.strength)))  # the slider of MLflow's image grid: strength in percent
         with Image.open(paths.SAMPLES / str(row.file)) as image:
             client.log_image(run_id, image, key=f"sample {place} seed {seed}", step=step)
+
+
+def memory_tag() -> str:
+    """What training held at most, beside its forecast. Short, since MLflow's page cuts long tags."""
+    report = json.loads(paths.TRAINING_REPORT.read_text(encoding="utf-8"))
+    measured, forecast = report["peak_memory_gib"], report.get("forecast_gib")
+    beside = "process, on a CPU" if forecast is None else f"forecast {forecast['total']:.2f}"
+    return f"{measured:.2f} GiB ({beside})"
 
 
 def description(run_id: str) -> str:

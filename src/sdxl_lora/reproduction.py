@@ -51,6 +51,7 @@ def reproduce(record: Record, data: Data) -> Verdict:
             pull_data(clone)
             stages.remove(DOWNLOAD)
         (clone / paths.LOCK).unlink()  # what is found there later is of this run
+        leave_choices(record, clone)
         failure = run_stages(clone, stages)
         again = Record("made again", record.tree, read_record(reader(clone)))
         return judge(record, again, stages, failure)
@@ -77,6 +78,17 @@ def fresh_clone(record: Record) -> Iterator[Path]:
         yield clone
     finally:
         shutil.rmtree(clone, ignore_errors=True)
+
+
+def leave_choices(record: Record, clone: Path) -> None:
+    """Notes for the clone's training what `auto` was in the recorded one, if the record has its report.
+
+    Not in params.yaml: DVC's lock and the adapter's header hold a hash of that.
+    """
+    if (report := record.files.get(paths.TRAINING_REPORT)) is not None:
+        note = clone / paths.RECORDED_TRAINING
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(report, encoding="utf-8")
 
 
 def pull_data(clone: Path) -> None:

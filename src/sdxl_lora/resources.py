@@ -11,14 +11,13 @@ from sdxl_lora import paths
 from sdxl_lora.checks import Check, failed, passed, warned
 from sdxl_lora.config import Params
 from sdxl_lora.forecast import META
-from sdxl_lora.hardware import GIB
+from sdxl_lora.hardware import CUDA_CONTEXT, GIB
 from sdxl_lora.patient import NotTriedError, Patient
 from sdxl_lora.pins import check_pin
 from sdxl_lora.sdxl import DTYPES
 from sdxl_lora.shapes import Shapes
 from sdxl_lora.sources import is_folder
 
-CUDA_CONTEXT = 0.9 * GIB  # what CUDA takes beside PyTorch: 0.85 GiB measured on an H100
 COPIES = 3  # of encoded data: the store of entries, the shards, DVC's cache
 TOKENS = 78  # embeddings of a caption: 77 and the pooled one
 

@@ -1,27 +1,22 @@
 """Stable Diffusion XL (Podell et al. 2023, arXiv:2307.01952) as diffusers keeps it: its parts and conditions.
 
-The only module that knows how the base model's folders are laid out. Everything is loaded from safetensors.
+Everything is loaded from safetensors.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from sdxl_lora.base_model import open_base, open_vae
 from sdxl_lora.config import ModelConfig, Precision
 from sdxl_lora.diffusion import PredictionType
-from sdxl_lora.sources import file_digest, local_copy, open_repository
 
 TextEncoders = tuple[CLIPTextModel, CLIPTextModelWithProjection]
-Tokenizers = tuple[CLIPTokenizer, CLIPTokenizer]
 
-VAE_FILE = "diffusion_pytorch_model.safetensors"
-VAE_FILES = ["config.json", VAE_FILE]
 DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -32,66 +27,6 @@ class NoiseSchedule:
     alphas_cumprod: Tensor
     """alpha_bar at each timestep, fp32, (T,)."""
     prediction_type: PredictionType
-
-
-def open_base(config: ModelConfig) -> Path:
-    """The base model's folder: configurations, tokenizers and the safetensors of the variant asked for."""
-    return open_repository(config.base, config.revision, "model.base", base_files(config))
-
-
-def base_files(config: ModelConfig) -> list[str]:
-    """What is read of the base model, as globs."""
-    weights = f"*.{config.variant}.safetensors" if config.variant else "*.safetensors"
-    parts = ("unet", "text_encoder", "text_encoder_2", "vae")
-    patterns = ["model_index.json", "scheduler/*", "tokenizer/*", "tokenizer_2/*"]
-    patterns += [f"{part}/*.json" for part in parts]
-    return patterns + [f"{part}/{weights}" for part in parts if part != "vae" or config.vae is None]
-
-
-def open_vae(config: ModelConfig) -> Path:
-    """The folder of the replacement VAE that `config` names."""
-    return open_repository(str(config.vae), str(config.vae_revision), "model.vae", VAE_FILES)
-
-
-def local_models(config: ModelConfig) -> dict[str, Path | None]:
-    """The folders of the base model and, where there is one, of the VAE in place of its own, by params key.
-
-    None: not here, or incomplete. Asks no network, and checks no content.
-    """
-    models = {"model.base": local_copy(config.base, config.revision, base_files(config))}
-    if config.vae is not None:
-        models["model.vae"] = local_copy(config.vae, str(config.vae_revision), VAE_FILES)
-    return models
-
-
-def weight_digests(config: ModelConfig) -> dict[str, str]:
-    """SHA-256 of the files that each part's weights are in; reads them all, at SDXL's size some seconds."""
-    vae = None if config.vae is None else open_vae(config)
-    return {part: digests(files) for part, files in weight_files(config, open_base(config), vae).items()}
-
-
-def weight_files(config: ModelConfig, base: Path, vae: Path | None) -> dict[str, list[Path]]:
-    """The files that each part's weights are in.
-
-    Args:
-        base: the base model's folder.
-        vae: that of the VAE in place of its own.
-    """
-    name = f"*.{config.variant}.safetensors" if config.variant else "*.safetensors"
-    files = {part: sorted((base / part).glob(name)) for part in ("unet", "text_encoder", "text_encoder_2")}
-    files["vae"] = sorted((base / "vae").glob(name)) if vae is None else sorted(vae.glob(VAE_FILE))
-    return files
-
-
-def digests(files: Iterable[Path]) -> str:
-    """SHA-256 of each file, with commas between."""
-    return ",".join(file_digest(path) for path in files)
-
-
-def load_tokenizers(config: ModelConfig) -> Tokenizers:
-    base = open_base(config)
-    first, second = (CLIPTokenizer.from_pretrained(base / name) for name in ("tokenizer", "tokenizer_2"))
-    return first, second
 
 
 def load_text_encoders(config: ModelConfig, precision: Precision, device: torch.device) -> TextEncoders:
@@ -161,17 +96,6 @@ def zeros_mean_no_caption(config: ModelConfig) -> bool:
         "force_zeros_for_empty_prompt", True
     )
     return zeros
-
-
-def tokenize(tokenizers: Tokenizers, texts: list[str]) -> Tensor:
-    """Token ids of both tokenizers, padded and truncated to 77, int64, (B, 2, 77)."""
-    options = {"padding": "max_length", "truncation": True, "max_length": 77, "return_tensors": "pt"}
-    return torch.stack([tokenizer(texts, **options).input_ids for tokenizer in tokenizers], dim=1)
-
-
-def count_tokens(tokenizers: Tokenizers, texts: list[str]) -> list[int]:
-    """CLIP tokens of each text, start and end included, uncut."""
-    return [len(ids) for ids in tokenizers[0](texts, truncation=False, verbose=False).input_ids]
 
 
 def embed_tokens(text_encoders: TextEncoders, token_ids: Tensor) -> tuple[Tensor, Tensor]:

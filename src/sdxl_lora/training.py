@@ -197,7 +197,7 @@ def prepare(
         checkpointed: names of the units that compute their activations twice.
 
     Raises:
-        ValueError: the attention cannot run here.
+        ValueError: the attention cannot run here; the modules are as they were.
     """
     size = config.batch_size // config.accumulation
     shapes = attention_shapes(denoiser.unet, size, *latents[2:])

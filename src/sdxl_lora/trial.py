@@ -19,7 +19,7 @@ from sdxl_lora.examples import Draws, Examples
 from sdxl_lora.forecast import Workload
 from sdxl_lora.lora import WEIGHTS, adapter_weights, add_adapters, lora_parameters, named_parts, save_lora
 from sdxl_lora.randomness import generator
-from sdxl_lora.sdxl import load_tokenizers, tokenize
+from sdxl_lora.tokenizers import load_tokenizers, tokenize
 from sdxl_lora.training import make_engine, prepare
 
 START = 1e-2

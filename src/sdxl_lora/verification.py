@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sdxl_lora import paths
+from sdxl_lora.base_model import digests, local_models, weight_files
 from sdxl_lora.checks import Check, as_json, exit_status, failed, line, passed, verdict, warned
 from sdxl_lora.config import ModelConfig, Params
 from sdxl_lora.dataset import EncodedDataset
@@ -28,7 +29,6 @@ from sdxl_lora.history import commit_of
 from sdxl_lora.lineage import digest_of, facts_of
 from sdxl_lora.pins import check_pin
 from sdxl_lora.records import Record, record_of_adapter
-from sdxl_lora.sdxl import digests, local_models, weight_files
 from sdxl_lora.sources import file_digest, is_folder, local_copy
 from sdxl_lora.tensor_files import content_digest
 

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pandas as pd
 import pytest
@@ -13,7 +14,7 @@ from training_project import REPOSITORY, enter_project, free_port, write_params
 
 from sdxl_lora import paths
 from sdxl_lora.lora import saved_lora
-from sdxl_lora.reports import read_numbers
+from sdxl_lora.reports import read_numbers, write_numbers
 from stages import train_lora
 
 
@@ -31,6 +32,21 @@ def test_every_output_that_dvc_expects_is_written(recipe: dict[str, Any], previe
     assert pd.read_csv(paths.LOSS_CURVE)["step"].tolist() == [2, 3]
     previews = [path.name for path in paths.PREVIEWS.iterdir()]
     assert previews == (["step-000002.png"] if preview_every else [])
+
+
+def test_run_made_again_chooses_as_recorded_or_warns(
+    recipe: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    write_params(recipe)
+    plan = {"micro_batch_size": 1, "checkpointing": 3}
+    paths.RECORDED_TRAINING.parent.mkdir(parents=True)
+    write_numbers(paths.RECORDED_TRAINING, {"attention": "cudnn", "plan": plan})
+    train_lora.main()
+    report = read_numbers(paths.TRAINING_REPORT, "train_lora")
+    assert report["attention"] == read_numbers(paths.TRAINING_ENVIRONMENT, "")["attention"] == "sdpa"
+    assert report["plan"] == {**plan, "recomputed": ANY}
+    (warning,) = [message for message in caplog.messages if "recorded" in message]
+    assert "training.attention cudnn" in warning
 
 
 @pytest.mark.parametrize(
