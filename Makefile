@@ -32,6 +32,7 @@ demo: setup  ## run the whole pipeline on the embedded model and data set: CPU, 
 	@$(BIN)/python -m sdxl_lora.summary
 
 test: setup  ## run the tests, but for those that take minutes
+	@TRITON_INTERPRET=1 $(RUN) python -m pytest -m interpreter tests/test_fused.py tests/test_*kernels.py
 	@$(RUN) python -m pytest -m "not slow"
 
 check: setup  ## format, lint, types, direction of imports, known vulnerabilities of dependencies
@@ -65,11 +66,12 @@ reproduce: setup  ## run REF again and compare: a commit, experiment, MLflow run
 verify: setup  ## hold an exported file's lineage against what is here: ADAPTER=path
 	@$(BIN)/python -m sdxl_lora.verification "$(ADAPTER)"
 
-lock: setup  ## resolve the newest dependencies into requirements.lock, torch kept
-	@torch=$$(sed -nE 's/^(torch==[0-9.]+).*/\1/p' requirements.lock); \
-	$(BIN)/pip-compile --quiet --upgrade --strip-extras --extra dev --constraint <(echo "$$torch") \
+lock: setup  ## resolve the newest dependencies into requirements.lock, torch and its Triton kept
+	@kept=$$(sed -nE 's/^((torch|triton)==[0-9.]+).*/\1/p' requirements.lock); \
+	$(BIN)/pip-compile --quiet --upgrade --strip-extras --extra dev --constraint <(echo "$$kept") \
 		--no-header --no-emit-index-url --no-emit-find-links --output-file requirements.lock.new pyproject.toml
-	@sed -E -e 's/\+cpu$$//' -e '/^ +# +-c /d' requirements.lock.new > requirements.lock
+	@sed -E -e 's/\+cpu$$//' -e 's/^triton==.*/& ; sys_platform == "linux"/' -e '/^ +# +-c /d' \
+		requirements.lock.new > requirements.lock
 	@rm requirements.lock.new
 	@git diff --stat -- requirements.lock
 

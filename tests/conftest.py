@@ -8,6 +8,7 @@ import torch
 from hub import Hub, serving_hub
 from huggingface_hub import constants
 from hypothesis import settings
+from interpreter import KERNEL_DEVICES, torch_device
 
 settings.register_profile("busy machine", deadline=None)  # else an example fails that takes 200 ms
 settings.load_profile("busy machine")
@@ -18,6 +19,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(params=["cpu", *KERNEL_DEVICES])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """What runs a test's operators: PyTorch on a CPU, or our kernels."""
+    return torch_device(request.param, monkeypatch)
+
+
+@pytest.fixture(params=KERNEL_DEVICES)
+def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """What runs our kernels."""
+    return torch_device(request.param, monkeypatch)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from interpreter import large, no_bf16_products
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,12 +20,15 @@ from sdxl_lora.config import AttentionBackend
 from sdxl_lora.memory import MemoryTrace
 from sdxl_lora.randomness import generator
 
-GPU = torch.device("cuda")
 META = torch.device("meta")
-DTYPES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-FEW = [(3, 1024, 77, 2, 64), (2, 600, 128, 1, 32), (1, 33, 1, 4, 64)]
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=no_bf16_products)]
+FEW = [pytest.param((3, 1024, 77, 2, 64), marks=large), (2, 600, 128, 1, 32), (1, 33, 1, 4, 64)]
 CAUSAL = [(2, 77, 77, 3, 64), (1, 5, 5, 2, 16)]
-MANY = [(1, 1024, 1024, 2, 64), (2, 988, 988, 1, 64), (1, 200, 333, 3, 32), (1, 7, 7, 1, 16)]
+MANY = [
+    *(pytest.param(shape, marks=large) for shape in ((1, 1024, 1024, 2, 64), (2, 988, 988, 1, 64))),
+    *((1, 128, 128, 1, 64), (1, 200, 333, 3, 32), (1, 7, 7, 1, 16)),
+]
 
 
 def draws(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -60,34 +64,38 @@ def assert_right(
     exact: Callable[..., Tensor],
     shape: tuple[int, ...],
     dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
-    tensors = draws(shape, dtype, GPU)
+    tensors = draws(shape, dtype, device)
     expected = passes(exact, [tensor.double().cpu() for tensor in tensors])
     for ours, theirs in zip(passes(attention, tensors), expected, strict=True):
         assert ours.dtype == dtype
         error = (ours.double().cpu() - theirs).norm()
-        assert float(error) <= DTYPES[dtype] * max(float(theirs.norm()), 1e-3)  # of one key, dQ = dK = 0
+        assert float(error) <= TOLERANCES[dtype] * max(float(theirs.norm()), 1e-3)  # of one key, dQ = dK = 0
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", FEW)
-def test_attention_to_few_keys(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    assert_right(few_keys_attention, oracle, shape, dtype)
+def test_attention_to_few_keys(
+    kernel_device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    assert_right(few_keys_attention, oracle, shape, dtype, kernel_device)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", CAUSAL)
-def test_causal_attention_to_few_keys(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    assert_right(partial(few_keys_attention, causal=True), partial(oracle, causal=True), shape, dtype)
+def test_causal_attention_to_few_keys(
+    kernel_device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    assert_right(
+        partial(few_keys_attention, causal=True), partial(oracle, causal=True), shape, dtype, kernel_device
+    )
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", MANY)
-def test_flash_attention(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    assert_right(flash_attention, oracle, shape, dtype)
+def test_flash_attention(kernel_device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    assert_right(flash_attention, oracle, shape, dtype, kernel_device)
 
 
 @pytest.mark.gpu
@@ -96,16 +104,15 @@ def test_flash_attention(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     [(few_keys_attention, (3, 4096, 77, 10, 64)), (flash_attention, (3, 1024, 1024, 20, 64))],
 )
 def test_results_repeat_to_the_bit(attention: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
-    tensors = draws(shape, torch.half, GPU)
+    tensors = draws(shape, torch.half, torch.device("cuda"))
     first, second = passes(attention, tensors), passes(attention, tensors)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("attention", [few_keys_attention, flash_attention])
-def test_tensors_may_lie_as_they_like(attention: Callable[..., Tensor]) -> None:
+def test_tensors_may_lie_as_they_like(kernel_device: torch.device, attention: Callable[..., Tensor]) -> None:
     """Expanded, or with another dimension than the last as the fastest."""
-    tensors = draws((1, 64, 64, 2, 32), torch.half, GPU)
+    tensors = draws((1, 64, 64, 2, 32), torch.half, kernel_device)
     tensors[3] = torch.ones_like(tensors[3])
     plain = passes(attention, tensors)
     expanded = passes(attention, [*tensors[:3], tensors[3].new_ones(()).expand(tensors[3].shape)])
@@ -115,9 +122,8 @@ def test_tensors_may_lie_as_they_like(attention: Callable[..., Tensor]) -> None:
         assert torch.equal(second, expected)
 
 
-@pytest.mark.gpu
-def test_captions_have_their_kernel_whatever_the_backend() -> None:
-    query, key, value, _ = draws((1, 256, 77, 2, 64), torch.half, GPU)
+def test_captions_have_their_kernel_whatever_the_backend(kernel_device: torch.device) -> None:
+    query, key, value, _ = draws((1, 256, 77, 2, 64), torch.half, kernel_device)
     expected = few_keys_attention(query, key, value)
     backends: tuple[AttentionBackend, ...] = ("sdpa", "triton", "efficient")
     for backend in backends:

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from interpreter import large
 from torch import Tensor
 from torch.nn import functional
 
 from sdxl_lora.image_kernels import frozen_conv2d, group_norm, residual_sum
 from sdxl_lora.randomness import generator
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+LARGE = [pytest.param(shape, marks=large) for shape in ((3, 320, 32, 32), (2, 960, 9, 7), (2, 2560, 4, 4))]
+LARGE_SHIFTED = [pytest.param(shape, marks=large) for shape in ((3, 320, 20, 20), (2, 960, 9, 7))]
 
 
 def draws(*shape: int, key: str = "x") -> Tensor:
@@ -20,12 +22,11 @@ def relative_error(ours: Tensor, oracle: Tensor) -> float:
     return float((ours.double().cpu() - oracle).norm() / oracle.norm())
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("shape", [(3, 320, 32, 32), (2, 960, 9, 7), (1, 96, 130, 2), (2, 2560, 4, 4)])
+@pytest.mark.parametrize("shape", [*LARGE, (1, 96, 130, 2)])
 def test_group_norm_and_its_gradient(
-    device: str, dtype: torch.dtype, silu: bool, shape: tuple[int, ...]
+    device: torch.device, dtype: torch.dtype, silu: bool, shape: tuple[int, ...]
 ) -> None:
     """With a mean ten times the deviation, which a naive variance would lose in fp32's digits."""
     x, dy = (draws(*shape) + 10).to(dtype), draws(*shape, key="dy").to(dtype)
@@ -42,12 +43,11 @@ def test_group_norm_and_its_gradient(
     assert relative_error(dx, gradient) < 3 * DTYPES[dtype]
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("shape", [(3, 320, 20, 20), (2, 960, 9, 7), (2, 96, 130, 2)])
+@pytest.mark.parametrize("shape", [*LARGE_SHIFTED, (2, 96, 130, 2)])
 def test_group_norm_of_a_shifted_image_that_is_read_again(
-    device: str, dtype: torch.dtype, silu: bool, shape: tuple[int, ...]
+    device: torch.device, dtype: torch.dtype, silu: bool, shape: tuple[int, ...]
 ) -> None:
     """Shifts three times the deviation: channels of a group differ in their means."""
     x, shift = draws(*shape).to(dtype), 3 * draws(*shape[:2], key="shift").to(dtype)
@@ -68,8 +68,7 @@ def test_group_norm_of_a_shifted_image_that_is_read_again(
         assert relative_error(value, expected) < 3 * DTYPES[dtype]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_group_norm_of_a_picture_as_large_as_the_vaes(device: str) -> None:
+def test_group_norm_of_a_picture_as_large_as_the_vaes(device: torch.device) -> None:
     """More pixels than one round of the kernel adds up."""
     x = (draws(1, 32, 190, 190) + 10).half()
     weight, bias = (draws(32, key=key).half() for key in ("weight", "bias"))
@@ -87,11 +86,10 @@ def test_group_norm_repeats_to_the_bit() -> None:
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("cudnn", [True, False], ids=["cudnn", "kernels that give another layout"])
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (1, 1, 0), (3, 2, 1)])
 def test_frozen_convolution_is_pytorchs(
-    device: str, cudnn: bool, kernel: int, stride: int, padding: int
+    device: torch.device, cudnn: bool, kernel: int, stride: int, padding: int
 ) -> None:
     x, weight = draws(2, 8, 16, 16).float(), draws(12, 8, kernel, kernel, key="weight").float()
     bias = draws(12, key="bias").float()
@@ -108,12 +106,11 @@ def test_frozen_convolution_is_pytorchs(
     assert relative_error(dx, gradient) < 1e-3
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 320, 16, 16), (3, 7, 5, 3)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_residual_sum_and_its_gradient(
-    device: str, dtype: torch.dtype, shape: tuple[int, ...], biased: bool
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], biased: bool
 ) -> None:
     residual, update, dy = (draws(*shape, key=key).to(dtype) for key in ("residual", "update", "dy"))
     bias = draws(shape[1], key="bias").to(dtype) if biased else None

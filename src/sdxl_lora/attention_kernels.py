@@ -16,14 +16,16 @@ WIDTHS = (16, 32, 64)  # of a head: what tensor cores take and a program can hol
 ARCHITECTURE = (8, 0)  # of GPUs from Ampere on; before, Triton has no tensor cores
 
 
+def can_run(device: torch.device) -> bool:
+    """Whether a device can run these kernels: a GPU, whose place `meta` takes in forecasts."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= ARCHITECTURE
+    return device.type == "meta"
+
+
 def suits_few_keys(query: Tensor, key: Tensor) -> bool:
-    """Whether `few_keys_attention` takes these: on a GPU, whose place `meta` takes in forecasts."""
-    return (
-        query.device.type in ("cuda", "meta")
-        and key.shape[1] <= MOST_KEYS
-        and query.shape[-1] in WIDTHS
-        and (query.device.type == "meta" or torch.cuda.get_device_capability(query.device) >= ARCHITECTURE)
-    )
+    """Whether `few_keys_attention` takes these."""
+    return key.shape[1] <= MOST_KEYS and query.shape[-1] in WIDTHS and can_run(query.device)
 
 
 def few_keys_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:
@@ -64,7 +66,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     if query.shape[-1] not in WIDTHS:
         raise RuntimeError(f"it takes heads of width {', '.join(map(str, WIDTHS))}, not {query.shape[-1]}")
-    if query.device.type != "cuda" or torch.cuda.get_device_capability(query.device) < ARCHITECTURE:
+    if not can_run(query.device):
         raise RuntimeError(f"it needs an NVIDIA GPU of compute capability {'.'.join(map(str, ARCHITECTURE))}")
     return flash(*rows_of_neighbours(query, key, value))[0]
 

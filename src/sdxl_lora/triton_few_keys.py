@@ -1,7 +1,8 @@
 """The Triton kernels of attention to few keys: attention_kernels.py says what they compute.
 
 A program has all keys of a head and a tile of its queries, or a part of several tiles for the gradient, whose
-sums for the keys are added up then in a fixed order: results repeat to the bit. Only a GPU can run them.
+sums for the keys are added up then in a fixed order: results repeat to the bit. A GPU runs
+them, or Triton's interpreter.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """The Triton kernels of attention over tiles of keys: attention_kernels.py says what they compute.
 
 A program has a tile of one head's queries and goes over the keys, or the other way round. None adds to what
-another wrote, so that results repeat to the bit. Only a GPU can run them.
+another wrote, so that results repeat to the bit. A GPU runs them, or Triton's interpreter.
 """
 
 import torch

@@ -1,7 +1,8 @@
-"""The Triton kernels of image_kernels.py, which says what they compute. Only a GPU can run them.
+"""The Triton kernels of image_kernels.py, which says what they compute.
 
-Images lie as (N, R, C), R rows of pixels and C channels. All arithmetic is fp32. Sums go over tiles of rows
-and then over the tiles, in a fixed order, so that results repeat to the bit.
+A GPU runs them, or Triton's interpreter. Images lie as (N, R, C), R rows of pixels and C channels. All
+arithmetic is fp32. Sums go over tiles of rows and then over the tiles, in a fixed order, so that results
+repeat to the bit.
 """
 
 import torch

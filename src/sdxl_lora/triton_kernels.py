@@ -1,4 +1,4 @@
-"""The Triton kernels of kernels.py, which says what they compute. Only a GPU can run them.
+"""The Triton kernels of kernels.py, which says what they compute. A GPU runs them, or Triton's interpreter.
 
 Tensors are contiguous. All arithmetic is fp32.
 """
