@@ -80,6 +80,8 @@ def test_neighbours_are_multiplied_together(bias: bool) -> None:
             make_neighbours(tensors)
     assert neighbours(bases) == [bases[:2], bases[2:4], bases[4:]]
     assert neighbours(bases[::-1]) == [[base] for base in bases[::-1]]
+    make_neighbours([base.weight for base in bases[:3]])
+    assert neighbours([bases[0], bases[2]]) == [[bases[0]], [bases[2]]], "there is one between them"
 
 
 def test_neighbours_are_one_tensor_without_a_copy() -> None:
@@ -88,9 +90,10 @@ def test_neighbours_are_one_tensor_without_a_copy() -> None:
     merged = side_by_side(parts)
     assert torch.equal(merged, block)
     assert merged.data_ptr() == block.data_ptr()
-    swapped = side_by_side([parts[1], parts[0], parts[2]])
-    assert torch.equal(swapped[:2], parts[1])
-    assert swapped.data_ptr() != block.data_ptr()
+    for others in ([parts[1], parts[0], parts[2]], [parts[0], parts[2]]):
+        copied = side_by_side(others)
+        assert torch.equal(copied, torch.cat(others))
+        assert copied.data_ptr() != block.data_ptr()
 
 
 def test_neighbouring_columns_are_one_tensor_without_a_copy() -> None:
@@ -99,7 +102,8 @@ def test_neighbouring_columns_are_one_tensor_without_a_copy() -> None:
     merged = columns_side_by_side(parts)
     assert torch.equal(merged, block)
     assert merged.data_ptr() == block.data_ptr()
-    for others in ([parts[1], parts[0], parts[2]], parts[:2], [part.clone() for part in parts]):
+    mixed = [parts[0], parts[2], parts[1]]
+    for others in (mixed, parts[:2], [part.clone() for part in parts]):
         copied = columns_side_by_side(others)
         assert torch.equal(copied, torch.cat(list(others), dim=1))
         assert copied.untyped_storage()._cdata != block.untyped_storage()._cdata
