@@ -17,16 +17,23 @@ VALUES = 1024  # of a program that adds a bias
 
 
 @triton.jit
-def channel_sums_kernel(x, sums, num_rows, num_channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """A tile's sums and sums of squares, less the image's first pixel: a large mean costs no digits."""
+def own_tile(num_rows, num_channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """A program's image, tile and channels; which channels and values there are, and where values lie."""
     tile, n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = tile * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < num_channels
     there = (row < num_rows)[:, None] & inside[None, :]
-    image = x + n * num_rows * num_channels
-    pivot = tl.load(image + channel, inside, 0.0).to(tl.float32)
-    values = tl.load(image + row[:, None] * num_channels + channel[None, :], there, 0.0).to(tl.float32)
+    place = n * num_rows * num_channels + row[:, None] * num_channels + channel[None, :]
+    return n, tile, channel, inside, there, place
+
+
+@triton.jit
+def channel_sums_kernel(x, sums, num_rows, num_channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """A tile's sums and sums of squares, less the image's first pixel: a large mean costs no digits."""
+    n, tile, channel, inside, there, place = own_tile(num_rows, num_channels, ROWS, CHANNELS)
+    pivot = tl.load(x + n * num_rows * num_channels + channel, inside, 0.0).to(tl.float32)
+    values = tl.load(x + place, there, 0.0).to(tl.float32)
     values = tl.where(there, values - pivot[None, :], 0.0)
     out = sums + (n * tl.num_programs(0) + tile) * 2 * num_channels + channel
     tl.store(out, tl.sum(values, 0), inside)
@@ -102,16 +109,11 @@ def normalise_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    tile, n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    row = tile * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channel < num_channels
+    n, _, channel, inside, there, place = own_tile(num_rows, num_channels, ROWS, CHANNELS)
     group = n * (num_channels // width) + channel // width
     scale = tl.load(rstd + group, inside, 0.0) * tl.load(weight + channel, inside, 0.0).to(tl.float32)
     average = channel_average(mean, shift, n, group, channel, inside, num_channels)
     offset = tl.load(bias + channel, inside, 0.0).to(tl.float32) - average * scale
-    there = (row < num_rows)[:, None] & inside[None, :]
-    place = n * num_rows * num_channels + row[:, None] * num_channels + channel[None, :]
     values = tl.load(x + place, there, 0.0).to(tl.float32) * scale[None, :] + offset[None, :]
     if SILU:
         values = values * tl.sigmoid(values)
@@ -151,13 +153,8 @@ def gradient_sums_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    tile, n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    row = tile * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channel < num_channels
+    n, tile, channel, inside, there, place = own_tile(num_rows, num_channels, ROWS, CHANNELS)
     group = n * (num_channels // width) + channel // width
-    there = (row < num_rows)[:, None] & inside[None, :]
-    place = n * num_rows * num_channels + row[:, None] * num_channels + channel[None, :]
     average = channel_average(mean, shift, n, group, channel, inside, num_channels)
     normal, gradient = normalised_gradient(
         dy, x, average, rstd, weight, bias, place, there, channel, inside, group, SILU
@@ -198,14 +195,9 @@ def normalise_gradient_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    tile, n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    row = tile * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channel < num_channels
+    n, tile, channel, inside, there, place = own_tile(num_rows, num_channels, ROWS, CHANNELS)
     num_groups = num_channels // width
     group = n * num_groups + channel // width
-    there = (row < num_rows)[:, None] & inside[None, :]
-    place = n * num_rows * num_channels + row[:, None] * num_channels + channel[None, :]
     average = channel_average(mean, shift, n, group, channel, inside, num_channels)
     normal, gradient = normalised_gradient(
         dy, x, average, rstd, weight, bias, place, there, channel, inside, group, SILU
