@@ -3,23 +3,13 @@
 import pytest
 import torch
 from interpreter import large
-from torch import Tensor
+from oracles import DTYPES, draws, relative_error
 from torch.nn import functional
 
 from sdxl_lora.image_kernels import frozen_conv2d, group_norm, residual_sum
-from sdxl_lora.randomness import generator
 
-DTYPES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 LARGE = [pytest.param(shape, marks=large) for shape in ((3, 320, 32, 32), (2, 960, 9, 7), (2, 2560, 4, 4))]
 LARGE_SHIFTED = [pytest.param(shape, marks=large) for shape in ((3, 320, 20, 20), (2, 960, 9, 7))]
-
-
-def draws(*shape: int, key: str = "x") -> Tensor:
-    return torch.randn(shape, generator=generator(key), dtype=torch.float64)
-
-
-def relative_error(ours: Tensor, oracle: Tensor) -> float:
-    return float((ours.double().cpu() - oracle).norm() / oracle.norm())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,21 +2,10 @@
 
 import pytest
 import torch
-from torch import Tensor
+from oracles import DTYPES, draws, relative_error
 from torch.nn import functional
 
 from sdxl_lora.kernels import add_norm, geglu, layer_norm
-from sdxl_lora.randomness import generator
-
-DTYPES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-
-
-def draws(*shape: int, key: str = "x") -> Tensor:
-    return torch.randn(shape, generator=generator(key), dtype=torch.float64)
-
-
-def relative_error(ours: Tensor, oracle: Tensor) -> float:
-    return float((ours.double().cpu() - oracle).norm() / oracle.norm())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
