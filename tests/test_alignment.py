@@ -12,10 +12,9 @@ from PIL import ImageOps
 
 from sdxl_lora import examples as examples_module
 from sdxl_lora.buckets import bucket_sizes, nearest_size
-from sdxl_lora.config import EncodingConfig, load_params
+from sdxl_lora.config import EncodingConfig, PredictionType, load_params
 from sdxl_lora.dataset import FIRST, Batch, EncodedDataset, Variant
 from sdxl_lora.denoising import Denoiser
-from sdxl_lora.diffusion import PredictionType
 from sdxl_lora.encoders import embed_captions, encode_images, load_encoders
 from sdxl_lora.encoding import encode_dataset
 from sdxl_lora.entries import Entries

@@ -2,7 +2,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from sdxl_lora.diffusion import PredictionType, add_noise, min_snr_weight, prediction_target, squared_error
+from sdxl_lora.config import PredictionType
+from sdxl_lora.diffusion import add_noise, min_snr_weight, prediction_target, squared_error
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from pydantic import (
 from sdxl_lora.paths import PARAMS
 
 Precision = Literal["fp16", "bf16", "fp32"]
+PredictionType = Literal["epsilon", "v_prediction"]
 Quantization = Literal["none", "int8", "nf4"]
 AttentionBackend = Literal["sdpa", "flash", "cudnn", "efficient", "math", "triton", "xformers"]
 Attention = Literal["auto", AttentionBackend]

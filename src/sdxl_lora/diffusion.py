@@ -4,12 +4,10 @@ Symbols as in Ho et al. 2020 (arXiv:2006.11239): x_0 latents, eps noise, x_t noi
 alpha_bar = prod(1 - beta), the share of signal power left at timestep t.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-PredictionType = Literal["epsilon", "v_prediction"]
+from sdxl_lora.config import PredictionType
 
 
 def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:

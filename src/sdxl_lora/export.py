@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sdxl_lora.config import ExportConfig
-from sdxl_lora.diffusion import PredictionType
+from sdxl_lora.config import ExportConfig, PredictionType
 from sdxl_lora.kohya import kohya_name, kohya_update, kohya_weights, product
 from sdxl_lora.lineage import WEIGHTS_FACT
 from sdxl_lora.lora import WEIGHTS, by_part, peft_header, saved_lora

@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_lora.base_model import open_base, open_vae
-from sdxl_lora.config import ModelConfig, Precision
-from sdxl_lora.diffusion import PredictionType
+from sdxl_lora.config import ModelConfig, Precision, PredictionType
 
 TextEncoders = tuple[CLIPTextModel, CLIPTextModelWithProjection]
 
