@@ -23,7 +23,6 @@ from torch.nn import Parameter
 from sdxl_lora.config import LoraConfig
 from sdxl_lora.files import explained_write_errors, require_safetensors
 from sdxl_lora.randomness import generator
-from sdxl_lora.sdxl import TextEncoders
 from sdxl_lora.tensor_files import read_header, write_tensors
 
 ADAPTER = "default"
@@ -31,7 +30,7 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def add_adapters(
-    unet: UNet2DConditionModel, text_encoders: TextEncoders | None, config: LoraConfig, seed: int
+    unet: UNet2DConditionModel, text_encoders: Sequence[Any] | None, config: LoraConfig, seed: int
 ) -> None:
     """Gives the layers that `config` names trainable adapters, in fp32, that change nothing yet.
 
@@ -103,7 +102,7 @@ def strength(modules: Sequence[nn.Module], value: float) -> Iterator[None]:
 def save_lora(
     folder: Path,
     unet: UNet2DConditionModel,
-    text_encoders: TextEncoders | None,
+    text_encoders: Sequence[Any] | None,
     metadata: dict[str, str] | None = None,
 ) -> None:
     """Writes the adapters as diffusers reads them: one safetensors file, whose header holds rank and alpha.
@@ -135,7 +134,7 @@ def saved_lora(folder: Path) -> Path:
     return path
 
 
-def load_lora(folder: Path, unet: UNet2DConditionModel, text_encoders: TextEncoders | None) -> None:
+def load_lora(folder: Path, unet: UNet2DConditionModel, text_encoders: Sequence[Any] | None) -> None:
     """Puts saved adapters onto the base model that they were trained on, in its precision, to be evaluated.
 
     Raises:
@@ -171,7 +170,7 @@ def peft_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def named_parts(unet: UNet2DConditionModel, text_encoders: TextEncoders | None) -> dict[str, Any]:
+def named_parts(unet: UNet2DConditionModel, text_encoders: Sequence[Any] | None) -> dict[str, Any]:
     """The adapted modules under the names that diffusers gives them in adapter files."""
     return dict(zip(("unet", "text_encoder", "text_encoder_2"), (unet, *(text_encoders or ())), strict=False))
 
