@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from PIL import Image
 from tqdm import tqdm
@@ -20,12 +21,21 @@ from sdxl_lora.execution import Deadline, stopping_on_signals
 from sdxl_lora.files import explained_write_errors
 from sdxl_lora.previews import Previewer
 from sdxl_lora.processes import all_agree, processes
-from sdxl_lora.tracking import LiveRun
 from sdxl_lora.training import Training, mean_report
 
 STOPPED = os.EX_TEMPFAIL  # exit status: no result yet, and nothing wrong
 
 logger = logging.getLogger(__name__)
+
+
+class MetricLogger(Protocol):
+    """Where the curves and previews of a training are shown while it runs."""
+
+    def log(self, step: float, **values: float) -> None:
+        """Add a point at `step` to the curve of each value."""
+
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        """Show an image under `name` at `step`."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class Session:
     """Params that were `auto`, as measured. Saved with a checkpoint: the next time might choose others."""
     deadline: Deadline
 
-    def lead(self, live: LiveRun, previewer: Previewer | None) -> None:
+    def lead(self, live: MetricLogger, previewer: Previewer | None) -> None:
         """Trains as the first process, which alone writes files and curves.
 
         Raises:
@@ -115,7 +125,7 @@ class Session:
         except OSError as error:
             logger.warning("no checkpoint of step %d (%s): training goes on", self.training.step, error)
 
-    def _show_past(self, live: LiveRun) -> None:
+    def _show_past(self, live: MetricLogger) -> None:
         """What was shown before a resume, once more: the run that showed it is over, and DVC deleted it."""
         if self.training.step:
             logger.info("going on after step %d of %d", self.training.step, self.config.steps)
