@@ -26,8 +26,8 @@ from benchmarks.vae_encode import measure as measure_vae
 from sdxl_lora import shapes
 from sdxl_lora.config import load_params
 from sdxl_lora.denoising import load_denoiser
+from sdxl_lora.files import GIB
 from sdxl_lora.forecast import Forecast
-from sdxl_lora.hardware import GIB
 from sdxl_lora.planning import Plan
 from sdxl_lora.quantization import QuantizedLinear
 

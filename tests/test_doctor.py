@@ -23,7 +23,7 @@ from sdxl_lora.checks import Check, exit_status, line, passed, warned
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.engine import Engine
 from sdxl_lora.examinations import EXAMINATIONS, examine
-from sdxl_lora.hardware import GIB
+from sdxl_lora.files import GIB
 from sdxl_lora.lora import WEIGHTS, save_lora
 from sdxl_lora.patient import Examination, Patient
 from sdxl_lora.sdxl import load_vae

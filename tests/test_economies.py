@@ -9,8 +9,8 @@ import yaml
 
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.economies import economies, lower
+from sdxl_lora.files import GIB
 from sdxl_lora.forecast import Workload
-from sdxl_lora.hardware import GIB
 from sdxl_lora.phases import fits, trace_encoding, trace_sampling
 from sdxl_lora.planning import Planner
 from sdxl_lora.shapes import read_shapes

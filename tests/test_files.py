@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 
 from sdxl_lora.execution import run
-from sdxl_lora.files import UNFINISHED, require_writable, write_bytes, write_text, written_whole
+from sdxl_lora.files import (
+    GIB,
+    UNFINISHED,
+    require_disk_space,
+    require_writable,
+    write_bytes,
+    write_text,
+    written_whole,
+)
 
 
 def test_file_takes_its_place_whole(tmp_path: Path) -> None:
@@ -89,3 +97,9 @@ def test_folder_that_can_be_written_to_stays_empty(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "")
     with pytest.raises(OSError, match="file"):
         require_writable(tmp_path / "file")
+
+
+def test_too_little_disk_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"needs 1048576.00 GiB and the disk has .* GiB free: free some"):
+        require_disk_space(tmp_path / "not" / "there" / "yet", 2**20 * GIB)
+    require_disk_space(tmp_path, 1)

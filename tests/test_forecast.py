@@ -12,6 +12,7 @@ from sdxl_lora.allocator import MIB, CachingAllocator
 from sdxl_lora.config import Params, Precision, TrainingConfig, load_params
 from sdxl_lora.denoising import Denoiser, load_denoiser
 from sdxl_lora.engine import Group, make_optimizer
+from sdxl_lora.files import GIB
 from sdxl_lora.forecast import (
     CUBLAS_WORKSPACE,
     Rehearsal,
@@ -24,7 +25,6 @@ from sdxl_lora.forecast import (
     optimizer_bytes,
     record,
 )
-from sdxl_lora.hardware import GIB
 from sdxl_lora.lora import add_adapters, lora_parameters
 from sdxl_lora.memory import Event, MemoryTrace
 from sdxl_lora.shapes import read_shapes

@@ -1,15 +1,12 @@
-from pathlib import Path
-
 import pytest
 import torch
 
+from sdxl_lora.files import GIB
 from sdxl_lora.hardware import (
     DEVICE_VARIABLE,
-    GIB,
     choose_device,
     one_cpu_thread,
     peak_memory_gib,
-    require_disk_space,
     reserved_device,
 )
 
@@ -32,12 +29,6 @@ def test_cpu_does_where_no_budget_is_set(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv(DEVICE_VARIABLE, "cpu")
     with reserved_device(None) as device:
         assert device == torch.device("cpu")
-
-
-def test_too_little_disk_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"needs 1048576.00 GiB and the disk has .* GiB free: free some"):
-        require_disk_space(tmp_path / "not" / "there" / "yet", 2**20 * GIB)
-    require_disk_space(tmp_path, 1)
 
 
 def test_peak_memory_of_a_cpu_process_is_what_it_held() -> None:

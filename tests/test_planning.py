@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sdxl_lora.config import ModelConfig, Params, TrainingConfig, load_params
+from sdxl_lora.files import GIB
 from sdxl_lora.forecast import Rehearsal, Workload, forecast_training
-from sdxl_lora.hardware import GIB
 from sdxl_lora.planning import Plan, Planner, choose_plan
 from sdxl_lora.shapes import read_shapes
 

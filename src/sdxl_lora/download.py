@@ -19,8 +19,7 @@ import datasets
 from huggingface_hub import metadata_load
 
 from sdxl_lora.config import DownloadConfig
-from sdxl_lora.files import write_bytes, write_text
-from sdxl_lora.hardware import require_disk_space
+from sdxl_lora.files import require_disk_space, write_bytes, write_text
 from sdxl_lora.hub import download_size, resolve_commit
 from sdxl_lora.paths import RAW_CAPTIONS, RAW_IMAGES, RAW_SOURCE
 from sdxl_lora.sources import is_folder, open_folder, open_repository

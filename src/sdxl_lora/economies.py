@@ -7,8 +7,8 @@ from math import ceil
 from typing import TypeVar
 
 from sdxl_lora.config import Params
+from sdxl_lora.files import GIB
 from sdxl_lora.forecast import Workload
-from sdxl_lora.hardware import GIB
 from sdxl_lora.phases import InferenceTrace, fits, forecast_inference, trace_encoding, trace_sampling
 from sdxl_lora.planning import STEPS_A_GIB, Planner, changes, needed_gib, resolution_name, with_side
 from sdxl_lora.shapes import Shapes

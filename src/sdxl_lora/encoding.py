@@ -11,8 +11,8 @@ from pathlib import Path
 
 from sdxl_lora.config import EncodingConfig
 from sdxl_lora.entries import Entries
+from sdxl_lora.files import require_disk_space
 from sdxl_lora.findings import EncodingReport
-from sdxl_lora.hardware import require_disk_space
 from sdxl_lora.images import BadImageError
 from sdxl_lora.pictures import CaptionedImage
 from sdxl_lora.processes import processes

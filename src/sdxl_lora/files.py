@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,6 +10,7 @@ from tempfile import TemporaryFile
 
 from safetensors import SafetensorError, safe_open
 
+GIB = 2**30
 UNFINISHED = ".*-*"
 """Names, as a glob, of files that killed processes were writing whole."""
 PICKLE_STARTS = (b"\x80", b"PK\x03\x04")  # a pickle, and the ZIP archive of one that PyTorch writes
@@ -70,6 +72,21 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
 def write_text(path: Path, text: str) -> None:
     """Raises as `written_whole`."""
     write_bytes(path, text.encode())
+
+
+def require_disk_space(folder: Path, needed_bytes: int) -> None:
+    """Refuses to start writing what will not fit: a full disk truncates dvc.lock to 0 bytes.
+
+    Raises:
+        OSError: less than `needed_bytes` are free where `folder` lies.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise OSError(
+            f"{folder}/ needs {needed_bytes / GIB:.2f} GiB and the disk has {free / GIB:.2f} GiB free: "
+            f"{FREE_SPACE}"
+        )
 
 
 def require_writable(folder: Path) -> None:

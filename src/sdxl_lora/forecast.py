@@ -16,7 +16,7 @@ from sdxl_lora.config import LoraConfig, TrainingConfig
 from sdxl_lora.dataset import Batch
 from sdxl_lora.denoising import Denoiser
 from sdxl_lora.examples import Draws, Examples
-from sdxl_lora.hardware import GIB
+from sdxl_lora.files import GIB
 from sdxl_lora.lora import add_adapters, lora_parameters, named_parts
 from sdxl_lora.memory import Event, MemoryTrace
 from sdxl_lora.quantization import quantize

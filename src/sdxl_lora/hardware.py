@@ -6,7 +6,6 @@ What is chosen here changes results by rounding at most, so it comes from the en
 import logging
 import os
 import resource
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +16,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from sdxl_lora.config import Precision
-from sdxl_lora.files import FREE_SPACE
+from sdxl_lora.files import GIB
 from sdxl_lora.processes import processes
 
-GIB = 2**30
 CUDA_CONTEXT = 0.9 * GIB
 """What CUDA takes of a GPU beside PyTorch: 0.85 GiB measured on an H100."""
 DEVICE_VARIABLE = "SDXL_LORA_DEVICE"
@@ -157,18 +155,3 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts KiB
-
-
-def require_disk_space(folder: Path, needed_bytes: int) -> None:
-    """Refuses to start writing what will not fit: a full disk truncates dvc.lock to 0 bytes.
-
-    Raises:
-        OSError: less than `needed_bytes` are free where `folder` lies.
-    """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
-        raise OSError(
-            f"{folder}/ needs {needed_bytes / GIB:.2f} GiB and the disk has {free / GIB:.2f} GiB free: "
-            f"{FREE_SPACE}"
-        )

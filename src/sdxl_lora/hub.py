@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import tqdm
 
-from sdxl_lora.hardware import require_disk_space
+from sdxl_lora.files import require_disk_space
 
 BYTES_ON_DISK = "huggingface_hub.snapshot_download"  # the client's name for the bar that is drawn
 BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"

@@ -13,8 +13,8 @@ import torch
 from sdxl_lora.base_model import local_models
 from sdxl_lora.checks import Check
 from sdxl_lora.config import Params, TrainingConfig
+from sdxl_lora.files import GIB
 from sdxl_lora.forecast import Workload
-from sdxl_lora.hardware import GIB
 from sdxl_lora.planning import Plan, Planner, refusal
 from sdxl_lora.shapes import Shapes, read_shapes
 from sdxl_lora.trial import Trial

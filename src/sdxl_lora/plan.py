@@ -14,8 +14,9 @@ import torch
 
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.economies import economies
+from sdxl_lora.files import GIB
 from sdxl_lora.forecast import Forecast, Workload
-from sdxl_lora.hardware import CUDA_CONTEXT, GIB
+from sdxl_lora.hardware import CUDA_CONTEXT
 from sdxl_lora.paths import PARAMS
 from sdxl_lora.phases import fits, forecast_inference, trace_encoding, trace_sampling
 from sdxl_lora.planning import Plan, Planner, shortage

@@ -13,8 +13,8 @@ from math import ceil, inf
 import torch
 
 from sdxl_lora.config import LoraConfig, ModelConfig, TrainingConfig, divisors
+from sdxl_lora.files import GIB
 from sdxl_lora.forecast import Forecast, Rehearsal, Workload, forecast_training
-from sdxl_lora.hardware import GIB
 from sdxl_lora.shapes import read_shapes
 
 STEPS_A_GIB = 10  # how finely the least budget is sought

@@ -10,8 +10,9 @@ import torch
 from sdxl_lora import paths
 from sdxl_lora.checks import Check, failed, passed, warned
 from sdxl_lora.config import Params
+from sdxl_lora.files import GIB
 from sdxl_lora.forecast import META
-from sdxl_lora.hardware import CUDA_CONTEXT, GIB
+from sdxl_lora.hardware import CUDA_CONTEXT
 from sdxl_lora.patient import NotTriedError, Patient
 from sdxl_lora.pins import check_pin
 from sdxl_lora.sdxl import DTYPES
