@@ -27,12 +27,12 @@ help:  ## list these targets
 setup: $(INSTALLED)  ## create .venv from requirements.lock (PYTHON=python3.12 chooses the interpreter)
 
 demo: setup  ## run the whole pipeline on the embedded model and data set: CPU, no network
-	@$(BIN)/python -m sdxl_lora.recipe demo $(if $(FORCE),--force)
+	@$(BIN)/python -m sdxl_lora.cli.recipe demo $(if $(FORCE),--force)
 	@$(RUN) dvc repro
-	@$(BIN)/python -m sdxl_lora.summary
+	@$(BIN)/python -m sdxl_lora.cli.summary
 
 test: setup  ## run the tests, but for those that take minutes
-	@TRITON_INTERPRET=1 $(RUN) python -m pytest -m interpreter tests/test_fused.py tests/test_*kernels.py
+	@TRITON_INTERPRET=1 $(RUN) python -m pytest -m interpreter tests/kernels tests/models/test_fused.py
 	@$(RUN) python -m pytest -m "not slow"
 
 check: setup  ## format, lint, types, direction of imports, known vulnerabilities of dependencies
@@ -43,28 +43,28 @@ check: setup  ## format, lint, types, direction of imports, known vulnerabilitie
 	@$(BIN)/python .ci/audit.py
 
 doctor: setup  ## look at all that an expensive run needs, in a minute: software, GPU, disk, models, a step, services
-	@$(BIN)/python -m sdxl_lora.doctor
+	@$(BIN)/python -m sdxl_lora.cli.doctor.command
 
 plan: setup  ## forecast the GPU memory of params.yaml, and say which cards it fits (no GPU needed)
-	@$(BIN)/python -m sdxl_lora.plan
+	@$(BIN)/python -m sdxl_lora.cli.plan
 
 ui: setup  ## MLflow at http://127.0.0.1:5000 (PORT=5001 chooses another port)
-	@$(BIN)/python -m sdxl_lora.ui --port $(PORT)
+	@$(BIN)/python -m sdxl_lora.cli.ui --port $(PORT)
 
 promote: setup  ## register the adapter in MLflow as champion, if it passed all of its gates
-	@$(BIN)/python -m sdxl_lora.registry
+	@$(BIN)/python -m sdxl_lora.tracking.registry
 
 push-to-hub: setup  ## upload the adapter: REPO=owner/name (private unless PUBLIC=1; FORCE=1: whatever its gates say)
-	@$(BIN)/python -m sdxl_lora.publish $(REPO) $(if $(PUBLIC),--public) $(if $(FORCE),--force)
+	@$(BIN)/python -m sdxl_lora.tracking.hub_upload $(REPO) $(if $(PUBLIC),--public) $(if $(FORCE),--force)
 
 recipe: setup  ## select a recipe: NAME=demo; without NAME list them (FORCE=1 replaces edits)
-	@$(BIN)/python -m sdxl_lora.recipe $(NAME) $(if $(FORCE),--force)
+	@$(BIN)/python -m sdxl_lora.cli.recipe $(NAME) $(if $(FORCE),--force)
 
 reproduce: setup  ## run REF again and compare: a commit, experiment, MLflow run or adapter file (DATA=pull: recorded data)
-	@$(BIN)/python -m sdxl_lora.reproduction "$(REF)" --data $(DATA)
+	@$(BIN)/python -m sdxl_lora.reproducibility.reproduce "$(REF)" --data $(DATA)
 
 verify: setup  ## hold an exported file's lineage against what is here: ADAPTER=path
-	@$(BIN)/python -m sdxl_lora.verification "$(ADAPTER)"
+	@$(BIN)/python -m sdxl_lora.reproducibility.verify "$(ADAPTER)"
 
 lock: setup  ## resolve the newest dependencies into requirements.lock, torch and its Triton kept
 	@kept=$$(sed -nE 's/^((torch|triton)==[0-9.]+).*/\1/p' requirements.lock); \

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdxl_lora import shapes
+from sdxl_lora.adapters.lora import add_adapters
 from sdxl_lora.config import load_params
-from sdxl_lora.lora import add_adapters
+from sdxl_lora.models import architecture
 
 META = torch.device("meta")
 TERA = 1e12
@@ -61,7 +61,7 @@ def count() -> Counted:
 
 def parameters() -> dict[str, int]:
     """Parameters of SDXL's parts."""
-    base = shapes.SDXL_BASE
+    base = architecture.SDXL_BASE
     parts = {"unet": base.make_unet("fp32", META), "vae": base.make_vae("fp32", META)}
     parts["text_encoder"], parts["text_encoder_2"] = base.make_text_encoders("fp32", META)
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
@@ -69,8 +69,8 @@ def parameters() -> dict[str, int]:
 
 def adapted(text_encoders: bool) -> tuple[nn.Module, ...]:
     """UNet and perhaps text encoders as training runs them: frozen, with the 16 GB recipe's adapters."""
-    unet = shapes.SDXL_BASE.make_unet("fp32", META)
-    encoders = shapes.SDXL_BASE.make_text_encoders("fp32", META) if text_encoders else None
+    unet = architecture.SDXL_BASE.make_unet("fp32", META)
+    encoders = architecture.SDXL_BASE.make_text_encoders("fp32", META) if text_encoders else None
     modules = (unet, *(encoders or ()))
     config = load_params(RECIPE).lora.model_copy(update={"rank": RANK})
     add_adapters(unet, encoders, config, seed=0)

@@ -7,7 +7,7 @@ from typing import Any, Self, TypedDict
 import pynvml
 import torch
 
-from sdxl_lora.hardware import peak_memory_gib
+from sdxl_lora.runtime.device import peak_memory_gib
 
 GIB = 2**30
 PERIOD = 0.02  # seconds; the allocator keeps what it once held, so a slow poll misses little

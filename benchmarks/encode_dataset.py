@@ -23,17 +23,17 @@ from tqdm import tqdm
 
 from benchmarks.timing import timed, wait_for
 from sdxl_lora.config import EncodingConfig, load_params
-from sdxl_lora.encoders import Encoders, encode_images, load_encoders
-from sdxl_lora.encoding import encode_dataset
-from sdxl_lora.entries import Entries
-from sdxl_lora.findings import EncodingReport
-from sdxl_lora.fused import fuse_vae
-from sdxl_lora.hardware import one_cpu_thread, reserved_device
-from sdxl_lora.pictures import CaptionedImage
-from sdxl_lora.shapes import SDXL_BASE
-from sdxl_lora.sources import file_digest
-from sdxl_lora.store import Store
-from sdxl_lora.tokenizers import load_tokenizers
+from sdxl_lora.data.encoders import Encoders, encode_images, load_encoders
+from sdxl_lora.data.encoding import encode_dataset
+from sdxl_lora.data.encoding_report import EncodingReport
+from sdxl_lora.data.image_loader import CaptionedImage
+from sdxl_lora.data.latent_cache import Entries
+from sdxl_lora.models.architecture import SDXL_BASE
+from sdxl_lora.models.fused import fuse_vae
+from sdxl_lora.models.tokenizers import load_tokenizers
+from sdxl_lora.runtime.device import one_cpu_thread, reserved_device
+from sdxl_lora.storage.content_store import Store
+from sdxl_lora.storage.repository import file_digest
 
 MIB = 2**20
 REPETITIONS = 20  # of the VAE alone

@@ -19,11 +19,11 @@ from benchmarks.device_memory import DeviceMemory, allocator_peaks
 from benchmarks.random_sdxl import RandomDataset, random_denoiser
 from benchmarks.results import OK, Result, now, publish, this_machine
 from benchmarks.tables import forecast_table
+from sdxl_lora.adapters.lora import add_adapters
 from sdxl_lora.config import Params, load_params
-from sdxl_lora.hardware import deterministic, reserved_device
-from sdxl_lora.lora import add_adapters
-from sdxl_lora.planning import Plan, choose_plan
-from sdxl_lora.training import prepare, train_lora
+from sdxl_lora.memory.planner import Plan, choose_plan
+from sdxl_lora.runtime.device import deterministic, reserved_device
+from sdxl_lora.training.trainer import prepare, train_lora
 
 STEPS = 4  # the first records, and all take the same memory, but for text encoders that freeze after two
 

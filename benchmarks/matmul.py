@@ -12,8 +12,8 @@ import torch
 from benchmarks.results import OK, Configuration, Result, now, publish, this_machine
 from benchmarks.timing import timed
 from sdxl_lora.config import Precision
-from sdxl_lora.hardware import reserved_device
-from sdxl_lora.sdxl import DTYPES
+from sdxl_lora.models.sdxl import DTYPES
+from sdxl_lora.runtime.device import reserved_device
 
 REPETITIONS = 20
 

@@ -18,7 +18,7 @@ from benchmarks.grid import combinations, gib_or_none, repeat
 from benchmarks.results import Configuration, Result, now, publish, this_machine
 from benchmarks.saved_sdxl import save_random_images, save_random_sdxl
 from benchmarks.watch import watch
-from sdxl_lora.hardware import reserved_device
+from sdxl_lora.runtime.device import reserved_device
 
 SCRIPT = Path("examples/text_to_image/train_text_to_image_lora_sdxl.py")
 VARIED = ("precision", "checkpointing", "attention", "optimizer", "text_encoders", "vram_gib")

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import CLIPTokenizer
 
-from sdxl_lora import shapes
 from sdxl_lora.config import Precision, Quantization
-from sdxl_lora.dataset import Batch, Example
-from sdxl_lora.denoising import Denoiser
-from sdxl_lora.quantization import quantize
-from sdxl_lora.sdxl import NoiseSchedule
+from sdxl_lora.data.encoded_dataset import Batch, Example
+from sdxl_lora.kernels.quantized_linear import quantize
+from sdxl_lora.models import architecture
+from sdxl_lora.models.sdxl import NoiseSchedule
+from sdxl_lora.training.denoiser import Denoiser
 
 TOKENIZER = Path("demo/base_model/tokenizer")
 """The embedded demo's: its 2,007 tokens lie within SDXL's 49,408."""
@@ -34,7 +34,7 @@ def random_denoiser(
 ) -> Denoiser:
     """A frozen SDXL with random weights, made on `device` in `precision`: 3.4 billion parameters."""
     torch.manual_seed(0)
-    base = shapes.SDXL_BASE
+    base = architecture.SDXL_BASE
     with quantized_as_made(quantization, device):
         unet = base.make_unet(precision, device)
         text_encoders = base.make_text_encoders(precision, device) if trained_text_encoders else None
@@ -46,7 +46,7 @@ def random_denoiser(
 def random_pipeline(precision: Precision, device: torch.device) -> StableDiffusionXLPipeline:
     """SDXL base with random weights, made on `device`, and a VAE that counts as one for half precisions."""
     torch.manual_seed(0)
-    base = shapes.SDXL_BASE
+    base = architecture.SDXL_BASE
     text_encoder, text_encoder_2 = base.make_text_encoders(precision, device)
     vae = base.make_vae(precision, device)
     vae.register_to_config(force_upcast=False)  # as sdxl-vae-fp16-fix
@@ -96,7 +96,7 @@ class RandomDataset:
         self.latents_shapes = [self.latents] * 8
         self.examples = [Example(str(n), f"{n}.png", "", "train", "random", n) for n in range(8)]
         token_ids = torch.randint(0, 49000, (8, 2, 77))
-        token_ids[..., -1] = shapes.SDXL_BASE.text_encoder["vocab_size"] - 1  # a caption's end
+        token_ids[..., -1] = architecture.SDXL_BASE.text_encoder["vocab_size"] - 1  # a caption's end
         self._batch = Batch(
             latents_mean=torch.randn(8, 4, side, side),
             latents_std=torch.full((8, 4, side, side), 0.1),

@@ -20,13 +20,13 @@ import torch
 
 from benchmarks.apart import apart
 from benchmarks.random_sdxl import RandomDataset, random_denoiser
-from sdxl_lora.checkpoints import Checkpoints
+from sdxl_lora.adapters.lora import add_adapters, lora_parameters
 from sdxl_lora.config import Params, load_params
-from sdxl_lora.hardware import deterministic, machine, reserved_device
-from sdxl_lora.lora import add_adapters, lora_parameters
-from sdxl_lora.planning import choose_plan
-from sdxl_lora.tensor_files import content_digest
-from sdxl_lora.training import Training, prepare
+from sdxl_lora.memory.planner import choose_plan
+from sdxl_lora.runtime.device import deterministic, machine, reserved_device
+from sdxl_lora.storage.safetensors_io import content_digest
+from sdxl_lora.training.checkpointer import Checkpoints
+from sdxl_lora.training.trainer import Training, prepare
 
 
 def main() -> None:

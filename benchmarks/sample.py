@@ -26,15 +26,15 @@ from benchmarks.random_sdxl import random_pipeline
 from benchmarks.results import GIB, OK, Configuration, Result, now, publish, this_machine
 from benchmarks.tables import WAYS
 from benchmarks.timing import wait_for
-from sdxl_lora import shapes
+from sdxl_lora.adapters.lora import add_adapters, lora_parameters, strength
 from sdxl_lora.config import Params, Precision, SamplingConfig, load_params
-from sdxl_lora.drawing import draw, prepare, recorded
-from sdxl_lora.hardware import reserved_device
-from sdxl_lora.lora import add_adapters, lora_parameters, strength
-from sdxl_lora.phases import forecast_inference, trace_sampling
-from sdxl_lora.randomness import generator
-from sdxl_lora.sampling import adapted_modules, initial_noise
-from sdxl_lora.sdxl import DTYPES, load_pipeline
+from sdxl_lora.inference.pipeline import draw, prepare, recorded
+from sdxl_lora.inference.sampling import adapted_modules, initial_noise
+from sdxl_lora.memory.inference_forecast import forecast_inference, trace_sampling
+from sdxl_lora.models import architecture
+from sdxl_lora.models.sdxl import DTYPES, load_pipeline
+from sdxl_lora.runtime.device import reserved_device
+from sdxl_lora.runtime.rng import generator
 
 VARIED = ("model", "way", "precision", "strength", "batch_size", "resolution", "num_inference_steps")
 RECIPES = {
@@ -96,9 +96,9 @@ def measure(configuration: Configuration, repetitions: int) -> Result:
 
 def forecast(configuration: Configuration, params: Params, config: SamplingConfig) -> float:
     """What the library expects the batch to take, GiB."""
-    base = replace(shapes.SDXL_BASE, vae=shapes.KNOWN_VAES["madebyollin/sdxl-vae-fp16-fix"])
+    base = replace(architecture.SDXL_BASE, vae=architecture.KNOWN_VAES["madebyollin/sdxl-vae-fp16-fix"])
     if configuration["model"] == "demo":
-        base = shapes.read_shapes(params.model)
+        base = architecture.read_shapes(params.model)
     trace = trace_sampling(base, params.model_copy(update={"sampling": config}))
     return forecast_inference(trace).total / GIB
 

@@ -22,11 +22,11 @@ from benchmarks.grid import combinations, gib_or_none, number_or_word, repeat, t
 from benchmarks.random_sdxl import RandomDataset, random_denoiser
 from benchmarks.results import GIB, OK, Configuration, Result, now, publish, this_machine
 from benchmarks.tables import steps_table
+from sdxl_lora.adapters.lora import add_adapters
 from sdxl_lora.config import Attention, Params, Quantization, load_params
-from sdxl_lora.hardware import choose_device, deterministic, reserved_device
-from sdxl_lora.lora import add_adapters
-from sdxl_lora.planning import Plan, choose_plan
-from sdxl_lora.training import Report, prepare, train_lora
+from sdxl_lora.memory.planner import Plan, choose_plan
+from sdxl_lora.runtime.device import choose_device, deterministic, reserved_device
+from sdxl_lora.training.trainer import Report, prepare, train_lora
 
 WARMUP_STEPS = 4
 VARIED = (

@@ -13,10 +13,10 @@ from benchmarks.device_memory import allocator_peaks
 from benchmarks.grid import combinations, repeat
 from benchmarks.results import OK, Configuration, Result, now, publish, this_machine
 from benchmarks.timing import timed
-from sdxl_lora import shapes
 from sdxl_lora.config import Precision
-from sdxl_lora.hardware import reserved_device
-from sdxl_lora.sdxl import DTYPES
+from sdxl_lora.models import architecture
+from sdxl_lora.models.sdxl import DTYPES
+from sdxl_lora.runtime.device import reserved_device
 
 REPETITIONS = 20
 
@@ -41,7 +41,7 @@ def measure(configuration: Configuration, repetitions: int) -> Result:
     outcome, seconds = OK, []
     torch.cuda.empty_cache()  # of the configuration before
     with reserved_device(None) as device:
-        vae = shapes.SDXL_BASE.make_vae(precision, device)
+        vae = architecture.SDXL_BASE.make_vae(precision, device)
         pixels = torch.rand(batch_size, 3, side, side, device=device, dtype=DTYPES[precision])
         try:
             seconds = timed(lambda: vae.encode(pixels), device, repetitions)

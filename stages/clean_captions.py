@@ -1,13 +1,13 @@
 """Stage clean_captions: raw captions -> clean captions, and a report of every change and rejection."""
 
 from sdxl_lora import paths
-from sdxl_lora.caption_report import caption_page
-from sdxl_lora.captions import clean_captions, read_captions
 from sdxl_lora.config import load_params
-from sdxl_lora.execution import run, stage
-from sdxl_lora.files import write_text
-from sdxl_lora.reports import write_numbers, write_table
-from sdxl_lora.tokenizers import count_tokens, load_tokenizers
+from sdxl_lora.data.captions import clean_captions, read_captions
+from sdxl_lora.models.tokenizers import count_tokens, load_tokenizers
+from sdxl_lora.reporting.captions_page import caption_page
+from sdxl_lora.runtime.stage import run, stage
+from sdxl_lora.storage.atomic_io import write_text
+from sdxl_lora.storage.report_io import write_numbers, write_table
 
 
 def main() -> None:

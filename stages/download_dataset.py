@@ -4,8 +4,8 @@ from tqdm import tqdm
 
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
-from sdxl_lora.download import download_dataset, open_source
-from sdxl_lora.execution import run, stage
+from sdxl_lora.data.download import download_dataset, open_source
+from sdxl_lora.runtime.stage import run, stage
 
 
 def main() -> None:

@@ -6,17 +6,17 @@ from tqdm import tqdm
 
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
-from sdxl_lora.dataset_card import dataset_card
-from sdxl_lora.encoders import load_encoders
-from sdxl_lora.encoding import encode_dataset, own_share, read_captions
-from sdxl_lora.entries import Entries
-from sdxl_lora.environment import environment
-from sdxl_lora.execution import project_root, run, stage
-from sdxl_lora.files import write_text
-from sdxl_lora.findings import EncodingReport
-from sdxl_lora.hardware import one_cpu_thread, require_precision, reserved_device
-from sdxl_lora.reports import read_numbers, write_numbers, write_table
-from sdxl_lora.store import Store
+from sdxl_lora.data.encoders import load_encoders
+from sdxl_lora.data.encoding import encode_dataset, own_share, read_captions
+from sdxl_lora.data.encoding_report import EncodingReport
+from sdxl_lora.data.latent_cache import Entries
+from sdxl_lora.reporting.dataset_card import dataset_card
+from sdxl_lora.runtime.device import one_cpu_thread, require_precision, reserved_device
+from sdxl_lora.runtime.environment import environment
+from sdxl_lora.runtime.stage import project_root, run, stage
+from sdxl_lora.storage.atomic_io import write_text
+from sdxl_lora.storage.content_store import Store
+from sdxl_lora.storage.report_io import read_numbers, write_numbers, write_table
 
 
 def main() -> None:

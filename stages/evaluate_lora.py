@@ -3,12 +3,11 @@
 from tqdm import tqdm
 
 from sdxl_lora import paths
-from sdxl_lora.clip import ImageTextScorer
+from sdxl_lora.adapters.lora import WEIGHTS, load_lora
 from sdxl_lora.config import load_params
-from sdxl_lora.copying import Match
-from sdxl_lora.dataset import EncodedDataset
-from sdxl_lora.denoising import load_denoiser
-from sdxl_lora.evaluation import (
+from sdxl_lora.data.encoded_dataset import EncodedDataset
+from sdxl_lora.evaluation.clip import ImageTextScorer
+from sdxl_lora.evaluation.evaluation import (
     LOSS_COLUMNS,
     Pictures,
     evaluate_samples,
@@ -17,13 +16,14 @@ from sdxl_lora.evaluation import (
     held_out_loss,
     loss_by_timestep,
 )
-from sdxl_lora.execution import run, stage
-from sdxl_lora.gates import Gate, judge, verdict
-from sdxl_lora.hardware import require_precision, reserved_device
-from sdxl_lora.lora import WEIGHTS, load_lora
-from sdxl_lora.reports import write_numbers, write_records, write_table
-from sdxl_lora.samples import load_table
-from sdxl_lora.scores import INTERVAL_COLUMNS
+from sdxl_lora.evaluation.gates import Gate, judge, verdict
+from sdxl_lora.evaluation.memorization import Match
+from sdxl_lora.evaluation.sample_metrics import INTERVAL_COLUMNS
+from sdxl_lora.inference.samples import load_table
+from sdxl_lora.runtime.device import require_precision, reserved_device
+from sdxl_lora.runtime.stage import run, stage
+from sdxl_lora.storage.report_io import write_numbers, write_records, write_table
+from sdxl_lora.training.denoiser import load_denoiser
 
 
 def main() -> None:

@@ -3,18 +3,18 @@
 import shutil
 
 from sdxl_lora import paths
-from sdxl_lora.base_model import weight_digests
+from sdxl_lora.adapters.export import export_lora, kohya_file, model_spec
+from sdxl_lora.adapters.lineage import lineage
+from sdxl_lora.adapters.lora import WEIGHTS
 from sdxl_lora.config import load_params
-from sdxl_lora.execution import run, stage
-from sdxl_lora.export import export_lora, kohya_file, model_spec
-from sdxl_lora.files import write_text
-from sdxl_lora.gates import failures
-from sdxl_lora.lineage import lineage
-from sdxl_lora.lora import WEIGHTS
-from sdxl_lora.model_card import card_pictures, model_card, picture_name
-from sdxl_lora.reports import read_numbers, write_numbers
-from sdxl_lora.samples import load_table
-from sdxl_lora.sdxl import layers_per_block, load_noise_schedule
+from sdxl_lora.evaluation.gates import failures
+from sdxl_lora.inference.samples import load_table
+from sdxl_lora.models.sdxl import layers_per_block, load_noise_schedule
+from sdxl_lora.models.weights import weight_digests
+from sdxl_lora.reporting.model_card import card_pictures, model_card, picture_name
+from sdxl_lora.runtime.stage import run, stage
+from sdxl_lora.storage.atomic_io import write_text
+from sdxl_lora.storage.report_io import read_numbers, write_numbers
 
 PICTURES = 6
 

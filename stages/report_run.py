@@ -3,13 +3,13 @@
 import pandas as pd
 
 from sdxl_lora import paths
+from sdxl_lora.adapters.lineage import facts_of
 from sdxl_lora.config import load_params
-from sdxl_lora.execution import run, stage
-from sdxl_lora.files import write_text
-from sdxl_lora.lineage import facts_of
-from sdxl_lora.reporting import Results, page
-from sdxl_lora.reports import read_numbers
-from sdxl_lora.samples import load_table
+from sdxl_lora.inference.samples import load_table
+from sdxl_lora.reporting.run_page import Results, page
+from sdxl_lora.runtime.stage import run, stage
+from sdxl_lora.storage.atomic_io import write_text
+from sdxl_lora.storage.report_io import read_numbers
 
 
 def main() -> None:

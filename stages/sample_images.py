@@ -4,13 +4,19 @@ from tqdm import tqdm
 
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
-from sdxl_lora.drawing import prepare
-from sdxl_lora.execution import run, stage
-from sdxl_lora.files import written_whole
-from sdxl_lora.hardware import require_precision, reserved_device
-from sdxl_lora.samples import save_sample, save_table
-from sdxl_lora.sampling import generation_settings, grid, load_adapter, sample_images, sampled_captions
-from sdxl_lora.sdxl import load_pipeline
+from sdxl_lora.inference.pipeline import prepare
+from sdxl_lora.inference.samples import save_sample, save_table
+from sdxl_lora.inference.sampling import (
+    generation_settings,
+    grid,
+    load_adapter,
+    sample_images,
+    sampled_captions,
+)
+from sdxl_lora.models.sdxl import load_pipeline
+from sdxl_lora.runtime.device import require_precision, reserved_device
+from sdxl_lora.runtime.stage import run, stage
+from sdxl_lora.storage.atomic_io import written_whole
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
-from sdxl_lora.execution import run, stage
-from sdxl_lora.projection import track_run
-from sdxl_lora.reports import write_numbers
+from sdxl_lora.runtime.stage import run, stage
+from sdxl_lora.storage.report_io import write_numbers
+from sdxl_lora.tracking.pipeline_run import track_run
 
 
 def main() -> None:

@@ -3,24 +3,24 @@
 from functools import partial
 
 from sdxl_lora import paths
-from sdxl_lora.checkpoints import Checkpoints, training_key
-from sdxl_lora.choices import as_recorded, recorded_choices
+from sdxl_lora.adapters.lora import add_adapters, save_lora
 from sdxl_lora.config import load_params
-from sdxl_lora.dataset import EncodedDataset
-from sdxl_lora.denoising import load_denoiser
-from sdxl_lora.environment import environment
-from sdxl_lora.execution import Deadline, project_root, run, stage
-from sdxl_lora.failed_steps import failed_steps_kept
-from sdxl_lora.files import require_writable, write_text
-from sdxl_lora.hardware import deterministic, require_precision, reserved_device
-from sdxl_lora.lora import add_adapters, save_lora
-from sdxl_lora.planning import choose_plan
-from sdxl_lora.previews import Previewer
-from sdxl_lora.processes import processes
-from sdxl_lora.reports import write_numbers
-from sdxl_lora.session import Session
-from sdxl_lora.tracking import live_run
-from sdxl_lora.training import Training, loss_curve, prepare, summarise
+from sdxl_lora.data.encoded_dataset import EncodedDataset
+from sdxl_lora.memory.planner import choose_plan
+from sdxl_lora.runtime.device import deterministic, require_precision, reserved_device
+from sdxl_lora.runtime.distributed import processes
+from sdxl_lora.runtime.environment import environment
+from sdxl_lora.runtime.stage import Deadline, project_root, run, stage
+from sdxl_lora.storage.atomic_io import require_writable, write_text
+from sdxl_lora.storage.report_io import write_numbers
+from sdxl_lora.tracking.live_run import live_run
+from sdxl_lora.training.auto_choices import as_recorded, recorded_choices
+from sdxl_lora.training.checkpointer import Checkpoints, training_key
+from sdxl_lora.training.denoiser import load_denoiser
+from sdxl_lora.training.loop import Session
+from sdxl_lora.training.nonfinite_dump import failed_steps_kept
+from sdxl_lora.training.previews import Previewer
+from sdxl_lora.training.trainer import Training, loss_curve, prepare, summarise
 
 
 def main() -> None:

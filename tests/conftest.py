@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub import Hub, serving_hub
 from huggingface_hub import constants
 from hypothesis import settings
-from interpreter import KERNEL_DEVICES, torch_device
+
+from tests.support.hub import Hub, serving_hub
+from tests.support.interpreter import KERNEL_DEVICES, torch_device
 
 settings.register_profile("busy machine", deadline=None)  # else an example fails that takes 200 ms
 settings.load_profile("busy machine")

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sdxl_lora.config import Params, Section, load_params
-from sdxl_lora.sources import folder_digest, is_folder
+from sdxl_lora.storage.repository import folder_digest, is_folder
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))

@@ -15,7 +15,7 @@ from models import make_scheduler
 from pictures import encoded_pictures
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdxl_lora.sources import folder_digest
+from sdxl_lora.storage.repository import folder_digest
 
 HERE = Path(__file__).parent
 TRAINED = HERE / "out"

@@ -9,7 +9,7 @@ from emoji import TARGET_STYLE, caption, load_labels, on_white, target_pictures
 from PIL import Image, ImageDraw, ImageFont
 
 from sdxl_lora import paths
-from sdxl_lora.samples import load_table
+from sdxl_lora.inference.samples import load_table
 
 HERE = Path(__file__).parent
 PROJECT = HERE.parents[1]

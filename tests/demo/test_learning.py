@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from sdxl_lora import paths
-from sdxl_lora.reports import read_numbers
+from sdxl_lora.storage.report_io import read_numbers
 from stages import clean_captions, download_dataset, encode_dataset, evaluate_lora, sample_images, train_lora
 
 REPOSITORY = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from sdxl_lora import paths
-from sdxl_lora.gates import failures
+from sdxl_lora.evaluation.gates import failures
 from stages import clean_captions, download_dataset, encode_dataset, evaluate_lora, sample_images, train_lora
 
 pytestmark = pytest.mark.slow

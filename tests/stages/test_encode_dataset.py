@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from sdxl_lora import paths
-from sdxl_lora.dataset import EncodedDataset, data_digest
+from sdxl_lora.data.encoded_dataset import EncodedDataset, data_digest
 from stages import clean_captions, download_dataset, encode_dataset
 
 

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from adapters import write_adapter
-from encoded import write_encoded_dataset
 from PIL import Image
 
 from sdxl_lora import paths
+from sdxl_lora.adapters.lora import WEIGHTS
 from sdxl_lora.config import load_params
-from sdxl_lora.lora import WEIGHTS
-from sdxl_lora.samples import Sample, load_table, save_table
+from sdxl_lora.inference.samples import Sample, load_table, save_table
 from stages import evaluate_lora
+from tests.support.adapters import write_adapter
+from tests.support.encoded import write_encoded_dataset
 
 
 @pytest.fixture

@@ -4,17 +4,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from adapters import write_adapter
-from encoded import write_encoded_dataset
 from huggingface_hub import ModelCard
 from PIL import Image
 
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
-from sdxl_lora.reports import write_numbers
-from sdxl_lora.samples import Sample, save_table
-from sdxl_lora.tensor_files import read_header
+from sdxl_lora.inference.samples import Sample, save_table
+from sdxl_lora.storage.report_io import write_numbers
+from sdxl_lora.storage.safetensors_io import read_header
 from stages import export_lora
+from tests.support.adapters import write_adapter
+from tests.support.encoded import write_encoded_dataset
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from sdxl_lora import paths
-from sdxl_lora.reports import write_numbers
-from sdxl_lora.samples import Sample, save_table
-from sdxl_lora.tensor_files import write_tensors
+from sdxl_lora.inference.samples import Sample, save_table
+from sdxl_lora.storage.report_io import write_numbers
+from sdxl_lora.storage.safetensors_io import write_tensors
 from stages import report_run
 
 RECIPE = Path("recipes/demo.yaml").resolve()

@@ -3,14 +3,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from adapters import write_adapter
-from encoded import CAPTIONS, write_encoded_dataset
 from PIL import Image
 
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
-from sdxl_lora.randomness import generator
+from sdxl_lora.runtime.rng import generator
 from stages import sample_images
+from tests.support.adapters import write_adapter
+from tests.support.encoded import CAPTIONS, write_encoded_dataset
 
 
 @pytest.fixture

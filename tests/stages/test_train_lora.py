@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from training_project import REPOSITORY, enter_project, free_port, write_params
 
 from sdxl_lora import paths
-from sdxl_lora.lora import saved_lora
-from sdxl_lora.reports import read_numbers, write_numbers
+from sdxl_lora.adapters.lora import saved_lora
+from sdxl_lora.storage.report_io import read_numbers, write_numbers
 from stages import train_lora
+from tests.support.training_project import REPOSITORY, enter_project, free_port, write_params
 
 
 @pytest.fixture

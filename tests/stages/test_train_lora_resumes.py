@@ -19,17 +19,17 @@ import pandas as pd
 import psutil
 import pytest
 from mlflow import MlflowClient
-from project import create_project
 from safetensors.torch import load_file
-from training_project import REPOSITORY, enter_project, free_port, write_params
 
 from sdxl_lora import paths
-from sdxl_lora.dataset import EncodedDataset
-from sdxl_lora.lora import saved_lora
-from sdxl_lora.reports import read_numbers
-from sdxl_lora.session import STOPPED
-from sdxl_lora.tracking import connect
+from sdxl_lora.adapters.lora import saved_lora
+from sdxl_lora.data.encoded_dataset import EncodedDataset
+from sdxl_lora.storage.report_io import read_numbers
+from sdxl_lora.tracking.live_run import connect
+from sdxl_lora.training.loop import STOPPED
 from stages import train_lora
+from tests.support.project import create_project
+from tests.support.training_project import REPOSITORY, enter_project, free_port, write_params
 
 SECONDS = 120
 

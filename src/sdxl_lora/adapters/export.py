@@ -1,0 +1,118 @@
+"""The adapter as others take it: diffusers' file, and kohya's for ComfyUI and A1111, checked once written.
+
+Both hold the same fp32 weights, and in their headers where they come from.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sdxl_lora.adapters.kohya import kohya_name, kohya_update, kohya_weights, product
+from sdxl_lora.adapters.lineage import WEIGHTS_FACT
+from sdxl_lora.adapters.lora import WEIGHTS, by_part, peft_header, saved_lora
+from sdxl_lora.config import ExportConfig, PredictionType
+from sdxl_lora.storage.safetensors_io import content_digest, read_header, write_tensors
+
+
+def export_lora(
+    source: Path, target: Path, config: ExportConfig, facts: Mapping[str, str], layers_per_block: int
+) -> None:
+    """Writes both files of the adapter in `source` into `target` and reads them back.
+
+    Args:
+        facts: entries of both headers: ModelSpec's, and where the adapter comes from.
+        layers_per_block: resnets in a block of the UNet's way down.
+
+    Raises:
+        FileNotFoundError: nothing was saved in `source`.
+        ValueError: a layer has no name in kohya's format.
+        RuntimeError: a file does not hold what was trained.
+    """
+    path = saved_lora(source)
+    weights, configs = load_file(path), by_part(peft_header(path))
+    alphas = {part: float(config["lora_alpha"]) for part, config in configs.items()}
+    renamed = kohya_weights(weights, alphas, layers_per_block)
+    target.mkdir(parents=True, exist_ok=True)
+    header = {**read_header(path), **facts, WEIGHTS_FACT: content_digest(weights)}
+    write_tensors(target / WEIGHTS, weights, header)
+    header = {
+        **facts,
+        **kohya_header(configs["unet"]),
+        WEIGHTS_FACT: content_digest(renamed),
+        "modelspec.hash_sha256": f"0x{content_digest(renamed)}",
+    }
+    write_tensors(target / kohya_file(config), renamed, header)
+    check_files(path, target / WEIGHTS, target / kohya_file(config), layers_per_block)
+
+
+def check_files(trained: Path, diffusers: Path, kohya: Path, layers_per_block: int) -> None:
+    """Reads the files back and compares what they add to each layer with what was trained, a layer at a time.
+
+    Raises:
+        RuntimeError: a file adds something else to a layer, or has layers of its own.
+    """
+    expected, again, renamed = load_file(trained), load_file(diffusers), load_file(kohya)
+    scales, scales_again = (scales_by_part(path) for path in (trained, diffusers))
+    layers = [key.removesuffix(".lora_A.weight") for key in expected if key.endswith(".lora_A.weight")]
+    if len(again) != len(expected) or len(renamed) != 3 * len(layers):
+        raise RuntimeError(f"{diffusers} or {kohya} has other layers than {trained}")
+    for layer in layers:
+        update = update_of(expected, layer, scales)
+        for path, found in (
+            (diffusers, update_of(again, layer, scales_again)),
+            (kohya, kohya_update(renamed, kohya_name(layer, layers_per_block))),
+        ):
+            if not torch.allclose(found, update, rtol=1e-6, atol=0):
+                raise RuntimeError(f"{path} does not hold what was trained: {layer} differs")
+
+
+def update_of(weights: Mapping[str, Tensor], layer: str, scales: Mapping[str, float]) -> Tensor:
+    """What an adapter in diffusers' format adds to a layer's weight."""
+    up, down = (weights[f"{layer}.lora_{matrix}.weight"] for matrix in "BA")
+    return scales[layer.partition(".")[0]] * product(up, down)
+
+
+def scales_by_part(path: Path) -> dict[str, float]:
+    """The factor alpha / rank of each part, from a file's header."""
+    return {part: config["lora_alpha"] / config["r"] for part, config in by_part(peft_header(path)).items()}
+
+
+def kohya_header(config: Mapping[str, Any]) -> dict[str, str]:
+    """What kohya's own files say of themselves, as far as tools show it.
+
+    Args:
+        config: PEFT's of the UNet.
+    """
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(config["r"]),
+        "ss_network_alpha": str(config["lora_alpha"]),
+        "ss_base_model_version": "sdxl_base_v1-0",
+    }
+
+
+def model_spec(
+    config: ExportConfig, trigger: str | None, resolution: int, prediction_type: PredictionType
+) -> dict[str, str]:
+    """Entries of the Stability AI Model Metadata Standard 1.0.0 (Stability-AI/ModelSpec)."""
+    entries = {
+        "sai_model_spec": "1.0.0",
+        "architecture": "stable-diffusion-xl-v1-base/lora",
+        "implementation": "https://github.com/Stability-AI/generative-models",
+        "title": config.title,
+        "license": config.license,
+        "resolution": f"{resolution}x{resolution}",
+        "prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
+        "trigger_phrase": trigger,
+    }
+    return {f"modelspec.{name}": value for name, value in entries.items() if value}
+
+
+def kohya_file(config: ExportConfig) -> str:
+    """Under which name ComfyUI and A1111 list the adapter."""
+    return f"{re.sub(r'[^a-z0-9]+', '-', config.title.lower()).strip('-')}.safetensors"

@@ -1,0 +1,59 @@
+"""Looks at everything that an expensive run needs, within a minute."""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from sdxl_lora.config import load_params
+from sdxl_lora.paths import PARAMS
+from sdxl_lora.reproducibility.checklist import as_json, exit_status, line, verdict
+
+WIDTH = 10  # of the longest check's name
+LIBRARY_SETTINGS = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic kernels need it before CUDA starts
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m sdxl_lora.cli.doctor.command",
+        description=(__doc__ or "").splitlines()[0],
+        epilog="The exit status is 1 if a check fails.",
+    )
+    parser.add_argument("--recipe", type=Path, default=PARAMS, help=f"default: {PARAMS}")
+    parser.add_argument("--json", action="store_true", help="the list as JSON")
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    try:
+        params = load_params(arguments.recipe)
+    except (ValueError, OSError) as error:
+        sys.exit(f"doctor: {error}")
+    for name, value in LIBRARY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of 4 bits, used on no CPU
+    from sdxl_lora.cli.doctor.context import Patient
+    from sdxl_lora.cli.doctor.examinations import (
+        examine,  # only now: libraries read their settings when imported
+    )
+    from sdxl_lora.runtime.device import choose_device
+
+    patient, checks = Patient(params, choose_device()), []
+    for check in examine(patient):
+        checks.append(check)
+        if not arguments.json:
+            sys.stdout.write(f"{line(check, WIDTH)}\n")
+            sys.stdout.flush()
+    patient.leave()
+    summary = f"{verdict(checks)}, in {time.monotonic() - start:.0f} s"
+    sys.stdout.write(f"{as_json(checks) if arguments.json else summary}\n")
+    sys.exit(exit_status(checks))
+
+
+if __name__ == "__main__":
+    main()

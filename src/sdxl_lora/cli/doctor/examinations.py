@@ -1,0 +1,50 @@
+"""What the doctor looks at, in its order, and how: no check stops another one."""
+
+from collections.abc import Iterator
+
+from sdxl_lora.cli.doctor.context import Examination, NotTriedError, Patient
+from sdxl_lora.cli.doctor.resources import check_disk, check_gpu_memory, check_memory, check_models
+from sdxl_lora.cli.doctor.services import check_mlflow, check_remote
+from sdxl_lora.cli.doctor.smoke_tests import (
+    check_gradient,
+    check_resume,
+    check_sample,
+    check_save,
+    check_step,
+    check_vae,
+)
+from sdxl_lora.cli.doctor.software import check_gpu, check_libraries, check_precision, check_python
+from sdxl_lora.reproducibility.checklist import Check, failed, warned
+
+EXAMINATIONS: list[Examination] = [
+    check_python,
+    check_libraries,
+    check_gpu,
+    check_precision,
+    check_gpu_memory,
+    check_memory,
+    check_disk,
+    check_models,
+    check_mlflow,
+    check_remote,
+    check_vae,
+    check_gradient,
+    check_step,
+    check_resume,
+    check_save,
+    check_sample,
+]
+
+
+def examine(patient: Patient) -> Iterator[Check]:
+    """Each check as soon as it is made. What goes wrong in one is its finding."""
+    for examination in EXAMINATIONS:
+        name = examination.__name__.removeprefix("check_").replace("_", " ")
+        try:
+            yield from examination(patient)
+        except NotTriedError as reason:
+            yield warned(name, f"not tried: {reason}", "see the line about that")
+        except Exception as error:  # whatever it is, the run would have met it
+            yield failed(
+                name, f"{type(error).__name__}: {' '.join(str(error).split())}", "mend that, then again"
+            )

@@ -1,0 +1,125 @@
+"""Whether the software is what the lock pins, and fits the GPU."""
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from sdxl_lora.cli.doctor.context import Patient
+from sdxl_lora.config import Params, Precision
+from sdxl_lora.reproducibility.checklist import Check, failed, passed, warned
+from sdxl_lora.runtime.environment import LIBRARIES, installed_version
+
+LOCK = Path("requirements.lock")
+PYTHONS = ((3, 11), (3, 14))
+"""The first that will do, and the first that is too new."""
+NATIVE_BF16 = 8  # compute capability, Ampere
+OPTIONAL = {"triton", "xformers"}
+SHOWN = 4  # packages that a line names
+
+
+def check_python(_: Patient, version: tuple[int, ...] = sys.version_info[:3]) -> Iterator[Check]:
+    """Whether this Python is one that the project is made for."""
+    text, (first, last) = ".".join(map(str, version)), PYTHONS
+    if first <= version[:2] < last:
+        yield passed("python", text)
+    else:
+        yield failed("python", f"{text} is not 3.11, 3.12 or 3.13", "`make setup PYTHON=python3.12`")
+
+
+def check_libraries(_: Patient, lock: Path = LOCK) -> Iterator[Check]:
+    """Whether the packages that results go through have the versions of the lock."""
+    pinned = pinned_versions(lock.read_text(encoding="utf-8"))
+    installed = {name: installed_version(name) for name in LIBRARIES if name in pinned}
+    if missing := [name for name, version in installed.items() if version is None and name not in OPTIONAL]:
+        yield failed("libraries", f"not installed: {', '.join(missing)}", "`make setup`")
+    others = [
+        f"{name} {version} (lock: {pinned[name]})"
+        for name, version in installed.items()
+        if version is not None and version.partition("+")[0] != pinned[name]
+    ]
+    if others:
+        rest = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        yield warned(
+            "libraries",
+            f"{', '.join(others[:SHOWN])}{rest}: results may round otherwise",
+            "`make setup` installs the lock",
+        )
+    elif not missing:
+        yield passed("libraries", f"{len(installed)} that compute are as {lock} pins them")
+
+
+def pinned_versions(lock: str) -> dict[str, str]:
+    """The version of each package in a lock, by name."""
+    return dict(re.findall(r"^([A-Za-z0-9._-]+)(?:\[.*\])?==(\S+)", lock, re.MULTILINE))
+
+
+def check_gpu(patient: Patient) -> Iterator[Check]:
+    """Whether there is a GPU if the recipe needs one, and PyTorch has kernels for it."""
+    if patient.device.type != "cuda":
+        if patient.has_its_gpu:
+            yield passed("gpu", "none, and this recipe needs none")
+        else:
+            needed = f"training.vram_gib is {patient.params.training.vram_gib:g} and PyTorch sees no GPU"
+            yield failed("gpu", needed, "run on a machine with one; `make recipe NAME=demo` needs none")
+        return
+    name = torch.cuda.get_device_name(patient.device)
+    capability, kernels = torch.cuda.get_device_capability(patient.device), torch.cuda.get_arch_list()
+    architecture = f"sm_{capability[0]}{capability[1]}"
+    if has_kernels(capability, kernels):
+        yield passed("gpu", f"{name}, {architecture}")
+    else:
+        built = f"PyTorch {torch.__version__} is built for {', '.join(kernels)}"
+        remedy = "install a PyTorch built for this card, or use another card"
+        yield failed("gpu", f"{name} is {architecture}, {built}", remedy)
+
+
+def has_kernels(capability: tuple[int, int], kernels: Sequence[str]) -> bool:
+    """Whether a GPU runs one of PyTorch's builds.
+
+    Machine code (`sm_86`) runs on cards of its major version from its minor one on, intermediate code
+    (`compute_90`) on all from its version on (CUDA C++ Programming Guide, "Application Compatibility").
+    """
+    for kernel in kernels:
+        kind, _, version = kernel.partition("_")
+        digits = re.sub(r"\D", "", version)
+        major, minor = int(digits[:-1]), int(digits[-1])
+        if kind == "sm" and major == capability[0] and minor <= capability[1]:
+            return True
+        if kind == "compute" and (major, minor) <= capability:
+            return True
+    return False
+
+
+def check_precision(patient: Patient) -> Iterator[Check]:
+    """Whether the device computes in the precisions that the params name."""
+    precisions = precisions_of(patient.params)
+    cuda = patient.device.type == "cuda"
+    halves = [key for key, precision in precisions.items() if precision == "fp16"]
+    if halves and not cuda:
+        yield failed(
+            "precision", f"{', '.join(halves)}: fp16, which takes a GPU", "set them to fp32, or find one"
+        )
+        return
+    wanted = [key for key, precision in precisions.items() if precision == "bf16"]
+    native = cuda and torch.cuda.get_device_capability(patient.device)[0] >= NATIVE_BF16
+    if wanted and not native:
+        yield warned(
+            "precision", f"{', '.join(wanted)}: bf16 is emulated here, slowly", "set them to fp16 or fp32"
+        )
+    else:
+        used = ", ".join(sorted(set(precisions.values())))
+        yield passed("precision", f"{used}; bf16 is {'native' if native else 'not native'} here")
+
+
+def precisions_of(params: Params) -> Mapping[str, Precision]:
+    """The precisions that stages compute in, by params key."""
+    return {
+        "encoding.vae_precision": params.encoding.vae_precision,
+        "encoding.text_precision": params.encoding.text_precision,
+        "training.precision": params.training.precision,
+        "sampling.precision": params.sampling.precision,
+        "evaluation.precision": params.evaluation.precision,
+    }

@@ -1,0 +1,147 @@
+"""What a recipe will take of a GPU's memory, and on which cards it fits: `python -m sdxl_lora.cli.plan`.
+
+Needs neither a GPU nor the base model's weights.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from math import inf
+from pathlib import Path
+
+import torch
+
+from sdxl_lora.config import Params, load_params
+from sdxl_lora.memory.inference_forecast import fits, forecast_inference, trace_encoding, trace_sampling
+from sdxl_lora.memory.planner import Plan, Planner, shortage
+from sdxl_lora.memory.savings import economies
+from sdxl_lora.memory.training_forecast import Forecast, Workload
+from sdxl_lora.models.architecture import read_shapes
+from sdxl_lora.paths import PARAMS
+from sdxl_lora.runtime.device import CUDA_CONTEXT
+from sdxl_lora.storage.atomic_io import GIB
+
+CARDS = (8, 10, 12, 16, 24)
+SHOWN = 0.92
+"""Share of a card's nominal memory that it shows: 14.75 GiB of a T4's 16. ECC and the driver take some."""
+MEANINGS = {
+    "weights": "the base model's",
+    "adapters": "trained weights, their copies and gradients",
+    "optimizer": "AdamW's moments",
+    "activations": "what a pass makes, at its most",
+    "previews": "a picture's VAE and UNet pass, beside training",
+    "cache": "held by PyTorch and not in use",
+    "workspace": "scratch memory of kernels",
+}
+BESIDE = f"""\
+Not in it: what CUDA takes for itself ({CUDA_CONTEXT / GIB:.1f} GiB on an H100), a screen, other programs.
+Not forecast: evaluate_lora, and main memory."""
+
+
+def plan_recipe(params: Params, saves: bool = False) -> Iterator[str]:
+    """The forecast as text, piece by piece as it is made.
+
+    Args:
+        saves: say what lowers each phase that is too large for a card, too: a minute of work more.
+    """
+    shapes = read_shapes(params.model)
+    side = params.encoding.resolution // shapes.pixels_per_latent
+    trained = params.model.text_encoders != "frozen"
+    work = Workload(shapes, trained, params.lora, params.training, torch.Size((1, 4, side, side)))
+    planner, budget = Planner(work), params.training.vram_gib
+    limit = inf if budget is None else budget * GIB
+    plan = planner.fastest(limit)
+    others = {"encode": trace_encoding(shapes, params), "sample": trace_sampling(shapes, params)}
+    tight = {"train"} if plan is None else set()
+    shown = planner.smallest() if plan is None else planner.exact(plan, limit)
+    yield (
+        f"{shortage(work, shown)}; see the end for what lowers it." if plan is None else headline(shown, work)
+    )
+    assert shown.forecast is not None
+    encode, sample = (forecast_inference(trace) for trace in others.values())
+    yield phase_table({"encode": encode, "train": shown.forecast, "sample": sample})
+    yield BESIDE
+    saves = saves or plan is None
+    yield "\nCards, with training.vram_gib set to what each leaves to PyTorch (in brackets):"
+    for card in CARDS:
+        usable = card * SHOWN * GIB - CUDA_CONTEXT
+        plan = planner.fastest(usable)
+        failing = [name for name, trace in others.items() if not fits(trace, usable)]
+        tight |= {*failing, *([] if plan else ["train"])}
+        yield card_line(card, usable, plan, failing, work)
+    if tight and saves:
+        yield "\nThe least that does, GiB (train: all blocks checkpointed), and what lowers it:"
+        for phase, name, least in economies(params, work, tight):
+            yield f"  {phase:7} {name:46} {least:5.1f}"
+    elif tight:
+        yield "\n`python -m sdxl_lora.cli.plan --save` says what lowers each phase (a minute)."
+
+
+def headline(plan: Plan, work: Workload) -> str:
+    """The plan that params get, and how to keep it."""
+    budget, config = work.config.vram_gib, work.config
+    allowed = "Without training.vram_gib" if budget is None else f"Within training.vram_gib {budget:g}"
+    pinned = plan.applied_to(config)
+    line = f"{allowed}: {description(plan, work)}."
+    if pinned == config:
+        return line
+    return (
+        f"{line}\nTo pin this plan: training.micro_batch_size {pinned.micro_batch_size}, "
+        f"training.checkpointing {pinned.checkpointing}."
+    )
+
+
+def phase_table(phases: Mapping[str, Forecast]) -> str:
+    """Peak memory by part and phase, GiB, with what the parts are."""
+    rows = [f"{'peak GPU memory, GiB':22}" + "".join(f"{name:>9}" for name in phases)]
+    most = max(phases, key=lambda name: phases[name].total)
+    for part in (*asdict(phases[most]), "total"):
+        values = [forecast.gib()[part] for forecast in phases.values()]
+        cells = "".join(f"{value:9.2f}" if value else f"{'-':>9}" for value in values)
+        rows.append(f"  {part:20}{cells}   {MEANINGS.get(part, f'most: {most}')}")
+    return "\n".join(rows)
+
+
+def card_line(card: int, usable: float, plan: Plan | None, failing: list[str], work: Workload) -> str:
+    """Whether the recipe fits on a card, and with which plan.
+
+    Args:
+        card: nominal memory, GiB.
+        usable: bytes of it that PyTorch can have.
+        failing: other phases that do not fit.
+    """
+    verdicts = [f"trains {description(plan, work)}" if plan else "train does not fit"]
+    verdicts += [f"{name} does not fit" for name in failing]
+    return f"  {card:3} GiB ({usable / GIB:4.1f})  " + "; ".join(verdicts)
+
+
+def description(plan: Plan, work: Workload) -> str:
+    """A plan in words."""
+    assert plan.forecast is not None
+    size, total = plan.micro_batch_size, plan.forecast.total / GIB
+    words = f"{size} of {work.config.batch_size} examples at once in {total:.1f} GiB"
+    if plan.checkpointed:
+        return f"{words}, {len(plan.checkpointed)} blocks checkpointed ({plan.recomputed:+.0%} arithmetic)"
+    return f"{words}, no checkpointing"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m sdxl_lora.cli.plan", description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", type=Path, default=PARAMS, help=f"default: {PARAMS}")
+    parser.add_argument("--vram", type=float, metavar="GIB", help="in place of training.vram_gib")
+    parser.add_argument("--save", action="store_true", help="say what lowers each phase (a minute more)")
+    arguments = parser.parse_args()
+    try:
+        params = load_params(arguments.recipe)
+        if arguments.vram is not None:
+            training = params.training.model_copy(update={"vram_gib": arguments.vram})
+            params = params.model_copy(update={"training": training})
+        for text in plan_recipe(params, arguments.save):
+            print(text, flush=True)
+    except (ValueError, OSError) as error:
+        sys.exit(f"plan: {error}")
+
+
+if __name__ == "__main__":
+    main()

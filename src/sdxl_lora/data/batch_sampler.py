@@ -1,0 +1,68 @@
+"""Which examples each step trains on: a function of the seed and the step's number, with no state to keep."""
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+
+import torch
+
+from sdxl_lora.runtime.rng import generator
+
+
+def batch_order(buckets: Sequence[Hashable], size: int, seed: int, first: int = 0) -> Iterator[list[int]]:
+    """Indices of each batch's examples, from batch number `first` of an endless sequence on.
+
+    Every epoch visits every example once, in an order of its own. Examples wait for others of their bucket,
+    and whenever `size` of them have come together, they are the next batch. Those that still wait at the end
+    of an epoch begin the bucket's first batch in the next one. With a single bucket, batches are pieces of
+    the shuffled epochs, one after the other.
+
+    To start at a large number takes as long as to start at a small one.
+
+    Args:
+        buckets: of each example; a batch is of one bucket.
+        size: examples of a batch.
+        seed: key of the shuffles.
+    """
+    epoch, skipped = epoch_of_batch(Counter(buckets), size, first)
+    waiting = left_waiting(buckets, size, seed, epoch)
+    while True:
+        for example in shuffled(len(buckets), seed, epoch):
+            batch = waiting[buckets[example]]
+            batch.append(example)
+            if len(batch) < size:
+                continue
+            waiting[buckets[example]] = []
+            if skipped:
+                skipped -= 1
+            else:
+                yield batch
+        epoch += 1
+
+
+def epoch_of_batch(members: Counter[Hashable], size: int, number: int) -> tuple[int, int]:
+    """The epoch in which batch `number` is completed, and how many of that epoch are completed before it."""
+
+    def batches_before(epoch: int) -> int:
+        return sum(epoch * count // size for count in members.values())
+
+    enough = (number + len(members) + 1) * size // members.total() + 1  # these epochs have more than `number`
+    epoch = bisect_right(range(enough + 1), number, key=batches_before) - 1
+    return epoch, number - batches_before(epoch)
+
+
+def left_waiting(buckets: Sequence[Hashable], size: int, seed: int, epoch: int) -> dict[Hashable, list[int]]:
+    """Examples of each bucket that are in no batch yet when an epoch begins, in the order of their coming."""
+    members = Counter(buckets)
+    waiting: dict[Hashable, list[int]] = {bucket: [] for bucket in members}
+    numbers = {bucket: epoch * count % size for bucket, count in members.items()}
+    epochs_back = max(-(-number // members[bucket]) for bucket, number in numbers.items())
+    for past in range(epoch - epochs_back, epoch):
+        for example in shuffled(len(buckets), seed, past):
+            waiting[buckets[example]].append(example)
+    return {bucket: came[len(came) - numbers[bucket] :] for bucket, came in waiting.items()}
+
+
+def shuffled(num_examples: int, seed: int, epoch: int) -> list[int]:
+    order: list[int] = torch.randperm(num_examples, generator=generator(seed, "order", epoch)).tolist()
+    return order

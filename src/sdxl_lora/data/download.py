@@ -1,0 +1,285 @@
+"""Images and captions from the Hub or a folder, as they are: original bytes, original captions, known origin.
+
+Nothing is decoded, re-encoded or executed. From the Hub only parquet is read, with the images inside: no
+script, no pickle, no path that a stranger chose.
+"""
+
+import csv
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import datasets
+from huggingface_hub import metadata_load
+
+from sdxl_lora.config import DownloadConfig
+from sdxl_lora.paths import RAW_CAPTIONS, RAW_IMAGES, RAW_SOURCE
+from sdxl_lora.storage.atomic_io import require_disk_space, write_bytes, write_text
+from sdxl_lora.storage.hub_client import download_size, resolve_commit
+from sdxl_lora.storage.repository import is_folder, open_folder, open_repository
+
+KEY = "download.repository"
+CARD = "README.md"
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+HUB_FILES = (CARD, "*.parquet")
+PARQUET_BRANCH = "refs/convert/parquet"  # where the Hub keeps its own conversion of every public data set
+SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RawExample:
+    """An image file's content and its captions, one that is empty where there is none."""
+
+    image: bytes
+    captions: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that has been found, with its examples still to be read."""
+
+    repository: str
+    requested_revision: str
+    revision: str
+    """The commit that the Hub resolved, or the folder's digest."""
+    licence: str | list[str] | None
+    """As the data set's card gives it."""
+    num_bytes: int
+    """Size of the files that the examples are read from; images are written as they are."""
+    num_examples: int | None
+    """None if only reading them all would tell."""
+    examples: Iterator[RawExample]
+
+
+def open_source(config: DownloadConfig) -> Source:
+    """Finds the data set that `config` names, downloading it if need be.
+
+    Raises:
+        FileNotFoundError: no such folder, repository or revision, or a folder without metadata.
+        ConnectionError: the Hub cannot be reached and the data set is not in its cache.
+        PermissionError: the repository is gated, or the access token is refused.
+        ValueError: a column or split is missing, or a folder's content is not what its revision pins.
+        OSError: the disk has too little space.
+    """
+    return open_local_source(config) if is_folder(config.repository) else open_hub_source(config)
+
+
+def download_dataset(source: Source, folder: Path) -> Iterator[RawExample]:
+    """Writes images/, captions.jsonl (a line each) and source.json, yielding each example once it is written.
+
+    They appear as `folder` once all are there; an interrupted download leaves nothing.
+
+    Raises:
+        OSError: the disk has too little space.
+        ValueError: an example has no image, or a caption is no text.
+    """
+    require_disk_space(folder, source.num_bytes)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".download-", dir=folder.parent) as scratch:
+        complete = Path(scratch) / folder.name
+        images = complete / RAW_IMAGES.name
+        images.mkdir(parents=True)
+        lines: list[str] = []
+        number = 0
+        for number, example in enumerate(source.examples, start=1):
+            digest = hashlib.sha256(example.image).hexdigest()
+            name = f"{number - 1:05d}-{digest[:12]}{suffix(example.image)}"
+            write_bytes(images / name, example.image)
+            for caption in example.captions:
+                line = {"id": digest, "image": name, "caption": caption}
+                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+            yield example
+        if number == 0:
+            raise ValueError(f"{KEY}: {source.repository} has no example")
+        write_text(complete / RAW_CAPTIONS.name, "".join(lines))
+        write_text(complete / RAW_SOURCE.name, provenance(source, number))
+        if folder.exists():
+            folder.replace(Path(scratch) / "previous")
+        complete.replace(folder)
+
+
+def provenance(source: Source, num_examples: int) -> str:
+    """Content of source.json. Of a folder outside the project it gives only the name: the path is private."""
+    repository = source.repository
+    record = {
+        "repository": Path(repository).name if repository.startswith("/") else repository,
+        "requested_revision": source.requested_revision,
+        "revision": source.revision,
+        "licence": source.licence,
+        "examples": num_examples,
+    }
+    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+
+
+def open_hub_source(config: DownloadConfig) -> Source:
+    """A data set on the Hub: the split's parquet files, in the Hub's cache, read row by row."""
+    repository = config.repository
+    commit = resolve_commit(repository, config.revision, KEY, "dataset")
+    if commit != config.revision:
+        logger.warning(
+            "download.revision is %r, which may mean another commit tomorrow. Today it is %s: to "
+            "make this set again, set download.revision to that in params.yaml",
+            config.revision,
+            commit,
+        )
+    require_disk_space(RAW_IMAGES.parent, 2 * download_size(repository, commit, KEY, HUB_FILES, "dataset"))
+    snapshot = open_repository(repository, commit, KEY, HUB_FILES, "dataset")
+    files = list(snapshot.rglob("*.parquet"))
+    if not files:
+        raise ValueError(
+            f"{KEY}: {repository} at revision {config.revision} has no parquet file, and nothing else is "
+            f"read. The Hub converts public data sets itself: set download.revision to {PARQUET_BRANCH}"
+        )
+    try:
+        dataset = datasets.load_dataset(str(snapshot), split=config.split, streaming=True).decode(False)
+    except ValueError as error:
+        raise ValueError(
+            f"{KEY}: {repository} has no data that download.split = {config.split!r} selects: {error}"
+        ) from error
+    require_columns(dataset.column_names, config)
+    splits = dataset.info.splits or {}
+    total = splits[config.split].num_examples if config.split in splits else None
+    return Source(
+        repository=repository,
+        requested_revision=config.revision,
+        revision=commit,
+        licence=licence(snapshot),
+        num_bytes=sum(file.stat().st_size for file in files),
+        num_examples=total and min(total, config.max_examples or total),
+        examples=hub_examples(islice(dataset, config.max_examples), config),
+    )
+
+
+def hub_examples(rows: Iterable[dict[str, Any]], config: DownloadConfig) -> Iterator[RawExample]:
+    for number, row in enumerate(rows):
+        image = row[config.image_column]
+        content = image.get("bytes") if isinstance(image, dict) else image
+        if not isinstance(content, bytes):
+            raise ValueError(
+                f"download.image_column: row {number} of {config.repository} has no image bytes in "
+                f"{config.image_column!r} (it has {type(content).__name__}); images must lie in the file"
+            )
+        yield RawExample(content, captions_of(row, number, config))
+
+
+def open_local_source(config: DownloadConfig) -> Source:
+    """A folder of images with a table of their captions, as `datasets` calls an imagefolder."""
+    if config.split != "train":
+        raise ValueError(f"download.split is {config.split!r}, but a folder has only `train`")
+    folder = open_folder(config.repository, config.revision, KEY)
+    rows = read_metadata(folder, config)[: config.max_examples]
+    paths = [image_file(folder, row, number, config) for number, row in enumerate(rows)]
+    captions = [captions_of(row, number, config) for number, row in enumerate(rows)]
+    return Source(
+        repository=config.repository,
+        requested_revision=config.revision,
+        revision=config.revision,
+        licence=licence(folder),
+        num_bytes=sum(path.stat().st_size for path in paths),
+        num_examples=len(rows),
+        examples=(RawExample(path.read_bytes(), own) for path, own in zip(paths, captions, strict=True)),
+    )
+
+
+def read_metadata(folder: Path, config: DownloadConfig) -> list[dict[str, Any]]:
+    """The rows of the table that gives each image of a folder its caption.
+
+    Raises:
+        FileNotFoundError: there is no such table.
+        ValueError: it cannot be read, or lacks a column.
+    """
+    path = next((folder / name for name in METADATA_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"{KEY}: {config.repository} has neither {' nor '.join(METADATA_FILES)}: write one, with "
+            f"{config.image_column!r} and {config.caption_column!r} of each image"
+        )
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if path.suffix == ".csv":
+            rows = list(csv.DictReader(file))
+        else:
+            rows = [
+                parse_line(line, f"{path}:{number}") for number, line in enumerate(file, 1) if line.strip()
+            ]
+    for row in rows:
+        require_columns(list(row), config)
+    return rows
+
+
+def parse_line(line: str, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} must be an object, such as {{...}}, not {line.strip()[:40]}")
+    return row
+
+
+def image_file(folder: Path, row: dict[str, Any], number: int, config: DownloadConfig) -> Path:
+    """The image that a row of the metadata names.
+
+    Raises:
+        ValueError: the name leads out of the folder, or to a hidden file, which has no part in its digest, or
+            is none that a file can have.
+        FileNotFoundError: there is no such file.
+    """
+    name = row[config.image_column]
+    if not isinstance(name, str):
+        raise ValueError(f"download.image_column: row {number} of {folder} has no file name but {name!r}")
+    path = folder / name
+    hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
+    try:
+        outside, found = not path.resolve().is_relative_to(folder.resolve()), path.is_file()
+    except (OSError, ValueError) as error:  # too long, or with a NUL
+        raise ValueError(
+            f"{KEY}: row {number} of {folder} names {name[:99]!r}, as no file can be called"
+        ) from error
+    if hidden or outside:
+        raise ValueError(f"{KEY}: {name!r} in the metadata of {folder} is hidden or leads out of the folder")
+    if not found:
+        raise FileNotFoundError(f"{KEY}: {folder} has no {name!r}, which its metadata names")
+    return path
+
+
+def captions_of(row: dict[str, Any], number: int, config: DownloadConfig) -> list[str]:
+    """The captions of a row: one or a list of them, empty where it is null."""
+    value = row[config.caption_column]
+    captions = (value or [""]) if isinstance(value, list) else [value]
+    for caption in captions:
+        if not isinstance(caption, str | None):
+            raise ValueError(
+                f"download.caption_column: row {number} of {config.repository} has no text in "
+                f"{config.caption_column!r} but {type(caption).__name__}"
+            )
+    return [caption or "" for caption in captions]
+
+
+def require_columns(columns: Iterable[str] | None, config: DownloadConfig) -> None:
+    known = list(columns or ())
+    for key in ("image_column", "caption_column"):
+        column = getattr(config, key)
+        if column not in known:
+            raise ValueError(
+                f"download.{key} is {column!r}, which {config.repository} lacks; it has {', '.join(known)}"
+            )
+
+
+def licence(folder: Path) -> str | list[str] | None:
+    """The licence in the header of the data set's card; None if it names none."""
+    card = folder / CARD
+    header = metadata_load(card) if card.is_file() else None
+    return (header or {}).get("license")
+
+
+def suffix(image: bytes) -> str:
+    """The usual ending for an image file's content; `.img` for what is not known."""
+    return next((ending for magic, ending in SUFFIXES.items() if image.startswith(magic)), ".img")

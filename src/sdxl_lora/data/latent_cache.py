@@ -1,0 +1,264 @@
+"""Encoded examples and the store: what each is called there, encoding what it lacks, reading it back.
+
+Three entries make an example. `picture`: what is known of the image itself. `latents`: what the VAE makes of
+it; a mirrored image has its own. `text`: what frozen text encoders make of the caption. Each has its own key,
+so that a change encodes no more than what depends on it.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdxl_lora.config import EncodingConfig
+from sdxl_lora.data.aspect_ratio_buckets import Size
+from sdxl_lora.data.encoded_dataset import FIRST, Batch, Variant
+from sdxl_lora.data.encoders import (
+    Encoders,
+    embed_captions,
+    encode_images,
+    filled_up,
+    weights_digest,
+)
+from sdxl_lora.data.image_loader import CaptionedImage, Picture, View, decode_pictures
+from sdxl_lora.data.images import BadImageError
+from sdxl_lora.models.sdxl import DTYPES
+from sdxl_lora.models.tokenizers import tokenize
+from sdxl_lora.runtime.device import machine
+from sdxl_lora.runtime.transfers import fetch, to_device
+from sdxl_lora.storage.content_store import Store, content_key
+from sdxl_lora.storage.repository import file_digest
+
+PACKAGE = Path(__file__).parents[1]
+CODE_OF_PICTURES = ("data/images",)
+"""Modules that say what an entry of this kind holds: if one changes, it is made again."""
+CODE_OF_LATENTS = (
+    "data/aspect_ratio_buckets",
+    "data/encoders",
+    "data/image_loader",
+    "data/images",
+    "kernels/conv_ops",
+    "kernels/transformer_ops",
+    "kernels/triton/group_norm",
+    "models/fused",
+)
+CODE_OF_TEXTS = ("data/encoders", "models/sdxl")
+IMAGE_LIBRARIES = ("pillow", "imagehash", "numpy")
+LAYER = "penultimate"
+IN_FLIGHT = 2
+"""Batches that a GPU is left with while what came before them is written: it never waits for the next."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A view that is still to be encoded."""
+
+    row: CaptionedImage
+    flipped: bool
+    view: View
+
+
+class Entries:
+    """The store as one configuration of models and params sees it."""
+
+    def __init__(self, store: Store, encoders: Encoders, config: EncodingConfig, images: Path) -> None:
+        """Knows the store's keys.
+
+        Args:
+            images: folder of the image files.
+        """
+        self._store, self._encoders, self._config, self._images = store, encoders, config, images
+        self._device = encoders.vae.device
+        self._of_picture = {"code": code_version(CODE_OF_PICTURES, IMAGE_LIBRARIES)}
+        self._of_latents = {
+            **config.model_dump(
+                include={"resolution", "aspect_ratios", "crop", "vae_precision", "vae_tile", "batch_size"}
+            ),
+            "vae": weights_digest(encoders.vae),
+            "machine": machine(self._device),
+            "code": code_version(CODE_OF_LATENTS, (*IMAGE_LIBRARIES, "torch", "diffusers")),
+        }
+        self._of_text: dict[str, Any] | None = None
+        if encoders.text_encoders is not None:
+            self._of_text = {
+                **config.model_dump(include={"text_precision", "batch_size"}),
+                "encoders": [weights_digest(encoder) for encoder in encoders.text_encoders],
+                "layer": LAYER,
+                "machine": machine(self._device),
+                "code": code_version(CODE_OF_TEXTS, ("torch", "transformers")),
+            }
+
+    def encode(self, rows: Sequence[CaptionedImage]) -> Iterator[tuple[CaptionedImage, BadImageError | None]]:
+        """Puts what the store lacks of these rows into it, whole batches of one size at a time.
+
+        Yields:
+            Each row in order, as it goes by, and why its image was left out, if it was.
+
+        Raises:
+            ValueError: latents are not finite, or a batch does not fit into the GPU's memory.
+            OSError: an image file is missing.
+        """
+        waiting: dict[torch.Size, list[Job]] = defaultdict(list)
+        captions: list[Tensor] = []
+        unwritten: deque[Callable[[], None]] = deque()
+        lacking = [row for row in rows if self._lacks_picture(row)]
+        decoded = decode_pictures(lacking, self._images, self._config, self._lacks_picture)
+        expected = {row.id for row in lacking}
+        for row in rows:
+            picture = next(decoded) if row.id in expected else None
+            if isinstance(picture, BadImageError):
+                yield row, picture
+                continue
+            for job in self._lacking_latents(row, picture) if picture is not None else ():
+                jobs = waiting[job.view.levels.shape]
+                jobs.append(job)
+                if len(jobs) == self._config.batch_size:
+                    unwritten.append(self._encode(waiting.pop(job.view.levels.shape)))
+            for caption in row.captions:
+                token_ids = self._token_ids(caption)
+                if self._lacks_text(token_ids):
+                    captions.append(token_ids)
+                if len(captions) == self._config.batch_size:
+                    unwritten.append(self._embed(captions))
+                    captions = []
+            while len(unwritten) > IN_FLIGHT:
+                unwritten.popleft()()
+            yield row, None
+        unwritten.extend(map(self._encode, waiting.values()))
+        if captions:
+            unwritten.append(self._embed(captions))
+        for write in unwritten:
+            write()
+
+    def example(self, row: CaptionedImage, variant: Variant = FIRST) -> Batch:
+        """The example of a row that was encoded, as a batch of one."""
+        token_ids = self._token_ids(row.captions[variant.caption])
+        latents = self._require(row, self._latents_key(row, variant.flipped))
+        text = self._require(row, self._text_key(token_ids)) if self._of_text is not None else {}
+        embeds = {"prompt_embeds": None, "pooled_prompt_embeds": None, **text}
+        return Batch(**latents, token_ids=token_ids, **embeds)
+
+    def size(self, row: CaptionedImage) -> Size:
+        """Width and height that a row's image was encoded at, pixels."""
+        if self._config.aspect_ratios == "square":
+            return self._config.resolution, self._config.resolution
+        height, width = self._require(row, self._latents_key(row))["time_ids"][0, 4:].tolist()
+        return width, height
+
+    def fingerprint(self, row: CaptionedImage) -> Tensor:
+        """The perceptual hash of a row's image: packed bits, uint8, (24,)."""
+        return self._require(row, self._picture_key(row))["fingerprint"]
+
+    def num_bytes(self, row: CaptionedImage) -> int:
+        """Upper bound of an encoded example's size."""
+        latents = 2 * 4 * (self._config.resolution // 8) ** 2 * DTYPES[self._config.vae_precision].itemsize
+        latents *= 1 + self._config.flip
+        widths = [encoder.config.hidden_size for encoder in self._encoders.text_encoders or ()]
+        text = 78 * sum(widths) * DTYPES[self._config.text_precision].itemsize + 2**11
+        return latents + len(row.captions) * text + 2**11
+
+    def _require(self, row: CaptionedImage, key: str) -> dict[str, Any]:
+        """An entry of a row; encoded again if it was damaged or deleted meanwhile.
+
+        Raises:
+            BadImageError: that needs the image, which is no longer what it was.
+        """
+        entry = self._store.get(key)
+        if entry is None:
+            for _, fault in self.encode([row]):
+                if fault is not None:
+                    raise fault
+            entry = self._store.get(key)
+        assert entry is not None, key
+        return entry
+
+    def _lacking_latents(self, row: CaptionedImage, picture: Picture) -> list[Job]:
+        """What of a picture is still to be encoded; what is known of it without that, is put down."""
+        self._store.put(self._picture_key(row), {"fingerprint": picture.fingerprint})
+        jobs = [Job(row, bool(number), view) for number, view in enumerate(picture.views)]
+        return [job for job in jobs if self._latents_key(row, job.flipped) not in self._store]
+
+    def _encode(self, jobs: Sequence[Job]) -> Callable[[], None]:
+        """Begins to encode the jobs; what it returns puts their latents into the store."""
+        with explained_memory_errors(self._config):
+            levels = torch.stack([to_device(job.view.levels, self._device) for job in jobs])
+            mean, std = encode_images(self._encoders.vae, filled_up(levels, self._config.batch_size))
+            finite = (mean.isfinite() & std.isfinite()).flatten(1).all(1)
+        return partial(self._put_latents, jobs, fetch(mean, std, finite))
+
+    def _put_latents(self, jobs: Sequence[Job], fetched: Callable[[], tuple[Tensor, ...]]) -> None:
+        mean, std, finite = fetched()
+        for number, job in enumerate(jobs):
+            part = slice(number, number + 1)
+            if not finite[number]:
+                raise ValueError(
+                    f"{job.row.image}: its latents are not finite in {self._config.vae_precision}: "
+                    "set encoding.vae_precision to fp32, or model.vae to madebyollin/sdxl-vae-fp16-fix"
+                )
+            entry = {
+                "latents_mean": mean[part],
+                "latents_std": std[part],
+                "time_ids": torch.tensor([job.view.time_ids], dtype=torch.int32),
+            }
+            self._store.put(self._latents_key(job.row, job.flipped), entry)
+
+    def _embed(self, captions: Sequence[Tensor]) -> Callable[[], None]:
+        """Begins to embed captions, given as token ids; what it returns puts them into the store."""
+        assert self._encoders.text_encoders is not None
+        token_ids = filled_up(torch.cat(list(captions)), self._config.batch_size)
+        with explained_memory_errors(self._config):
+            embeds = embed_captions(self._encoders.text_encoders, token_ids)
+        return partial(self._put_texts, captions, fetch(*embeds))
+
+    def _put_texts(self, captions: Sequence[Tensor], fetched: Callable[[], tuple[Tensor, ...]]) -> None:
+        prompt_embeds, pooled = fetched()
+        for number, own_ids in enumerate(captions):
+            part = slice(number, number + 1)
+            text = {"prompt_embeds": prompt_embeds[part], "pooled_prompt_embeds": pooled[part]}
+            self._store.put(self._text_key(own_ids), text)
+
+    def _token_ids(self, caption: str) -> Tensor:
+        return tokenize(self._encoders.tokenizers, [caption])
+
+    def _lacks_picture(self, row: CaptionedImage) -> bool:
+        keys = [self._picture_key(row), self._latents_key(row)]
+        keys += [self._latents_key(row, flipped=True)] if self._config.flip else []
+        return any(key not in self._store for key in keys)
+
+    def _lacks_text(self, token_ids: Tensor) -> bool:
+        return self._of_text is not None and self._text_key(token_ids) not in self._store
+
+    def _picture_key(self, row: CaptionedImage) -> str:
+        return content_key("picture", image=row.id, **self._of_picture)
+
+    def _latents_key(self, row: CaptionedImage, flipped: bool = False) -> str:
+        return content_key("latents", image=row.id, flipped=flipped, **self._of_latents)
+
+    def _text_key(self, token_ids: Tensor) -> str:
+        assert self._of_text is not None
+        return content_key("text", token_ids=token_ids.tolist(), **self._of_text)
+
+
+def code_version(modules: Sequence[str], libraries: Sequence[str]) -> dict[str, str]:
+    """The source of our modules, as a hash, and the versions of the libraries that they call."""
+    sources = {module: file_digest(PACKAGE / f"{module}.py") for module in modules}
+    return sources | {library: version(library) for library in libraries}
+
+
+@contextmanager
+def explained_memory_errors(config: EncodingConfig) -> Iterator[None]:
+    """Turns a full GPU into an error that names the keys to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"encoding.batch_size is {config.batch_size}: so many pictures of {config.resolution} px do not "
+            f"fit into the GPU's memory ({error}). Lower it, or encoding.vae_tile ({config.vae_tile})"
+        ) from error

@@ -1,0 +1,123 @@
+"""Pictures from prompts and noise by diffusers' pipeline, on a GPU with its UNet in fewer kernels, recorded.
+
+Knows neither files nor which pictures are wanted.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL.Image import Image
+from torch import Tensor
+
+from sdxl_lora.config import AttentionBackend, SamplingConfig
+from sdxl_lora.kernels.attention import usual_attention
+from sdxl_lora.kernels.cuda_graph import Recorder
+from sdxl_lora.models.fused import attention_shapes, fuse, fuse_unet, fuse_vae
+from sdxl_lora.models.sdxl import TextEncoders, predict
+
+
+@dataclass(frozen=True)
+class UNetInputs:
+    """What the pipeline gives the UNet at each step; shapes as in `sdxl.predict`, but for the timestep."""
+
+    noisy_latents: Tensor
+    timestep: Tensor
+    """Of all examples, ()."""
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor
+    time_ids: Tensor
+
+    def to(self, device: torch.device) -> Self:
+        """A copy on `device`: the pipeline goes on with its own."""
+        return replace(self, **{name: t.to(device, copy=True) for name, t in vars(self).items()})
+
+    def tensors(self) -> list[Tensor]:
+        return list(vars(self).values())
+
+
+def prepare(pipeline: StableDiffusionXLPipeline, config: SamplingConfig) -> None:
+    """Makes the pipeline fast on a GPU; on a CPU, where nothing is gained, it stays as it is."""
+    if pipeline.device.type == "cpu":
+        return
+    side = config.resolution // pipeline.vae_scale_factor
+    shapes = attention_shapes(pipeline.unet, 1, side, side)
+    backend = usual_attention(shapes, pipeline.unet.dtype, pipeline.device)
+    fuse_all(pipeline.unet, (pipeline.text_encoder, pipeline.text_encoder_2), pipeline.vae, backend)
+
+
+def fuse_all(
+    unet: UNet2DConditionModel, text_encoders: TextEncoders, vae: AutoencoderKL, backend: AttentionBackend
+) -> None:
+    """Gives a pipeline's modules the classes of `fused`, in channels_last on a GPU."""
+    fuse_unet(unet, backend)
+    for text_encoder in text_encoders:
+        fuse(text_encoder)
+    fuse_vae(vae)
+
+
+@contextmanager
+def recorded(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Replays the UNet's kernels as a CUDA graph while the block runs; on a CPU it runs as ever.
+
+    Whatever steers it but its inputs, an adapter's strength above all, must stay as it is in the block.
+    """
+    call: Callable[[UNetInputs], Tensor] = partial(call_unet, unet.forward)
+    if unet.device.type == "cuda":
+        call = Recorder(call, unet.device)
+    unet.forward = partial(forward, call)
+    try:
+        yield
+    finally:
+        del unet.forward, call  # and with them the graphs, whose memory only then can be given back
+        if unet.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def forward(
+    call: Callable[[UNetInputs], Tensor],
+    sample: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    added_cond_kwargs: dict[str, Tensor],
+    **_: Any,
+) -> tuple[Tensor]:
+    """The UNet's forward as diffusers' pipeline calls it."""
+    conditions = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
+    prediction = call(UNetInputs(sample, timestep, encoder_hidden_states, *conditions))
+    return (prediction.clone(),)  # schedulers may keep it, and a replay overwrites its own
+
+
+def call_unet(unet: Callable[..., Any], inputs: UNetInputs) -> Tensor:
+    """The prediction, (B, 4, H/8, W/8)."""
+    return predict(unet, *inputs.tensors())
+
+
+@torch.no_grad()
+def draw(
+    pipeline: StableDiffusionXLPipeline, config: SamplingConfig, prompts: Sequence[str], noise: Tensor
+) -> list[Image]:
+    """One image a prompt, from `noise`, (B, 4, H/8, W/8)."""
+    pixels = pipeline(
+        list(prompts),
+        negative_prompt=None if config.negative_prompt is None else [config.negative_prompt] * len(prompts),
+        latents=noise.to(pipeline.device, pipeline.unet.dtype),
+        height=config.resolution,
+        width=config.resolution,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        output_type="pt",
+    ).images
+    for prompt, image in zip(prompts, pixels, strict=True):
+        if not torch.isfinite(image).all():  # would be saved as black
+            raise FloatingPointError(
+                f"the picture of {prompt!r} has pixels that are not finite: set sampling.precision to bf16 "
+                "or fp32, or model.vae to one that is safe in fp16"
+            )
+    processor = pipeline.image_processor
+    images: list[Image] = processor.numpy_to_pil(processor.pt_to_numpy(pixels))
+    return images

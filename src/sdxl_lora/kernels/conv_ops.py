@@ -1,0 +1,221 @@
+"""Work on images around convolutions, in few passes over memory: normalisation, biases, residual sums.
+
+On a GPU these are Triton kernels, which compute in fp32 where PyTorch rounds between its kernels; elsewhere
+they are PyTorch's own operators, which say what is meant. Frozen weights get no gradient.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from sdxl_lora.kernels.transformer_ops import is_fused
+
+
+def group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Group normalisation (Wu & He 2018, arXiv:1803.08494), then SiLU if `silu`.
+
+    Args:
+        x: (N, C, H, W); on a GPU in channels_last, or it is copied into that format.
+        weight: frozen, (C,).
+        bias: frozen, (C,).
+        shift: added to x before, (N, C).
+
+    Returns:
+        x, for whoever else reads it, as its gradient then takes no sum of its own; and the result, shaped and
+        laid out as x.
+    """
+    if is_fused(x):
+        x = x.contiguous(memory_format=torch.channels_last)
+        return GroupNorm.apply(x, shift, weight, bias, num_groups, eps, silu)  # type: ignore[no-untyped-call]
+    shifted = x if shift is None else x + shift[:, :, None, None]
+    y = functional.group_norm(shifted, num_groups, weight, bias, eps)
+    return x, functional.silu(y) if silu else y
+
+
+class GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shift: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        num_groups: int,
+        eps: float,
+        silu: bool,
+    ) -> tuple[Tensor, Tensor]:
+        y, mean, rstd = fused_group_norm(x, shift, weight, bias, num_groups, eps, silu)
+        ctx.save_for_backward(x, shift, mean, rstd, weight, bias)
+        ctx.silu = silu
+        ctx.set_materialize_grads(False)
+        return x, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx_beside: Tensor | None, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, shift, *rest = ctx.saved_tensors
+        dx, dshift = group_norm_gradient(dx_beside, dy, x, shift, *rest, ctx.silu)
+        return (dx, None if shift is None else dshift, *[None] * 5)
+
+
+def residual_sum(residual: Tensor, update: Tensor, bias: Tensor | None) -> Tensor:
+    """The sum of two images of equal shape and a frozen bias.
+
+    Args:
+        residual: (N, C, H, W); on a GPU in channels_last, or it is copied into that format.
+        update: shaped as `residual`.
+        bias: (C,).
+    """
+    if bias is None:
+        return residual + update
+    if is_fused(residual):
+        images = (image.contiguous(memory_format=torch.channels_last) for image in (residual, update))
+        return fused_residual_sum(*images, bias)
+    return residual + update + bias[:, None, None]
+
+
+def frozen_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
+) -> Tensor:
+    """A convolution whose weights get no gradient, so that it need not keep its input.
+
+    Args:
+        x: (N, C, H, W).
+        weight: frozen, (O, C, K, K).
+        bias: frozen, (O,).
+    """
+    return FrozenConv2d.apply(x, weight, bias, stride, padding)  # type: ignore[no-untyped-call]
+
+
+class FrozenConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.options = x.shape, (stride, padding)
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        ctx.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        if bias is None or not (channels_last and is_fused(x)):
+            return functional.conv2d(x, weight, bias, stride, padding)
+        y = functional.conv2d(x, weight, None, stride, padding)
+        y = y.contiguous(memory_format=torch.channels_last)  # not every kernel gives what it takes
+        add_bias(y, bias)  # cuDNN leaves it to PyTorch, which takes twice the time
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,), (stride, padding) = ctx.saved_tensors, ctx.options
+        x = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=ctx.memory_format)
+        dx, _, _ = torch.ops.aten.convolution_backward(
+            dy, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1, (True, False, False)
+        )  # reads the shape of x alone
+        return dx, None, None, None, None
+
+
+# Triton is imported where it runs: PyTorch's builds for CPUs come without it.
+
+
+@torch.library.custom_op("sdxl_lora::group_norm", mutates_args=())
+def fused_group_norm(
+    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and the mean and reciprocal standard deviation of each group, (N, G)."""
+    from sdxl_lora.kernels.triton import group_norm
+
+    return group_norm.group_norm(x, shift, weight, bias, num_groups, eps, silu)
+
+
+@torch.library.custom_op("sdxl_lora::group_norm_gradient", mutates_args=())
+def group_norm_gradient(
+    dx_beside: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, to which one that it has already is added, and of the shift, empty if there is none."""
+    from sdxl_lora.kernels.triton import group_norm
+
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    if dx_beside is not None:
+        dx_beside = dx_beside.contiguous(memory_format=torch.channels_last)
+    return group_norm.group_norm_gradient(dx_beside, dy, x, shift, mean, rstd, weight, bias, silu)
+
+
+@torch.library.custom_op("sdxl_lora::residual_sum", mutates_args=())
+def fused_residual_sum(residual: Tensor, update: Tensor, bias: Tensor) -> Tensor:
+    from sdxl_lora.kernels.triton import group_norm
+
+    total = torch.empty_like(residual)
+    group_norm.add_bias(residual, update, bias, total)
+    return total
+
+
+@torch.library.custom_op("sdxl_lora::add_bias", mutates_args=("y",))
+def add_bias(y: Tensor, bias: Tensor) -> None:
+    """Adds a bias, (C,), to an image in channels_last, (N, C, H, W), in place."""
+    from sdxl_lora.kernels.triton import group_norm
+
+    group_norm.add_bias(None, y, bias, y)
+
+
+@fused_group_norm.register_fake
+def _(
+    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.new_empty(len(x), num_groups, dtype=torch.float32)
+    return torch.empty_like(x), mean, torch.empty_like(mean)
+
+
+@group_norm_gradient.register_fake
+def _(
+    dx_beside: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(0) if shift is None else torch.empty_like(shift)
+
+
+@fused_residual_sum.register_fake
+def _(residual: Tensor, update: Tensor, bias: Tensor) -> Tensor:
+    return torch.empty_like(residual)
+
+
+@add_bias.register_fake
+def _(y: Tensor, bias: Tensor) -> None:
+    return None
+
+
+def differentiate_residual_sum(ctx: Any, dtotal: Tensor) -> tuple[Tensor, Tensor, None]:
+    return dtotal, dtotal, None
+
+
+fused_residual_sum.register_autograd(differentiate_residual_sum)

@@ -1,0 +1,165 @@
+"""Work on tokens in one pass over memory: the gated unit, and residual sums with their normalisation.
+
+On a GPU these are Triton kernels, which compute in fp32 where PyTorch rounds between its kernels; elsewhere
+they are PyTorch's own operators, which say what is meant. Frozen weights get no gradient.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+
+def is_fused(x: Tensor) -> bool:
+    """Whether a Triton kernel does the work: on a GPU, whose place tensors without data take in forecasts."""
+    return x.device.type in ("cuda", "meta")
+
+
+def geglu(x: Tensor) -> Tensor:
+    """Gated linear unit with GELU (Shazeer 2020, arXiv:2002.05202): first half times GELU of the second.
+
+    Args:
+        x: (..., 2 D).
+
+    Returns:
+        (..., D).
+    """
+    if is_fused(x):
+        return fused_geglu(x.contiguous())
+    hidden, gate = x.chunk(2, dim=-1)
+    return hidden * functional.gelu(gate)
+
+
+def add_norm(
+    residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """A residual sum and its layer normalisation (Ba et al. 2016, arXiv:1607.06450).
+
+    Args:
+        residual: (..., C).
+        update: shaped as `residual`.
+        weight: frozen, (C,).
+        bias: frozen, (C,).
+
+    Returns:
+        residual + update, and that normalised.
+    """
+    if is_fused(residual):
+        return fused_add_norm(residual.contiguous(), update.contiguous(), weight, bias, eps)[:2]
+    total = residual + update
+    return total, functional.layer_norm(total, weight.shape, weight, bias, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The layer normalisation by itself.
+
+    Args:
+        x: (..., C).
+        weight: frozen, (C,).
+        bias: frozen, (C,).
+
+    Returns:
+        x, for whoever else reads it, as its gradient then takes no sum of its own; and x normalised.
+    """
+    if is_fused(x):
+        return LayerNorm.apply(x.contiguous(), weight, bias, eps)  # type: ignore[no-untyped-call]
+    return x, functional.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+class LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight)
+        return x, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx_beside: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return add_norm_gradient(dx_beside, dy, *ctx.saved_tensors), None, None, None
+
+
+# Triton is imported where it runs: PyTorch's builds for CPUs come without it.
+
+
+@torch.library.custom_op("sdxl_lora::geglu", mutates_args=())
+def fused_geglu(x: Tensor) -> Tensor:
+    from sdxl_lora.kernels.triton import geglu_layer_norm
+
+    return geglu_layer_norm.geglu(x)
+
+
+@torch.library.custom_op("sdxl_lora::geglu_gradient", mutates_args=())
+def geglu_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    from sdxl_lora.kernels.triton import geglu_layer_norm
+
+    return geglu_layer_norm.geglu_gradient(dy.contiguous(), x)
+
+
+@torch.library.custom_op("sdxl_lora::add_norm", mutates_args=())
+def fused_add_norm(
+    residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum, the result, and the mean and reciprocal standard deviation of each row."""
+    from sdxl_lora.kernels.triton import geglu_layer_norm
+
+    return geglu_layer_norm.add_norm(residual, update, weight, bias, eps)
+
+
+@torch.library.custom_op("sdxl_lora::add_norm_gradient", mutates_args=())
+def add_norm_gradient(
+    dtotal: Tensor, dy: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
+) -> Tensor:
+    from sdxl_lora.kernels.triton import geglu_layer_norm
+
+    return geglu_layer_norm.add_norm_gradient(dtotal.contiguous(), dy.contiguous(), total, mean, rstd, weight)
+
+
+@fused_geglu.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+
+@geglu_gradient.register_fake
+def _(dy: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@fused_add_norm.register_fake
+def _(
+    residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean = residual.new_empty(residual.shape[:-1], dtype=torch.float32)
+    return torch.empty_like(residual), torch.empty_like(residual), mean, torch.empty_like(mean)
+
+
+@add_norm_gradient.register_fake
+def _(dtotal: Tensor, dy: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(total)
+
+
+def save_geglu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def differentiate_geglu(ctx: Any, dy: Tensor) -> Tensor:
+    return geglu_gradient(dy, *ctx.saved_tensors)
+
+
+fused_geglu.register_autograd(differentiate_geglu, setup_context=save_geglu)
+
+
+def save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    total, _, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(total, mean, rstd, inputs[2])
+
+
+def differentiate_add_norm(ctx: Any, dtotal: Tensor, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    dx = add_norm_gradient(dtotal, dy, *ctx.saved_tensors)
+    return dx, dx, None, None, None
+
+
+fused_add_norm.register_autograd(differentiate_add_norm, setup_context=save_add_norm)

@@ -1,0 +1,140 @@
+"""Stable Diffusion XL (Podell et al. 2023, arXiv:2307.01952) as diffusers keeps it: its parts and conditions.
+
+Everything is loaded from safetensors.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from sdxl_lora.config import ModelConfig, Precision, PredictionType
+from sdxl_lora.models.weights import open_base, open_vae
+
+TextEncoders = tuple[CLIPTextModel, CLIPTextModelWithProjection]
+
+DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """How the base model was trained to denoise."""
+
+    alphas_cumprod: Tensor
+    """alpha_bar at each timestep, fp32, (T,)."""
+    prediction_type: PredictionType
+
+
+def load_text_encoders(config: ModelConfig, precision: Precision, device: torch.device) -> TextEncoders:
+    """Both text encoders, frozen."""
+    base = open_base(config)
+    options = {"dtype": DTYPES[precision], "variant": config.variant, "use_safetensors": True}
+    return (
+        frozen(CLIPTextModel.from_pretrained(base / "text_encoder", **options), device),
+        frozen(CLIPTextModelWithProjection.from_pretrained(base / "text_encoder_2", **options), device),
+    )
+
+
+def load_vae(config: ModelConfig, precision: Precision, device: torch.device) -> AutoencoderKL:
+    """The VAE that `config` names, frozen."""
+    if config.vae is None:
+        folder, variant = open_base(config) / "vae", config.variant
+    else:
+        folder, variant = open_vae(config), None
+    options = {"dtype": DTYPES[precision], "variant": variant, "use_safetensors": True}
+    return frozen(AutoencoderKL.from_pretrained(folder, **options), device)
+
+
+def load_unet(config: ModelConfig, precision: Precision, device: torch.device) -> UNet2DConditionModel:
+    """The UNet, frozen."""
+    options = {"dtype": DTYPES[precision], "variant": config.variant, "use_safetensors": True}
+    return frozen(UNet2DConditionModel.from_pretrained(open_base(config) / "unet", **options), device)
+
+
+def load_pipeline(
+    config: ModelConfig, precision: Precision, device: torch.device
+) -> StableDiffusionXLPipeline:
+    """The whole pipeline, frozen, with the VAE that `config` names; decodes one image at a time.
+
+    Frozen, because torch rounds the product with a weight that asks for gradients otherwise than with one
+    that does not, also where no gradient is taken: it folds a batch into rows for the former alone.
+    """
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        open_base(config),
+        dtype=DTYPES[precision],
+        variant=config.variant,
+        vae=load_vae(config, precision, device),
+        use_safetensors=True,
+        add_watermarker=False,
+    )
+    for module in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
+        frozen(module, device)
+    pipeline.vae.enable_slicing()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def layers_per_block(config: ModelConfig) -> int:
+    """Resnets in a block of the UNet's way down."""
+    number: int = UNet2DConditionModel.load_config(open_base(config) / "unet")["layers_per_block"]
+    return number
+
+
+def load_noise_schedule(config: ModelConfig) -> NoiseSchedule:
+    """The noise schedule in the base model's scheduler folder."""
+    scheduler = DDPMScheduler.from_pretrained(open_base(config) / "scheduler")
+    return NoiseSchedule(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
+
+
+def zeros_mean_no_caption(config: ModelConfig) -> bool:
+    """Whether the base model reads zeros where there is no caption, as SDXL does, or an empty caption."""
+    zeros: bool = StableDiffusionXLPipeline.load_config(open_base(config)).get(
+        "force_zeros_for_empty_prompt", True
+    )
+    return zeros
+
+
+def embed_tokens(text_encoders: TextEncoders, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What the UNet reads of a text (Podell et al. 2023, section 2.1).
+
+    The penultimate hidden states of both encoders side by side, and the second encoder's pooled projection.
+
+    Args:
+        token_ids: (B, 2, 77).
+
+    Returns:
+        prompt_embeds, (B, 77, 2048), and pooled_prompt_embeds, (B, 1280); narrower for smaller encoders.
+    """
+    first = text_encoders[0](token_ids[:, 0], output_hidden_states=True)
+    second = text_encoders[1](token_ids[:, 1], output_hidden_states=True)
+    return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+
+
+def predict(
+    unet: UNet2DConditionModel,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    prompt_embeds: Tensor,
+    pooled_prompt_embeds: Tensor,
+    time_ids: Tensor,
+) -> Tensor:
+    """The UNet's prediction, (B, 4, H/8, W/8).
+
+    Args:
+        noisy_latents: (B, 4, H/8, W/8).
+        timesteps: int64, (B,).
+        prompt_embeds: (B, 77, 2048).
+        pooled_prompt_embeds: (B, 1280).
+        time_ids: original (h, w), crop (top, left), target (h, w) in pixels, (B, 6). Kept in fp32: fp16 would
+            turn 4001 into 4000 and 70000 into infinity.
+    """
+    conditions = {"text_embeds": pooled_prompt_embeds, "time_ids": time_ids.float()}
+    return unet(noisy_latents, timesteps, prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[0]
+
+
+def frozen(module: Any, device: torch.device) -> Any:
+    """`module` on `device`, in evaluation mode, without gradients."""
+    return module.to(device).eval().requires_grad_(False)

@@ -1,0 +1,263 @@
+"""Holds what an adapter's file says of itself against what is here.
+
+Asks no network. A line passes, fails since two things contradict each other, or warns since one is not here.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import yaml
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from sdxl_lora import paths
+from sdxl_lora.adapters.lineage import digest_of, facts_of
+from sdxl_lora.config import ModelConfig, Params
+from sdxl_lora.data.download import HUB_FILES
+from sdxl_lora.data.encoded_dataset import EncodedDataset
+from sdxl_lora.models.weights import digests, local_models, weight_files
+from sdxl_lora.reproducibility.checklist import (
+    Check,
+    as_json,
+    exit_status,
+    failed,
+    line,
+    passed,
+    verdict,
+    warned,
+)
+from sdxl_lora.reproducibility.integrity import check_pin
+from sdxl_lora.reproducibility.run_record import Record, record_of_adapter
+from sdxl_lora.runtime.dvc_lock import Stages, read_lock
+from sdxl_lora.runtime.git import commit_of
+from sdxl_lora.storage.atomic_io import require_safetensors
+from sdxl_lora.storage.repository import file_digest, is_folder, local_copy
+from sdxl_lora.storage.safetensors_io import content_digest
+
+WIDTH = 11  # of the longest check's name
+Facts = Mapping[str, str]
+
+
+def verify(path: Path) -> Iterator[Check]:
+    """Every check that the file's header allows, as it is made."""
+    try:
+        require_safetensors(path)
+    except (ValueError, OSError) as error:
+        yield failed("file", str(error), "take the file anew from where it was published")
+        return
+    facts, weights = facts_of(path), content_digest(load_file(path))
+    if not facts:
+        yield failed(
+            "file",
+            f"{path} says nothing of where it comes from",
+            f"take the one in {paths.EXPORT}/: data/lora's is for the pipeline alone",
+        )
+        return
+    yield check_weights(weights, facts)
+    yield check_commit(facts)
+    record = None
+    try:
+        record = record_of_adapter(path)
+        yield passed("record", record.origin)
+    except ValueError as error:
+        yield warned("record", str(error), "`dvc exp pull` or `git fetch` what the training left, then again")
+    if record is not None:
+        yield check_bytes(path, record)
+        yield check_code(record)
+        yield check_params(record, facts)
+    yield check_source(facts)
+    yield check_data(record, facts)
+    yield check_base(record, facts)
+
+
+def check_weights(found: str, facts: Facts) -> Check:
+    """Whether the tensors are those that were exported."""
+    if "weights.sha256" not in facts:
+        return warned("weights", "the header has no hash of them", "export the adapter anew")
+    if found != facts["weights.sha256"]:
+        return failed(
+            "weights",
+            "the tensors are not those that were exported",
+            "take the file anew; this one was edited",
+        )
+    return passed("weights", f"sha256 {found[:12]}")
+
+
+def check_bytes(path: Path, record: Record) -> Check:
+    """Whether the file is one of the exported folder that DVC recorded, which an edited header cannot be."""
+    digests_there = exported(record.outs("export_lora").get(str(paths.EXPORT), ""))
+    if digests_there is None:
+        return warned("bytes", f"DVC's cache has no list of the recorded {paths.EXPORT}/", "`dvc fetch`")
+    if hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() not in digests_there:
+        return warned(
+            "bytes",
+            f"no file of the recorded {paths.EXPORT}/: another export of this training, or an edited one",
+            f"`dvc checkout {paths.EXPORT}` gets the recorded one",
+        )
+    return passed("bytes", f"a file of the recorded {paths.EXPORT}/, by its hash")
+
+
+def exported(digest: str) -> set[str] | None:
+    """MD5 of the files in a folder that DVC knows by `digest`; None if its cache does not hold the list."""
+    try:
+        with Repo() as repository:
+            listing = Path(repository.cache.local.path, digest[:2], digest[2:])
+    except DvcException:
+        return None
+    if not listing.is_file():
+        return None
+    return {entry["md5"] for entry in json.loads(listing.read_text(encoding="utf-8"))}
+
+
+def check_commit(facts: Facts) -> Check:
+    """Whether the code can be had."""
+    commit = facts.get("git.commit", "")
+    if not commit:
+        return warned("commit", "the header names none", "export the adapter within a git repository")
+    if commit_of(commit) is None:
+        return warned("commit", f"{commit[:12]} is not in this repository", "`git fetch` it")
+    return passed("commit", commit[:12])
+
+
+def check_code(record: Record) -> Check:
+    """Whether the commit holds the code that DVC recorded."""
+    if changed := record.changed_code():
+        return failed(
+            "code",
+            f"was not, when it ran, what commit {record.tree[:12]} holds: {', '.join(changed)}",
+            "commit that code and run the pipeline again; these results cannot be made from any commit here",
+        )
+    return passed("code", f"every file that a stage used is as in commit {record.tree[:12]}")
+
+
+def check_params(record: Record, facts: Facts) -> Check:
+    """Whether header, dvc.lock and params.yaml agree."""
+    locked = record.stages["train_lora"].get("params", {})
+    if digest_of(locked or None) != facts.get("params.sha256"):
+        return failed("params", "the header's hash is not that of the record", "export the adapter anew")
+    written = yaml.safe_load(record.files[paths.PARAMS])
+    try:
+        agree = Params(**{**written, **locked.get("params.yaml", {})}) == Params(**written)
+    except ValidationError:
+        return warned(
+            "params",
+            "are those of another version of config.py",
+            f"`git checkout {record.tree[:12]}`, then again",
+        )
+    if not agree:
+        return failed(
+            "params",
+            f"{paths.PARAMS} beside the record has other values than {paths.LOCK}",
+            "`dvc repro` with them, or put back those of dvc.lock",
+        )
+    return passed(
+        "params", f"sha256 {facts['params.sha256'][:12]}, as {paths.LOCK} and {paths.PARAMS} have them"
+    )
+
+
+def check_source(facts: Facts) -> Check:
+    """Whether the data set that was downloaded is still what it was."""
+    repository, revision = facts.get("data.repository", "(unknown)"), facts.get("data.revision", "")
+    copy = local_copy(repository, revision, HUB_FILES, "dataset")
+    return check_pin("data source", repository, revision, copy)
+
+
+def check_data(record: Record | None, facts: Facts) -> Check:
+    """Whether the encoded examples are those that were trained on, each tensor included."""
+    if not paths.ENCODED_INDEX.is_file():
+        return warned("data", f"{paths.ENCODED}/ is not here", f"`dvc pull {paths.ENCODED}`")
+    if file_digest(paths.ENCODED_INDEX) != facts.get("data.sha256"):
+        return other_data(record)
+    try:
+        counts = [len(read_all(EncodedDataset(paths.ENCODED, split))) for split in ("train", "held_out")]
+    except (ValueError, OSError, SafetensorError) as error:
+        return failed("data", str(error), f"`dvc checkout --force {paths.ENCODED}`")
+    return passed("data", f"{counts[0]} + {counts[1]} examples, every tensor as it was encoded")
+
+
+def other_data(record: Record | None) -> Check:
+    """What to say of an encoded data set that is not the adapter's: damage, or that of another run."""
+    recorded = None if record is None else dependency(record.stages, paths.ENCODED)
+    if recorded is not None and recorded == dependency(read_lock(paths.LOCK), paths.ENCODED):
+        return failed(
+            "data",
+            f"{paths.ENCODED}/ is not what dvc.lock records",
+            f"`dvc checkout --force {paths.ENCODED}`",
+        )
+    tree = "COMMIT" if record is None else record.tree[:12]
+    return warned(
+        "data",
+        f"{paths.ENCODED}/ is that of another run",
+        f"`git checkout {tree} -- {paths.LOCK} && dvc checkout {paths.ENCODED}`",
+    )
+
+
+def dependency(stages: Stages, path: Path) -> str | None:
+    """The recorded hash of what train_lora read at `path`."""
+    deps = stages.get("train_lora", {}).get("deps", [])
+    return next((dep["md5"] for dep in deps if dep["path"] == path.as_posix()), None)
+
+
+def read_all(dataset: EncodedDataset) -> EncodedDataset:
+    """Reads each example, which compares its tensors with their hash."""
+    for index in range(len(dataset)):
+        dataset[index]
+    return dataset
+
+
+def check_base(record: Record | None, facts: Facts) -> Check:
+    """Whether the weights of the base model are those that the adapter was trained on."""
+    model, name = model_of(record), facts.get("base.repository", "(unknown)")
+    if model is None or model.revision != facts.get("base.revision"):
+        return warned("base model", f"{name} is not that of {paths.PARAMS}", "see `record`")
+    models = local_models(model)
+    if absent := [key for key, folder in models.items() if folder is None]:
+        return warned(
+            "base model", f"{', '.join(absent)} is not here", "the first stage to need it downloads it"
+        )
+    base, vae = models["model.base"], models.get("model.vae")
+    assert base is not None
+    found = {part: digests(files) for part, files in weight_files(model, base, vae).items()}
+    if others := [part for part, digest in found.items() if digest != facts.get(f"{part}.sha256")]:
+        return failed(
+            "base model",
+            f"{', '.join(others)}: not the weights that the adapter was trained on",
+            f"`git checkout {model.base}`" if is_folder(model.base) else "delete it from the Hub's cache",
+        )
+    return passed("base model", f"{name}: {', '.join(found)} by sha256")
+
+
+def model_of(record: Record | None) -> ModelConfig | None:
+    """The model of the recorded params, else of the present ones; None if this code cannot read them."""
+    text = record.files[paths.PARAMS] if record else paths.PARAMS.read_text(encoding="utf-8")
+    try:
+        return ModelConfig(**yaml.safe_load(text)["model"])
+    except ValidationError:
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m sdxl_lora.reproducibility.verify", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("adapter", type=Path, help=f"a file of {paths.EXPORT}/, or a copy of one")
+    parser.add_argument("--json", action="store_true", help="the list as JSON")
+    arguments = parser.parse_args()
+    checks = []
+    for check in verify(arguments.adapter):
+        checks.append(check)
+        if not arguments.json:
+            sys.stdout.write(f"{line(check, WIDTH)}\n")
+    sys.stdout.write(f"{as_json(checks) if arguments.json else verdict(checks)}\n")
+    sys.exit(exit_status(checks))
+
+
+if __name__ == "__main__":
+    main()

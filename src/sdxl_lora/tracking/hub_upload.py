@@ -1,0 +1,89 @@
+"""The adapter on the Hub: uploads what export_lora laid out.
+
+The project's one command that sends anything anywhere, and only when it is asked to. The access token is the
+Hub client's affair: from `hf auth login`, or HF_TOKEN.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+from sdxl_lora import paths
+from sdxl_lora.adapters.lineage import facts_of, training_digest
+from sdxl_lora.evaluation.gates import failures
+
+HUB_ERRORS = (HfHubHTTPError, OfflineModeIsEnabled, httpx2.TransportError)
+REFUSED = (401, 403)
+
+
+def publish(repository: str, public: bool, force: bool) -> str:
+    """Uploads adapter, card and pictures as one commit, pictures of earlier ones removed; its address.
+
+    Args:
+        repository: `owner/name`; created if need be. One that exists keeps its visibility.
+        public: for a new repository: everyone may read it.
+        force: publish an adapter that fails its gates. Its card says so.
+
+    Raises:
+        FileNotFoundError: a stage has not run.
+        ValueError: the adapter fails its gates, or what is exported is not the adapter of dvc.lock.
+        HfHubHTTPError, OfflineModeIsEnabled, httpx2.TransportError: the Hub refuses or cannot be reached.
+    """
+    failed = failures(paths.GATES)
+    if failed and not force:
+        reasons = "\n  ".join(failed.values())
+        raise ValueError(f"the adapter fails its gates, nothing was published:\n  {reasons}")
+    require_present(paths.EXPORTED_WEIGHTS, paths.CARD)
+    if facts_of(paths.EXPORTED_WEIGHTS).get("dvc.train_lora") != training_digest(paths.LOCK):
+        raise ValueError(f"{paths.EXPORT}/ holds another adapter than dvc.lock: `dvc repro` exports this one")
+    api = HfApi()
+    api.create_repo(repository, private=not public, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repository,
+        folder_path=paths.EXPORT,
+        delete_patterns="images/*",
+        commit_message=f"Upload the adapter of training {training_digest(paths.LOCK)[:12]}",
+    )
+    return commit.commit_url
+
+
+def require_present(*files: Path) -> None:
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} not found: run `dvc repro export_lora` first")
+
+
+def explanation(error: Exception) -> str:
+    """What to tell a user when the Hub took nothing."""
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        remedy = "`hf auth login` with a token that may write there" if status in REFUSED else "try again"
+        return f"the Hub answers with status {status}: {remedy}"
+    return (
+        f"the Hub cannot be reached ({type(error).__name__}): check the network (HF_ENDPOINT, HF_HUB_OFFLINE)"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m sdxl_lora.tracking.hub_upload", description="Uploads data/export to the Hub."
+    )
+    parser.add_argument("repository", metavar="OWNER/NAME", help="created if there is none, as a private one")
+    parser.add_argument("--public", action="store_true", help="create it for everyone to read")
+    parser.add_argument("--force", action="store_true", help="also if the adapter fails its gates")
+    options = parser.parse_args()
+    try:
+        address = publish(options.repository, options.public, options.force)
+    except (FileNotFoundError, ValueError, HFValidationError) as error:
+        sys.exit(f"publish: {error}")
+    except HUB_ERRORS as error:
+        sys.exit(f"publish: {explanation(error)}")
+    sys.stdout.write(f"published: {address}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What each step trains on: examples with all that is drawn for them.
+
+Every random draw is keyed by (seed, position), where position counts examples from the start of training, so
+a step does not depend on the steps before it but through the weights.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from sdxl_lora.config import TrainingConfig
+from sdxl_lora.data.batch_sampler import batch_order
+from sdxl_lora.data.encoded_dataset import Batch, EncodedDataset, Example, Variant
+from sdxl_lora.runtime.distributed import processes
+from sdxl_lora.runtime.rng import generator
+from sdxl_lora.training.denoiser import Denoiser
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random part of a batch."""
+
+    latents: Tensor
+    """A sample of each image's posterior, fp32, (B, 4, H/8, W/8)."""
+    noise: Tensor
+    """Standard normal, shaped as `latents`."""
+    timesteps: Tensor
+    """Uniform in [0, T), int64, (B,)."""
+    captioned: Tensor
+    """0 where the caption is dropped, else 1, (B,)."""
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, **{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A micro-batch with all that is drawn for it."""
+
+    batch: Batch
+    draws: Draws
+    images: list[str]
+    """File names, for messages."""
+    dropout_seed: int
+    """Of the adapters' dropout."""
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, batch=self.batch.to(device), draws=self.draws.to(device))
+
+    def tensors(self) -> list[Tensor]:
+        return list(self.named_tensors().values())
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Those of the batch, then what was drawn."""
+        columns = {**self.batch.tensors(), **vars(self.draws)}
+        return {name: tensor for name, tensor in columns.items() if tensor is not None}
+
+
+def draw_examples(
+    denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig, seed: int, first: int = 0
+) -> Iterator[Examples]:
+    """This process's micro-batches of a training without end, from those of step `first` on, on the CPU.
+
+    All examples of a step have one size. Processes take turns in them: two with a batch each train on what
+    one would with both.
+    """
+    num_timesteps = len(denoiser.noise_schedule.alphas_cumprod)
+    size = config.batch_size // config.accumulation
+    rank, num_processes = processes().process_index, processes().num_processes
+    parts = config.accumulation * num_processes
+    steps = batch_order(dataset.latents_shapes, parts * size, seed, first)
+    for step, examples in enumerate(steps, first):
+        for part in range(rank, parts, num_processes):
+            micro_step = step * parts + part
+            start = micro_step * size
+            indices = examples[part * size : (part + 1) * size]
+            variants = draw_variants([dataset.examples[index] for index in indices], start, seed)
+            batch = dataset.batch(indices, variants)
+            draws = draw(batch, start, num_timesteps, config.caption_dropout, seed)
+            images = [dataset.examples[index].image for index in indices]
+            yield Examples(batch, draws, images, generator(seed, "dropout", micro_step).initial_seed())
+
+
+def one_of_each_size(
+    denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig
+) -> Iterator[Examples]:
+    """A micro-batch of each size of latents that there is, the largest first. Not to be trained on."""
+    first = {shape: index for index, shape in reversed(list(enumerate(dataset.latents_shapes)))}
+    size = config.batch_size // config.accumulation
+    num_timesteps = len(denoiser.noise_schedule.alphas_cumprod)
+    for shape in sorted(first, key=lambda shape: shape.numel(), reverse=True):
+        batch = dataset.batch([first[shape]] * size)
+        draws = draw(batch, 0, num_timesteps, config.caption_dropout, seed=0)
+        yield Examples(batch, draws, images=[], dropout_seed=0)
+
+
+def draw_variants(examples: Sequence[Example], start: int, seed: int) -> list[Variant]:
+    """Which image and caption is taken of each example, at positions start, start + 1, ... of training."""
+    variants = []
+    for position, example in enumerate(examples, start):
+        flip, number = torch.rand(2, generator=generator(seed, "variant", position)).tolist()
+        flipped = bool(example.flipped_digest) and flip < 0.5
+        variants.append(Variant(flipped, int(number * (1 + len(example.more_captions)))))
+    return variants
+
+
+def draw(batch: Batch, start: int, num_timesteps: int, caption_dropout: float, seed: int) -> Draws:
+    """The random part of the examples at positions start, start + 1, ... of training; on the CPU."""
+    columns = []
+    for row in range(len(batch)):
+        generator_ = generator(seed, "example", start + row)
+        mean, std = batch.latents_mean[row].float(), batch.latents_std[row].float()
+        latents = mean + std * torch.randn(mean.shape, generator=generator_)
+        noise = torch.randn(mean.shape, generator=generator_)
+        timestep = torch.randint(num_timesteps, (), generator=generator_)
+        captioned = (torch.rand((), generator=generator_) >= caption_dropout).float()
+        columns.append((latents, noise, timestep, captioned))
+    return Draws(*(torch.stack(column) for column in zip(*columns, strict=True)))

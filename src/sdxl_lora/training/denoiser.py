@@ -1,0 +1,166 @@
+"""The base model with its adapters as training and evaluation see it: encoded examples in, errors out."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from sdxl_lora.config import ModelConfig, Precision, Quantization
+from sdxl_lora.data.encoded_dataset import Batch, EncodedDataset
+from sdxl_lora.kernels.quantized_linear import quantize
+from sdxl_lora.models.diffusion import add_noise, prediction_target, squared_error
+from sdxl_lora.models.sdxl import (
+    DTYPES,
+    NoiseSchedule,
+    TextEncoders,
+    embed_tokens,
+    load_noise_schedule,
+    load_text_encoders,
+    load_unet,
+    predict,
+    zeros_mean_no_caption,
+)
+from sdxl_lora.models.tokenizers import load_tokenizers, tokenize
+
+EMBEDDED_AT_ONCE = 16  # captions, whose hidden states are 0.12 GiB in a half precision
+
+
+@dataclass(frozen=True)
+class EmptyCaption:
+    """What a base model reads in place of a caption that is left out, unless that is zeros."""
+
+    token_ids: Tensor
+    """(1, 2, 77)."""
+    prompt_embeds: Tensor
+    """What the text encoders made of it when they were loaded or, if trained, frozen, (1, 77, 2048)."""
+    pooled_prompt_embeds: Tensor
+    """(1, 1280)."""
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """UNet, noise schedule and, unless captions were embedded before, text encoders."""
+
+    unet: UNet2DConditionModel
+    text_encoders: TextEncoders | None
+    noise_schedule: NoiseSchedule
+    precision: Precision
+    empty_caption: EmptyCaption | None = None
+    """None: all zeros stand for no caption."""
+
+    @property
+    def modules(self) -> tuple[torch.nn.Module, ...]:
+        return (self.unet, *(self.text_encoders or ()))
+
+    @property
+    def device(self) -> torch.device:
+        return self.noise_schedule.alphas_cumprod.device
+
+    def errors(
+        self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor, captioned: Tensor | None = None
+    ) -> Tensor:
+        """Mean squared error of each example's prediction, fp32, (B,).
+
+        Args:
+            batch: where the conditions come from.
+            latents: x_0, fp32, (B, 4, H/8, W/8).
+            noise: eps, shaped as `latents`.
+            timesteps: int64, (B,).
+            captioned: 0 where the caption is dropped, else 1, (B,); None: all have theirs.
+        """
+        alpha_bar = self.noise_schedule.alphas_cumprod[timesteps]
+        prediction_type = self.noise_schedule.prediction_type
+        prompt_embeds, pooled_prompt_embeds = self.conditions(batch, captioned)
+        noisy_latents = add_noise(latents, noise, alpha_bar).to(DTYPES[self.precision])
+        prediction = predict(
+            self.unet, noisy_latents, timesteps, prompt_embeds, pooled_prompt_embeds, batch.time_ids
+        )
+        return squared_error(prediction, prediction_target(latents, noise, alpha_bar, prediction_type))
+
+    def conditions(self, batch: Batch, captioned: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The captions as the UNet reads them, (B, 77, 2048) and (B, 1280).
+
+        Where a caption is dropped, all zeros or what the base model makes of an empty one, as diffusers'
+        pipeline has it for a prompt that is not given.
+
+        Raises:
+            ValueError: the text encoders are frozen and the data set was encoded without embeddings.
+        """
+        empty = self.empty_caption
+        if self.text_encoders is not None:
+            token_ids = batch.token_ids
+            if empty is not None and captioned is not None:
+                token_ids = torch.where(captioned[:, None, None] > 0, token_ids, empty.token_ids)
+            prompt_embeds, pooled_prompt_embeds = embed_tokens(self.text_encoders, token_ids)
+        elif batch.prompt_embeds is not None and batch.pooled_prompt_embeds is not None:
+            prompt_embeds, pooled_prompt_embeds = batch.prompt_embeds, batch.pooled_prompt_embeds
+        else:
+            raise ValueError(
+                "model.text_encoders is 'frozen', but the encoded data set holds no embeddings: "
+                "run `dvc repro encode_dataset`"
+            )
+        dtype = DTYPES[self.precision]
+        prompt_embeds, pooled_prompt_embeds = prompt_embeds.to(dtype), pooled_prompt_embeds.to(dtype)
+        if captioned is None:
+            return prompt_embeds, pooled_prompt_embeds
+        if empty is None:
+            captioned = captioned.to(dtype)
+            return prompt_embeds * captioned[:, None, None], pooled_prompt_embeds * captioned[:, None]
+        if self.text_encoders is not None:
+            return prompt_embeds, pooled_prompt_embeds
+        kept = captioned > 0
+        return (
+            torch.where(kept[:, None, None], prompt_embeds, empty.prompt_embeds.to(dtype)),
+            torch.where(kept[:, None], pooled_prompt_embeds, empty.pooled_prompt_embeds.to(dtype)),
+        )
+
+
+@torch.no_grad()
+def embed_empty_caption(text_encoders: TextEncoders, token_ids: Tensor) -> EmptyCaption:
+    """The empty caption as these text encoders read it.
+
+    Args:
+        token_ids: its, where the text encoders are, (1, 2, 77).
+    """
+    return EmptyCaption(token_ids, *embed_tokens(text_encoders, token_ids))
+
+
+def load_empty_caption(
+    config: ModelConfig, precision: Precision, device: torch.device
+) -> EmptyCaption | None:
+    """None if zeros stand for no caption. Loads the text encoders, and lets go of them again."""
+    if zeros_mean_no_caption(config):
+        return None
+    token_ids = tokenize(load_tokenizers(config), [""]).to(device)
+    return embed_empty_caption(load_text_encoders(config, precision, device), token_ids)
+
+
+@torch.no_grad()
+def with_captions_embedded(denoiser: Denoiser, dataset: EncodedDataset) -> EncodedDataset:
+    """The examples with what the text encoders, as they are now, make of their captions.
+
+    The embeddings are on the CPU, in the text encoders' precision: 0.3 MB an example in a half one.
+    """
+    assert denoiser.text_encoders is not None
+    embeds = []
+    for token_ids in dataset.token_ids().split(EMBEDDED_AT_ONCE):
+        rows = embed_tokens(denoiser.text_encoders, token_ids.to(denoiser.device))
+        embeds.append([tensor.cpu() for tensor in rows])
+    return dataset.with_embeddings(*(torch.cat(column) for column in zip(*embeds, strict=True)))
+
+
+def load_denoiser(
+    config: ModelConfig, precision: Precision, device: torch.device, quantization: Quantization = "none"
+) -> Denoiser:
+    """The base model's UNet, frozen, and its text encoders unless `config` has them frozen."""
+    empty_caption = load_empty_caption(config, precision, device)  # before the rest, which takes its place
+    cpu = torch.device("cpu")  # where they lie in full until they are quantised
+    text_encoders = None
+    if config.text_encoders != "frozen":
+        first, second = load_text_encoders(config, precision, cpu)
+        text_encoders = quantize(first, quantization, device), quantize(second, quantization, device)
+    unet = quantize(load_unet(config, precision, cpu), quantization, device)
+    schedule = load_noise_schedule(config)
+    schedule = NoiseSchedule(schedule.alphas_cumprod.to(device), schedule.prediction_type)
+    return Denoiser(unet, text_encoders, schedule, precision, empty_caption)

@@ -1,0 +1,188 @@
+"""Forecasts against the library's real step on the CPU, bitsandbytes' real state, and known sizes of SDXL."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sdxl_lora.adapters.lora import add_adapters, lora_parameters
+from sdxl_lora.config import Params, Precision, TrainingConfig, load_params
+from sdxl_lora.memory.caching_allocator import MIB, CachingAllocator
+from sdxl_lora.memory.trace import Event, MemoryTrace
+from sdxl_lora.memory.training_forecast import (
+    CUBLAS_WORKSPACE,
+    Rehearsal,
+    TrainingTrace,
+    Workload,
+    checkpointed,
+    forecast_training,
+    make_denoiser,
+    make_examples,
+    optimizer_bytes,
+    record,
+)
+from sdxl_lora.models.architecture import read_shapes
+from sdxl_lora.storage.atomic_io import GIB
+from sdxl_lora.training.denoiser import Denoiser, load_denoiser
+from sdxl_lora.training.train_step import Group, make_optimizer
+from sdxl_lora.training.trainer import make_engine
+from tests.support.traced import peak
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+LATENTS = torch.Size((1, 4, 16, 16))  # of the demo
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return load_params(Path("recipes/demo.yaml"))
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> Params:
+    return load_params(Path("recipes/sdxl-naruto-16gb.yaml"))
+
+
+def workload(params: Params, **changes: object) -> Workload:
+    """Training of the demo's model, text encoders and all."""
+    config = params.training.model_copy(update=changes)
+    return Workload(read_shapes(params.model), True, params.lora, config, LATENTS)
+
+
+def real_denoiser(params: Params, config: TrainingConfig) -> Denoiser:
+    model = params.model.model_copy(update={"text_encoders": "trained"})
+    return load_denoiser(model, config.precision, CPU)
+
+
+def step_of(denoiser: Denoiser, work: Workload) -> list[Event]:
+    """A step's events, with the modules as diffusers has them: on a CPU the library's own are others."""
+    add_adapters(denoiser.unet, denoiser.text_encoders, work.lora, seed=0)
+    examples = make_examples(work, 2)
+    trace = MemoryTrace(denoiser.device)
+    with trace:
+        for module in denoiser.modules:
+            module.train()
+            trace.hold([*module.parameters(), *module.buffers()])
+        engine = make_engine(denoiser, work.config)
+        trace.hold(examples.tensors())
+        engine.accumulate(examples)
+    return trace.events
+
+
+@pytest.fixture(scope="module")
+def work(params: Params) -> Workload:
+    return workload(params, precision="fp16", ema_decay=None, preview_every=None)
+
+
+@pytest.fixture(scope="module")
+def trace(work: Workload) -> TrainingTrace:
+    return Rehearsal(work).step(4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_step_without_data_takes_what_a_real_one_takes(params: Params, precision: Precision) -> None:
+    """But for the log-sum-exp of attention, which GPU kernels pad."""
+    work = workload(params, precision=precision)
+    real, without_data = real_denoiser(params, work.config), make_denoiser(work)
+    assert peak(step_of(without_data, work)) == pytest.approx(peak(step_of(real, work)), rel=2e-3)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_checkpointing_is_foreseen_from_a_step_without(
+    work: Workload, trace: TrainingTrace, share: float
+) -> None:
+    """Against a step that really checkpoints the same units."""
+    count = round(share * len(trace.units))
+    real = Rehearsal(work, [unit.name for unit in trace.units[:count]]).step(4)
+    foreseen = peak([*trace.setup, *checkpointed(trace, count)])
+    assert foreseen == pytest.approx(peak([*real.setup, *real.step]), rel=0.01)
+    assert foreseen < 0.9 * peak([*trace.setup, *trace.step])
+
+
+def test_units_come_in_order_of_bytes_freed_per_operation(trace: TrainingTrace) -> None:
+    ratios = [unit.freed_bytes / unit.flops for unit in trace.units]
+    assert ratios == sorted(ratios, reverse=True)
+    assert ratios[-1] > 0
+
+
+def test_unit_that_frees_nothing_is_no_choice(trace: TrainingTrace, work: Workload) -> None:
+    """No gradient reaches the first text encoder's last layer."""
+    names = {unit.name for unit in trace.units}
+    layers = work.shapes.text_encoder["num_hidden_layers"]
+    assert f"text_encoder.encoder.layers.{layers - 1}" not in names
+    assert f"text_encoder.encoder.layers.{layers - 2}" in names
+
+
+def test_parts_are_what_they_are_made_of(work: Workload, trace: TrainingTrace) -> None:
+    denoiser = make_denoiser(work)
+    add_adapters(denoiser.unet, denoiser.text_encoders, work.lora, seed=0)
+    adapters = sum(p.numel() for module in denoiser.modules for p in lora_parameters(module))
+    frozen = sum(p.numel() for module in denoiser.modules for p in module.parameters() if not p.requires_grad)
+    forecast = forecast_training(trace, [], 0)
+    assert forecast.weights == pytest.approx(2 * frozen, rel=1e-3)  # and the text encoders' position ids
+    assert forecast.adapters == pytest.approx((4 + 4 + 2) * adapters, rel=1e-3)
+    assert forecast.activations == pytest.approx(peak(trace.step), rel=0.02)
+    assert forecast.previews == 0
+    assert forecast.total == sum(asdict(forecast).values())
+    assert forecast.gib()["total"] == forecast.total / GIB
+
+
+def test_moving_average_is_another_copy_of_the_adapters(work: Workload, trace: TrainingTrace) -> None:
+    averaging = replace(work, config=work.config.model_copy(update={"ema_decay": 0.99}))
+    more = Rehearsal(averaging).step(4).adapters - trace.adapters
+    assert more == pytest.approx(trace.adapters * 4 / 10, rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_optimizer_is_as_large_as_the_real_one(params: Params, optimizer: str) -> None:
+    config = params.training.model_copy(update={"optimizer": optimizer})
+    master = nn.Parameter(torch.zeros(100_000))
+    master.grad = torch.zeros_like(master)
+    real = make_optimizer([master], [Group([master], 1e-3)], config)
+    real.step()
+    tables = ("qmap1", "qmap2", "step")  # the same few bytes for any number of parameters
+    state = {name: value for name, value in real.state[master].items() if name not in tables}
+    assert optimizer_bytes(100_000, config) == sum(tensor.nbytes for tensor in state.values())
+
+
+def test_previews_come_on_top_of_a_recorded_step(work: Workload, trace: TrainingTrace) -> None:
+    shown = replace(work, config=work.config.model_copy(update={"preview_every": 5}))
+    rehearsal = Rehearsal(shown)
+    with_previews = forecast_training(rehearsal.step(4), rehearsal.preview(), 0)
+    without = forecast_training(trace, [], 0)
+    vae = sum(p.nbytes for p in work.shapes.make_vae("fp16", META).parameters())
+    assert with_previews.previews > vae
+    assert with_previews.total > without.total
+
+
+def test_workspace_keeps_the_segment_in_which_it_lies() -> None:
+    """One of 512 MiB that is free again when the backward pass first needs its workspace."""
+    step = [
+        Event("workspace", 0, 0),
+        Event("allocate", 0, 512 * MIB),
+        Event("free", 0, 0),
+        Event("workspace", 1, 0),
+    ]
+    calls, graph = record(step, CachingAllocator())
+    assert calls.peak_reserved == calls.reserved == CUBLAS_WORKSPACE + 512 * MIB
+    assert graph.reserved == CUBLAS_WORKSPACE + 512 * MIB
+    calls, graph = record([step[0], step[3], *step[1:3]], CachingAllocator())
+    assert calls.reserved == 2 * CUBLAS_WORKSPACE
+    assert graph.reserved == 2 * CUBLAS_WORKSPACE + 512 * MIB
+
+
+def test_adamw_in_fp32_updates_with_one_more_copy(trace: TrainingTrace, work: Workload) -> None:
+    plain = replace(work, config=work.config.model_copy(update={"optimizer": "adamw"}))
+    denoiser = make_denoiser(work)
+    add_adapters(denoiser.unet, denoiser.text_encoders, work.lora, seed=0)
+    num_parameters = sum(p.numel() for module in denoiser.modules for p in lora_parameters(module))
+    assert Rehearsal(plain).step(4).update == 4 * num_parameters
+    assert trace.update == 0
+
+
+def test_budget_that_is_too_small_is_an_error(trace: TrainingTrace) -> None:
+    needed = forecast_training(trace, [], 0).total
+    assert forecast_training(trace, [], 0, budget=needed).total <= needed
+    with pytest.raises(MemoryError):
+        forecast_training(trace, [], 0, budget=needed // 2)

@@ -1,0 +1,104 @@
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sdxl_lora.runtime.stage import (
+    Deadline,
+    Execution,
+    current_execution,
+    parse_execution,
+    run,
+    stage,
+    stopping_on_signals,
+)
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    return tmp_path
+
+
+def test_stage_outside_dvc_is_an_execution_of_its_own() -> None:
+    execution = current_execution()
+    assert execution.pid in {os.getpid(), *(process.pid for process in psutil.Process().parents())}
+    assert execution.is_alive()
+
+
+def test_id_says_which_process_and_not_which_host() -> None:
+    execution = current_execution()
+    assert parse_execution(execution.id) == execution
+    assert os.uname().nodename not in execution.id
+    assert parse_execution("not an id") is None
+
+
+def test_process_id_used_again_is_another_execution() -> None:
+    execution = current_execution()
+    assert not Execution(execution.machine, execution.pid, execution.created - 100).is_alive()
+
+
+def test_execution_stays_the_same_when_the_clock_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    execution = current_execution()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 0.0)
+    assert psutil.Process().create_time() < 1e9
+    assert current_execution() == execution
+    assert execution.is_alive()
+
+
+def test_other_machines_are_left_alone() -> None:
+    assert Execution("another", 1, 1).is_alive()
+
+
+def test_stage_notes_how_it_went() -> None:
+    with stage("download_dataset"):
+        assert current_execution().records()["download_dataset"].status == "running"
+    with pytest.raises(KeyError), stage("encode_dataset"):
+        raise KeyError("x")
+    statuses = {name: record.status for name, record in current_execution().records().items()}
+    assert statuses == {"download_dataset": "executed", "encode_dataset": "failed"}
+
+
+def test_sigterm_ends_a_stage_cleanly() -> None:
+    with pytest.raises(SystemExit) as exit_, stage("train_lora"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert exit_.value.code == 143
+    assert current_execution().records()["train_lora"].status == "killed"
+
+
+def test_what_a_user_can_mend_is_said_without_a_traceback() -> None:
+    def main() -> None:
+        raise ValueError("training.steps is 0: raise it")
+
+    with pytest.raises(SystemExit, match=r"training.steps is 0: raise it"):
+        run(main)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_ask_to_stop_instead_of_ending_the_block(number: signal.Signals) -> None:
+    if number == signal.SIGINT:
+        signal.signal(number, signal.default_int_handler)  # a shell's background jobs ignore it
+    asked: list[str] = []
+    with stopping_on_signals(lambda: asked.append("stop")) as signals:
+        assert signals == []
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        assert signals == [number, number]
+        assert asked == ["stop", "stop"]
+    with pytest.raises((SystemExit, KeyboardInterrupt)), stage("train_lora"):
+        os.kill(os.getpid(), number)
+
+
+def test_deadline_is_near_while_two_of_the_longest_rounds_still_fit() -> None:
+    deadline = Deadline(2 / 60)
+    start = time.monotonic()
+    assert not deadline.is_near()
+    time.sleep(0.4)
+    assert not deadline.is_near()
+    while not deadline.is_near():
+        time.sleep(0.05)
+    assert 1.0 < time.monotonic() - start < 1.3
+    assert not Deadline(None).is_near()

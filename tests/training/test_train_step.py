@@ -1,0 +1,319 @@
+"""The engine against plain torch, on a network small enough to follow."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import bitsandbytes
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from sdxl_lora.config import TrainingConfig, load_params
+from sdxl_lora.runtime.rng import generator
+from sdxl_lora.training.grad_scaler import LossScale
+from sdxl_lora.training.train_step import Engine, Group, Update
+
+CPU = torch.device("cpu")
+PEAK_RATES = (1e-2, 1e-3)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Inputs and what the network should make of them, (B, 8) each."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        return [self.inputs, self.targets]
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device))
+
+
+def pairs(number: int, size: int = 4) -> Pairs:
+    draws = torch.randn(2, size, 8, generator=generator("pairs", number))
+    return Pairs(draws[0], draws[1])
+
+
+def network(device: torch.device = CPU) -> nn.Sequential:
+    """Two layers with enough weights for 8-bit moments, and a third that stays frozen."""
+    model = nn.Sequential(nn.Linear(8, 640), nn.SiLU(), nn.Linear(640, 8), nn.Linear(8, 8))
+    for number, parameter in enumerate(model.parameters()):
+        draws = torch.randn(parameter.shape, generator=generator("weights", number))
+        parameter.data = draws / parameter.shape[-1] ** 0.5
+    model[3].requires_grad_(False)
+    return model.to(device)
+
+
+def loss_of(model: nn.Module) -> Callable[[Pairs], Tensor]:
+    """Mean squared error, computed in the precision that the weights are in."""
+
+    def loss(batch: Pairs) -> Tensor:
+        output = model(batch.inputs.to(next(model.parameters()).dtype))
+        return (output.float() - batch.targets).square().mean()
+
+    return loss
+
+
+@pytest.fixture
+def config() -> TrainingConfig:
+    params = load_params(Path("recipes/demo.yaml"))
+    changes = {"optimizer": "adamw", "ema_decay": None, "max_grad_norm": 0.5}
+    return params.training.model_copy(update=changes)
+
+
+def with_(config: TrainingConfig, **changes: Any) -> TrainingConfig:
+    return config.model_copy(update=changes)
+
+
+def make(model: nn.Sequential, config: TrainingConfig, dtype: torch.dtype = torch.float32) -> Engine[Pairs]:
+    groups = [
+        Group(list(layer.parameters()), rate)
+        for layer, rate in zip((model[0], model[2]), PEAK_RATES, strict=True)
+    ]
+    device = next(model.parameters()).device
+    model[3].to(dtype)
+    return Engine(loss_of(model), groups, config, dtype, recorded=device.type == "cuda")
+
+
+def trainable(model: nn.Sequential) -> list[Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def copies(module: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def distance(ours: nn.Sequential, theirs: nn.Sequential) -> float:
+    """Euclidean, between all weights, over their norm."""
+    mine, other = (torch.cat([p.detach().flatten() for p in trainable(model)]) for model in (ours, theirs))
+    return float((mine - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_twenty_steps_are_those_of_torch(config: TrainingConfig, optimizer: str, accumulation: int) -> None:
+    """Against the textbook: backward, clip_grad_norm_, AdamW with a group for each layer."""
+    config = with_(config, optimizer=optimizer)
+    ours, theirs = network(), network()
+    engine = make(ours, config)
+    kind = bitsandbytes.optim.AdamW8bit if optimizer == "adamw_8bit" else torch.optim.AdamW
+    groups = [{"params": list(theirs[i].parameters()), "lr": 0.0} for i in (0, 2)]
+    reference = kind(groups, betas=config.betas, weight_decay=config.weight_decay)
+    loss = loss_of(theirs)
+    for step in range(20):
+        factor = 1 / (step + 1)
+        batches = [pairs(step * accumulation + number) for number in range(accumulation)]
+        for batch in batches:
+            engine.accumulate(batch)
+        update = engine.update(factor)
+        reference.zero_grad()
+        mean_loss = torch.stack([loss(batch) for batch in batches]).mean()
+        mean_loss.backward()
+        norm = nn.utils.clip_grad_norm_(trainable(theirs), config.max_grad_norm)
+        for group, rate in zip(reference.param_groups, PEAK_RATES, strict=True):
+            group["lr"] = factor * rate
+        reference.step()
+        assert update.loss == pytest.approx(mean_loss.item(), rel=1e-4)
+        assert update.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+    # 8-bit moments share a scale by blocks of 256, and the engine's blocks run on across layers.
+    assert distance(ours, theirs) < (1e-6 if optimizer == "adamw" else 1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_restricted_engine_goes_on_as_torch_with_the_others_frozen(
+    config: TrainingConfig, optimizer: str, ema_decay: float | None
+) -> None:
+    """Against the textbook: what needs no gradient has no momentum, no decay and no share in clipping."""
+    config = with_(config, optimizer=optimizer, ema_decay=ema_decay, weight_decay=0.1)
+    exact = optimizer == "adamw"
+    ours, theirs = network(), network()
+    engine, loss = make(ours, config), loss_of(theirs)
+    kind = torch.optim.AdamW if exact else bitsandbytes.optim.AdamW8bit
+    rates = dict(zip((0, 2), PEAK_RATES, strict=True))
+    groups = [{"params": list(theirs[layer].parameters()), "lr": rate} for layer, rate in rates.items()]
+    reference = kind(groups, betas=config.betas, weight_decay=config.weight_decay)
+    average = copies(theirs[0])
+    for step in range(20):
+        if step == 10:
+            engine.restrict(1, loss_of(ours))
+            theirs[2].requires_grad_(False)
+            frozen = copies(ours[2])
+        batches = [pairs(2 * step), pairs(2 * step + 1)]
+        for batch in batches:
+            engine.accumulate(batch)
+        update = engine.update(1.0)
+        reference.zero_grad()
+        mean_loss = torch.stack([loss(batch) for batch in batches]).mean()
+        mean_loss.backward()
+        norm = nn.utils.clip_grad_norm_(trainable(theirs), config.max_grad_norm)
+        reference.step()
+        decay = min(ema_decay or 0.0, (step + 1) / (step + 10))
+        average = [decay * a + (1 - decay) * w for a, w in zip(average, copies(theirs[0]), strict=True)]
+        assert update.loss == pytest.approx(mean_loss.item(), rel=1e-4 if exact else 1e-3)
+        assert update.grad_norm == pytest.approx(norm.item(), rel=1e-4 if exact else 1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(frozen, copies(ours[2]), strict=True))
+    engine.finish()
+    assert all(torch.equal(a, b) for a, b in zip(frozen, copies(ours[2]), strict=True))
+    mine, other = (torch.cat([tensor.flatten() for tensor in part]) for part in (copies(ours[0]), average))
+    assert (mine - other).norm() / other.norm() < (1e-6 if exact else 3e-3)  # 8 bits: as above
+
+
+def test_half_precision_weights_follow_an_fp32_master(config: TrainingConfig) -> None:
+    """Steps too small for bf16 to hold (a part in 256) still add up."""
+    model = network()
+    start = [parameter.detach().clone() for parameter in trainable(model)]
+    engine = make(model, config, torch.bfloat16)
+    for step in range(50):
+        engine.accumulate(pairs(step))
+        engine.update(1e-3)
+    assert {parameter.dtype for parameter in trainable(model)} == {torch.bfloat16}
+    rounded = [parameter.detach().clone() for parameter in trainable(model)]
+    engine.finish()
+    assert {parameter.dtype for parameter in trainable(model)} == {torch.float32}
+    for before, after, low in zip(start, trainable(model), rounded, strict=True):
+        assert not torch.equal(before, after)
+        assert torch.equal(after.bfloat16(), low)
+    largest = max((a - b).abs().max().item() for a, b in zip(trainable(model), start, strict=True))
+    assert 1e-4 < largest < 1e-3  # 50 steps of 1e-5: bf16 alone would have lost most of them
+
+
+def test_overflow_of_fp16_is_skipped_and_the_scale_recovers(config: TrainingConfig) -> None:
+    model = network()
+    engine = make(model, config, torch.float16)
+    before = [parameter.detach().clone() for parameter in trainable(model)]
+    engine.accumulate(Pairs(torch.full((4, 8), 200.0), torch.full((4, 8), -2e4)))  # a gradient above 65504
+    overflow = engine.update(1.0)
+    assert not math.isfinite(overflow.grad_norm)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainable(model), strict=True))
+    scales = []
+    for step in range(20):
+        engine.accumulate(pairs(step))
+        scales.append(engine.update(1.0).loss_scale)
+    assert scales[0] == overflow.loss_scale / 2
+    assert scales[-1] == scales[-2] < overflow.loss_scale  # no overflow any more
+    assert not any(torch.equal(a, b) for a, b in zip(before, trainable(model), strict=True))
+
+
+def test_scaled_fp16_gradient_is_the_unscaled_one(config: TrainingConfig) -> None:
+    updates: list[Update] = []
+    for dtype in (torch.float32, torch.float16):
+        engine = make(network(), config, dtype)
+        engine.accumulate(pairs(0))
+        updates.append(engine.update(1.0))
+    assert updates[0].loss_scale == 1
+    assert updates[1].loss_scale > 1
+    assert updates[1].grad_norm == pytest.approx(updates[0].grad_norm, rel=2e-3)
+    assert updates[1].loss == pytest.approx(updates[0].loss, rel=2e-3)
+
+
+def test_scale_doubles_after_many_good_steps_and_starts_to_count_again() -> None:
+    scale = LossScale(CPU, enabled=True)
+    for _ in range(LossScale.GROWTH_INTERVAL - 1):
+        scale.update(finite=True)
+    assert scale.value == LossScale.INITIAL
+    scale.update(finite=True)
+    assert scale.value == scale.tensor.item() == 2 * LossScale.INITIAL
+    scale.update(finite=False)
+    scale.update(finite=True)
+    assert scale.value == LossScale.INITIAL
+
+
+def test_parameters_are_views_of_one_tensor(config: TrainingConfig) -> None:
+    model = network()
+    make(model, config)
+    storages = {parameter.untyped_storage().data_ptr() for parameter in trainable(model)}
+    assert len(storages) == 1
+
+
+@pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_loaded_state_goes_on_to_the_bit(
+    config: TrainingConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    optimizer: str,
+    ema_decay: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Into an engine that has worked already: on a GPU, under the addresses that its graph knows."""
+    monkeypatch.setattr(LossScale, "INITIAL", 2.0**30)
+    monkeypatch.setattr(LossScale, "GROWTH_INTERVAL", 4)
+    config = with_(config, optimizer=optimizer, ema_decay=ema_decay)
+    models = [network(device) for _ in range(3)]
+    whole, first, second = (make(model, config, dtype) for model in models)
+    updates = [step_of(whole, step) for step in range(40)]
+    assert str([step_of(first, step) for step in range(26)]) == str(updates[:26])  # NaN is not itself
+    state = {name: tensor.to("cpu", copy=True) for name, tensor in first.state_dict().items()}
+    for step in range(7):
+        step_of(second, 100 + step)
+    second.load_state_dict(state)
+    assert str([step_of(second, step) for step in range(26, 40)]) == str(updates[26:])
+    scales = {update.loss_scale for update in updates[26:]}
+    assert (len(scales) > 1) == (dtype == torch.float16)
+    for engine in (whole, second):
+        engine.finish()
+    assert all(torch.equal(a, b) for a, b in zip(trainable(models[0]), trainable(models[2]), strict=True))
+
+
+def step_of(engine: Engine[Pairs], step: int) -> Update:
+    for number in (2 * step, 2 * step + 1):
+        engine.accumulate(pairs(number))
+    return engine.update(1 / (step + 1))
+
+
+@pytest.mark.gpu
+def test_recordings_of_several_shapes_take_the_memory_of_the_largest(config: TrainingConfig) -> None:
+    device, taken = torch.device("cuda"), []
+    for sizes in ([65536], [65536, 60000, 50000, 40000]):
+        engine = make(network(device), config)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        engine.record(pairs(number, size) for number, size in enumerate(sizes))
+        torch.cuda.empty_cache()
+        taken.append(torch.cuda.memory_reserved() - before)
+        engine.accumulate(pairs(0, 50000))
+        assert math.isfinite(engine.update(1.0).loss)
+        del engine
+    assert taken[0] > 2**28
+    assert taken[1] < 1.1 * taken[0]
+
+
+def test_a_vote_to_stop_is_reported_with_its_step(config: TrainingConfig) -> None:
+    engine = make(network(), config)
+    engine.accumulate(pairs(0))
+    assert engine.update(1.0, stop=True).stop
+    engine.accumulate(pairs(1))
+    assert not engine.update(1.0).stop
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_replayed_graph_is_the_eager_step_to_the_bit(config: TrainingConfig, dtype: torch.dtype) -> None:
+    """With two shapes of input, one first met in the middle of an accumulation; then with one group alone."""
+    device = torch.device("cuda")
+    results = []
+    for recorded in (True, False):
+        model = network(device)
+        engine = make(model, config, dtype)
+        if not recorded:
+            engine._recorder = None
+        updates = []
+        for step in range(6):
+            if step == 4:
+                engine.restrict(1, loss_of(model))
+            engine.accumulate(pairs(2 * step))
+            engine.accumulate(pairs(2 * step + 1, size=3))
+            updates.append(engine.update(1.0))
+        engine.finish()
+        results.append((updates, [parameter.detach().clone() for parameter in trainable(model)]))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
