@@ -27,12 +27,12 @@ from sdxl_lora.data.encoders import Encoders, encode_images, load_encoders
 from sdxl_lora.data.encoding import encode_dataset
 from sdxl_lora.data.encoding_report import EncodingReport
 from sdxl_lora.data.image_loader import CaptionedImage
-from sdxl_lora.data.latent_cache import Entries
+from sdxl_lora.data.latent_cache import LatentCache
 from sdxl_lora.models.architecture import SDXL_BASE
 from sdxl_lora.models.fused import fuse_vae
 from sdxl_lora.models.tokenizers import load_tokenizers
-from sdxl_lora.runtime.device import one_cpu_thread, reserved_device
-from sdxl_lora.storage.content_store import Store
+from sdxl_lora.runtime.device import acquire_device, one_cpu_thread
+from sdxl_lora.storage.content_store import ContentStore
 from sdxl_lora.storage.repository import file_digest
 
 MIB = 2**20
@@ -50,7 +50,7 @@ def main() -> None:
     arguments = parser.parse_args()
     params = load_params(arguments.recipe)
     config = params.encoding.model_copy(update={"resolution": arguments.resolution})
-    with TemporaryDirectory() as scratch, reserved_device(None) as device, one_cpu_thread(device):
+    with TemporaryDirectory() as scratch, acquire_device(None) as device, one_cpu_thread(device):
         folder = Path(scratch)
         rows = write_pictures(folder / "images", arguments.images, arguments.resolution)
         numbers: dict[str, object] = {}
@@ -64,7 +64,7 @@ def main() -> None:
             encoders = load_encoders(params.model, config, device)
         numbers["seconds_of_the_first_batch"] = first_batch(encoders.vae, config, device)
         for name in ("first", "again"):
-            entries = Entries(Store(folder / "store"), encoders, config, folder / "images")
+            entries = LatentCache(ContentStore(folder / "store"), encoders, config, folder / "images")
             numbers[name] = measure(rows, entries, config, folder / name)
     sys.stdout.write(json.dumps({"images": len(rows), "device": str(device), **numbers}, indent=2) + "\n")
 
@@ -101,7 +101,7 @@ def write_pictures(folder: Path, count: int, resolution: int) -> list[CaptionedI
 
 
 def measure(
-    rows: list[CaptionedImage], entries: Entries, config: EncodingConfig, folder: Path
+    rows: list[CaptionedImage], entries: LatentCache, config: EncodingConfig, folder: Path
 ) -> dict[str, float]:
     """Wall and CPU seconds, images a second, and this process's resident memory on the way, MiB."""
     process, start, done, memory = psutil.Process(), perf_counter(), 0, []

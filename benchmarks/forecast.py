@@ -21,9 +21,9 @@ from benchmarks.results import OK, Result, now, publish, this_machine
 from benchmarks.tables import forecast_table
 from sdxl_lora.adapters.lora import add_adapters
 from sdxl_lora.config import Params, load_params
-from sdxl_lora.memory.planner import Plan, choose_plan
-from sdxl_lora.runtime.device import deterministic, reserved_device
-from sdxl_lora.training.trainer import prepare, train_lora
+from sdxl_lora.memory.planner import TrainingPlan, choose_plan
+from sdxl_lora.runtime.device import acquire_device, deterministic_kernels
+from sdxl_lora.training.trainer import prepare_modules, train_lora
 
 STEPS = 4  # the first records, and all take the same memory, but for text encoders that freeze after two
 
@@ -68,7 +68,7 @@ def changed(params: Params, changes: dict[str, Any]) -> Params:
     return params.model_copy(update={**sections, "training": training})
 
 
-def plan_of(name: str, recipe: Params) -> Plan | str:
+def plan_of(name: str, recipe: Params) -> TrainingPlan | str:
     """How this configuration would train on a GPU, or why it cannot."""
     params = changed(recipe, CONFIGURATIONS[name])
     latents = RandomDataset(params.encoding.resolution).latents
@@ -78,7 +78,7 @@ def plan_of(name: str, recipe: Params) -> Plan | str:
         return reason(error)
 
 
-def compare(name: str, recipe: Params, plan: Plan | str, measures: bool) -> Result:
+def compare(name: str, recipe: Params, plan: TrainingPlan | str, measures: bool) -> Result:
     """Forecast and, if it is wanted, measured peak of a configuration; a failure of one stops no other."""
     outcome, measured = OK, {}
     if isinstance(plan, str):
@@ -89,7 +89,7 @@ def compare(name: str, recipe: Params, plan: Plan | str, measures: bool) -> Resu
         except (ImportError, RuntimeError, ValueError) as error:  # also a process that died, or a full GPU
             outcome = reason(error)
     figures = {}
-    if isinstance(plan, Plan) and plan.forecast is not None:
+    if isinstance(plan, TrainingPlan) and plan.forecast is not None:
         figures = {f"forecast_{part}_gib": round(gib, 3) for part, gib in plan.forecast.gib().items()}
         figures |= {"micro_batch_size": plan.micro_batch_size, "checkpointed": len(plan.checkpointed)}
     return Result(
@@ -107,13 +107,13 @@ def compare(name: str, recipe: Params, plan: Plan | str, measures: bool) -> Resu
     )
 
 
-def measure(name: str, recipe: Params, plan: Plan) -> dict[str, Any]:
+def measure(name: str, recipe: Params, plan: TrainingPlan) -> dict[str, Any]:
     """What a result says of time and memory of this configuration on this machine's GPU."""
     params = changed(recipe, CONFIGURATIONS[name])
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as stages do
     with (
-        reserved_device(params.training.vram_gib) as device,
-        deterministic(params.training.deterministic),
+        acquire_device(params.training.vram_gib) as device,
+        deterministic_kernels(params.training.deterministic),
         DeviceMemory() as memory,
     ):
         config = plan.applied_to(params.training)
@@ -121,7 +121,7 @@ def measure(name: str, recipe: Params, plan: Plan) -> dict[str, Any]:
         trained = params.model.text_encoders != "frozen"
         denoiser = random_denoiser(config.precision, device, trained, config.quantization)
         add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
-        prepare(denoiser, config, dataset.latents, plan.checkpointed)
+        prepare_modules(denoiser, config, dataset.latents, plan.checkpointed)
         seconds = [round(report.seconds, 4) for report in train_lora(denoiser, dataset, config, params.seed)]
         peaks = allocator_peaks(device)
     return {"seconds": seconds, **peaks, "peak_device_gib": memory.peak_gib}

@@ -13,7 +13,7 @@ from benchmarks.results import OK, Configuration, Result, now, publish, this_mac
 from benchmarks.timing import timed
 from sdxl_lora.config import Precision
 from sdxl_lora.models.sdxl import DTYPES
-from sdxl_lora.runtime.device import reserved_device
+from sdxl_lora.runtime.device import acquire_device
 
 REPETITIONS = 20
 
@@ -30,7 +30,7 @@ def main() -> None:
 
 def measure(precision: Precision, size: int) -> Result:
     """Times a (size, size) @ (size, size) product, 2 size^3 floating-point operations."""
-    with reserved_device(None) as device:
+    with acquire_device(None) as device:
         left, right = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
         seconds = timed(lambda: left @ right, device, REPETITIONS)
     configuration: Configuration = {"precision": precision, "size": size}

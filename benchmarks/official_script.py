@@ -18,7 +18,7 @@ from benchmarks.grid import combinations, gib_or_none, repeat
 from benchmarks.results import Configuration, Result, now, publish, this_machine
 from benchmarks.saved_sdxl import save_random_images, save_random_sdxl
 from benchmarks.watch import watch
-from sdxl_lora.runtime.device import reserved_device
+from sdxl_lora.runtime.device import acquire_device
 
 SCRIPT = Path("examples/text_to_image/train_text_to_image_lora_sdxl.py")
 VARIED = ("precision", "checkpointing", "attention", "optimizer", "text_encoders", "vram_gib")
@@ -30,7 +30,7 @@ SLACK = 5  # steps that the script is asked for beyond those timed: it is interr
 def main() -> None:
     options = parse()
     script = find_script(options.checkout)
-    with tempfile.TemporaryDirectory() as temporary, reserved_device(None) as device:
+    with tempfile.TemporaryDirectory() as temporary, acquire_device(None) as device:
         scratch = (options.scratch or Path(temporary)).absolute()
         scratch.mkdir(parents=True, exist_ok=True)
         model = (options.model or save_random_sdxl(scratch / "random-sdxl", device)).absolute()

@@ -23,10 +23,10 @@ from benchmarks.random_sdxl import RandomDataset, random_denoiser
 from sdxl_lora.adapters.lora import add_adapters, lora_parameters
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.memory.planner import choose_plan
-from sdxl_lora.runtime.device import deterministic, machine, reserved_device
+from sdxl_lora.runtime.device import acquire_device, compute_fingerprint, deterministic_kernels
 from sdxl_lora.storage.safetensors_io import content_digest
-from sdxl_lora.training.checkpointer import Checkpoints
-from sdxl_lora.training.trainer import Training, prepare
+from sdxl_lora.training.checkpointer import Checkpointer
+from sdxl_lora.training.trainer import Trainer, prepare_modules
 
 
 def main() -> None:
@@ -77,14 +77,14 @@ def train(
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as stages do
     torch.manual_seed(0)
     dataset: Any = RandomDataset(params.encoding.resolution)  # acts as an EncodedDataset
-    with reserved_device(params.training.vram_gib) as device, deterministic(True):
+    with acquire_device(params.training.vram_gib) as device, deterministic_kernels(True):
         plan = choose_plan(params.model, params.lora, params.training, dataset.latents, device)
         config = plan.applied_to(params.training)
         denoiser = random_denoiser(config.precision, device, True, config.quantization)
         add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
-        attention = prepare(denoiser, config, dataset.latents, plan.checkpointed)
-        training = Training(denoiser, dataset, config, params.seed)
-        checkpoints, saving = Checkpoints(folder, minutes=None), []
+        attention = prepare_modules(denoiser, config, dataset.latents, plan.checkpointed)
+        training = Trainer(denoiser, dataset, config, params.seed)
+        checkpoints, saving = Checkpointer(folder, minutes=None), []
         start = perf_counter()
         checkpoint = checkpoints.newest()
         if checkpoint is not None:
@@ -98,17 +98,17 @@ def train(
         weights = [p.detach() for module in denoiser.modules for p in lora_parameters(module)]
         return {
             "adapter": content_digest({str(number): tensor for number, tensor in enumerate(weights)}),
-            "reports": [(report.loss, report.grad_norm, report.loss_scale) for report in training.reports],
+            "reports": [(report.loss, report.grad_norm, report.loss_scale) for report in training.history],
             "attention": attention,
             "went_on_after": went_on_after,
             "seconds_to_save": saving,
             "seconds_to_load": loading,
             "checkpoint_bytes": [path.stat().st_size for path in folder.glob("*.safetensors")],
-            "device": machine(device),
+            "device": compute_fingerprint(device),
         }
 
 
-def timed_save(checkpoints: Checkpoints, training: Training) -> float:
+def timed_save(checkpoints: Checkpointer, training: Trainer) -> float:
     start = perf_counter()
     checkpoints.save(training.step, training.state_dict(), {})
     return perf_counter() - start

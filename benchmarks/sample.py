@@ -26,15 +26,15 @@ from benchmarks.random_sdxl import random_pipeline
 from benchmarks.results import GIB, OK, Configuration, Result, now, publish, this_machine
 from benchmarks.tables import WAYS
 from benchmarks.timing import wait_for
-from sdxl_lora.adapters.lora import add_adapters, lora_parameters, strength
+from sdxl_lora.adapters.lora import adapter_strength, add_adapters, lora_parameters
 from sdxl_lora.config import Params, Precision, SamplingConfig, load_params
-from sdxl_lora.inference.pipeline import draw, prepare, recorded
+from sdxl_lora.inference.pipeline import generate_images, prepare_pipeline, use_cuda_graph
 from sdxl_lora.inference.sampling import adapted_modules, initial_noise
 from sdxl_lora.memory.inference_forecast import forecast_inference, trace_sampling
 from sdxl_lora.models import architecture
 from sdxl_lora.models.sdxl import DTYPES, load_pipeline
-from sdxl_lora.runtime.device import reserved_device
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.device import acquire_device
+from sdxl_lora.runtime.rng import keyed_generator
 
 VARIED = ("model", "way", "precision", "strength", "batch_size", "resolution", "num_inference_steps")
 RECIPES = {
@@ -67,7 +67,7 @@ def measure(configuration: Configuration, repetitions: int) -> Result:
     params = load_params(RECIPES[configuration["model"]])
     config = sampling(params, configuration)
     outcome, seconds, figures = OK, list[float](), dict[str, float]()
-    with reserved_device(None) as device:
+    with acquire_device(None) as device:
         if device.type == "cuda":
             torch.cuda.empty_cache()  # of the configuration before
         try:
@@ -98,7 +98,7 @@ def forecast(configuration: Configuration, params: Params, config: SamplingConfi
     """What the library expects the batch to take, GiB."""
     base = replace(architecture.SDXL_BASE, vae=architecture.KNOWN_VAES["madebyollin/sdxl-vae-fp16-fix"])
     if configuration["model"] == "demo":
-        base = architecture.read_shapes(params.model)
+        base = architecture.read_architecture(params.model)
     trace = trace_sampling(base, params.model_copy(update={"sampling": config}))
     return forecast_inference(trace).total / GIB
 
@@ -122,7 +122,7 @@ def timed_draws(
         for _ in range(count):
             wait_for(device)
             start = perf_counter()
-            images = draw(pipeline, config, prompts, noise)
+            images = generate_images(pipeline, config, prompts, noise)
             wait_for(device)
             seconds.append(round(perf_counter() - start, 6))
     return images, seconds
@@ -135,13 +135,13 @@ def way_of_drawing(
     """Sets the pipeline up to draw with the adapter at this strength while the block runs."""
     modules = adapted_modules(pipeline)
     if way == "ours":
-        prepare(pipeline, config)
-    with strength(modules, value):
+        prepare_pipeline(pipeline, config)
+    with adapter_strength(modules, value):
         if way == "diffusers_folded" and value:
             for layer in (layer for module in modules for layer in module.modules()):
                 if isinstance(layer, BaseTunerLayer):
                     layer.merge()
-        with recorded(pipeline.unet) if way == "ours" else nullcontext():
+        with use_cuda_graph(pipeline.unet) if way == "ours" else nullcontext():
             yield
 
 
@@ -161,7 +161,7 @@ def adapted_pipeline(
     for module in adapted_modules(pipeline):
         for number, parameter in enumerate(lora_parameters(module)):
             if not parameter.any():
-                draws = torch.randn(parameter.shape, generator=generator("b", number)) * 0.02
+                draws = torch.randn(parameter.shape, generator=keyed_generator("b", number)) * 0.02
                 parameter.data = draws.to(device)
             parameter.data = parameter.data.to(DTYPES[precision])
         module.eval().requires_grad_(False)

@@ -24,9 +24,9 @@ from benchmarks.results import GIB, OK, Configuration, Result, now, publish, thi
 from benchmarks.tables import steps_table
 from sdxl_lora.adapters.lora import add_adapters
 from sdxl_lora.config import Attention, Params, Quantization, load_params
-from sdxl_lora.memory.planner import Plan, choose_plan
-from sdxl_lora.runtime.device import choose_device, deterministic, reserved_device
-from sdxl_lora.training.trainer import Report, prepare, train_lora
+from sdxl_lora.memory.planner import TrainingPlan, choose_plan
+from sdxl_lora.runtime.device import acquire_device, choose_device, deterministic_kernels
+from sdxl_lora.training.trainer import StepMetrics, prepare_modules, train_lora
 
 WARMUP_STEPS = 4
 VARIED = (
@@ -125,7 +125,7 @@ def configured(params: Params, configuration: Configuration, steps: int) -> Para
     )
 
 
-def plan(configuration: Configuration, recipe: Params, device: torch.device) -> Plan | str:
+def plan(configuration: Configuration, recipe: Params, device: torch.device) -> TrainingPlan | str:
     """How to train on `device`, or why that cannot be."""
     params = configured(recipe, configuration, steps=1)
     latents = RandomDataset(configuration["resolution"]).latents
@@ -135,19 +135,19 @@ def plan(configuration: Configuration, recipe: Params, device: torch.device) -> 
         return str(error).splitlines()[0]
 
 
-def measure(configuration: Configuration, recipe: Params, steps: int, plan: Plan | str) -> Result:
+def measure(configuration: Configuration, recipe: Params, steps: int, plan: TrainingPlan | str) -> Result:
     """Trains for a few steps. A configuration that cannot run has its reason as outcome."""
     params = configured(recipe, configuration, steps)
-    reports: list[Report] = []
-    outcome = OK if isinstance(plan, Plan) else plan
+    reports: list[StepMetrics] = []
+    outcome = OK if isinstance(plan, TrainingPlan) else plan
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as stages do
     with (
-        reserved_device(params.training.vram_gib) as device,
-        deterministic(params.training.deterministic),
+        acquire_device(params.training.vram_gib) as device,
+        deterministic_kernels(params.training.deterministic),
         DeviceMemory() as memory,
     ):
         try:
-            if isinstance(plan, Plan):
+            if isinstance(plan, TrainingPlan):
                 reports.extend(training(params, plan, device, RandomDataset(configuration["resolution"])))
         except torch.OutOfMemoryError:
             outcome = "out of memory"
@@ -164,17 +164,17 @@ def measure(configuration: Configuration, recipe: Params, steps: int, plan: Plan
         seconds=[round(report.seconds, 4) for report in reports[WARMUP_STEPS:]],
         **peaks,
         peak_device_gib=memory.peak_gib,
-        forecast_gib=plan.forecast.total / GIB if isinstance(plan, Plan) and plan.forecast else None,
+        forecast_gib=plan.forecast.total / GIB if isinstance(plan, TrainingPlan) and plan.forecast else None,
         figures={"final_loss": reports[-1].loss, "loss_scale": reports[-1].loss_scale} if reports else {},
     )
 
 
-def training(params: Params, plan: Plan, device: torch.device, dataset: Any) -> Iterator[Report]:
+def training(params: Params, plan: TrainingPlan, device: torch.device, dataset: Any) -> Iterator[StepMetrics]:
     """The library's own loop, on random weights and latents."""
     config, trained = plan.applied_to(params.training), params.model.text_encoders != "frozen"
     denoiser = random_denoiser(config.precision, device, trained, config.quantization)
     add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
-    prepare(denoiser, config, dataset.latents, plan.checkpointed)
+    prepare_modules(denoiser, config, dataset.latents, plan.checkpointed)
     yield from train_lora(denoiser, dataset, config, params.seed)
 
 

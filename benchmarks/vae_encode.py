@@ -16,7 +16,7 @@ from benchmarks.timing import timed
 from sdxl_lora.config import Precision
 from sdxl_lora.models import architecture
 from sdxl_lora.models.sdxl import DTYPES
-from sdxl_lora.runtime.device import reserved_device
+from sdxl_lora.runtime.device import acquire_device
 
 REPETITIONS = 20
 
@@ -40,7 +40,7 @@ def measure(configuration: Configuration, repetitions: int) -> Result:
     batch_size, side = configuration["batch_size"], configuration["resolution"]
     outcome, seconds = OK, []
     torch.cuda.empty_cache()  # of the configuration before
-    with reserved_device(None) as device:
+    with acquire_device(None) as device:
         vae = architecture.SDXL_BASE.make_vae(precision, device)
         pixels = torch.rand(batch_size, 3, side, side, device=device, dtype=DTYPES[precision])
         try:

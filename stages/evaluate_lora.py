@@ -3,25 +3,25 @@
 from tqdm import tqdm
 
 from sdxl_lora import paths
-from sdxl_lora.adapters.lora import WEIGHTS, load_lora
+from sdxl_lora.adapters.lora import WEIGHTS_FILE, load_lora
 from sdxl_lora.config import load_params
 from sdxl_lora.data.encoded_dataset import EncodedDataset
 from sdxl_lora.evaluation.clip import ImageTextScorer
 from sdxl_lora.evaluation.evaluation import (
     LOSS_COLUMNS,
-    Pictures,
+    ImageSets,
     evaluate_samples,
     held_out_errors,
     held_out_jobs,
     held_out_loss,
     loss_by_timestep,
 )
-from sdxl_lora.evaluation.gates import Gate, judge, verdict
+from sdxl_lora.evaluation.gates import Gate, evaluate_gates, gate_verdict
 from sdxl_lora.evaluation.memorization import Match
 from sdxl_lora.evaluation.sample_metrics import INTERVAL_COLUMNS
 from sdxl_lora.inference.samples import load_table
-from sdxl_lora.runtime.device import require_precision, reserved_device
-from sdxl_lora.runtime.stage import run, stage
+from sdxl_lora.runtime.device import acquire_device, require_precision
+from sdxl_lora.runtime.stage import record_stage, run_stage
 from sdxl_lora.storage.report_io import write_numbers, write_records, write_table
 from sdxl_lora.training.denoiser import load_denoiser
 
@@ -29,7 +29,7 @@ from sdxl_lora.training.denoiser import load_denoiser
 def main() -> None:
     params = load_params()
     config = params.evaluation
-    with stage("evaluate_lora"), reserved_device(None) as device:
+    with record_stage("evaluate_lora"), acquire_device(None) as device:
         require_precision(device, config.precision, "evaluation.precision")
         held_out, training = (EncodedDataset(paths.ENCODED, split) for split in ("held_out", "train"))
         denoiser = load_denoiser(params.model, config.precision, device)
@@ -40,12 +40,12 @@ def main() -> None:
                 errors += batch
                 progress.update(len(batch))
         scorer = ImageTextScorer(config, device)
-        pictures = Pictures(paths.SAMPLES, paths.RAW_IMAGES, held_out.images, training.images)
+        pictures = ImageSets(paths.SAMPLES, paths.RAW_IMAGES, held_out.images, training.images)
         samples = evaluate_samples(load_table(paths.SAMPLE_TABLE), pictures, scorer, config)
-        size = (paths.LORA / WEIGHTS).stat().st_size
+        size = (paths.LORA / WEIGHTS_FILE).stat().st_size
         metrics = {"held_out_loss": held_out_loss(errors, config), **samples.figures, "adapter_bytes": size}
-        gates = judge(metrics, config.gates)
-        write_numbers(paths.METRICS, {**metrics, "gates": verdict(gates)})
+        gates = evaluate_gates(metrics, config.gates)
+        write_numbers(paths.METRICS, {**metrics, "gates": gate_verdict(gates)})
         write_records(paths.GATES, Gate, gates)
         write_records(paths.COPIES, Match, samples.matches)
         write_table(paths.INTERVALS, samples.intervals, INTERVAL_COLUMNS)
@@ -53,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage(main)

@@ -5,14 +5,14 @@ import shutil
 from sdxl_lora import paths
 from sdxl_lora.adapters.export import export_lora, kohya_file, model_spec
 from sdxl_lora.adapters.lineage import lineage
-from sdxl_lora.adapters.lora import WEIGHTS
+from sdxl_lora.adapters.lora import WEIGHTS_FILE
 from sdxl_lora.config import load_params
 from sdxl_lora.evaluation.gates import failures
 from sdxl_lora.inference.samples import load_table
 from sdxl_lora.models.sdxl import layers_per_block, load_noise_schedule
 from sdxl_lora.models.weights import weight_digests
 from sdxl_lora.reporting.model_card import card_pictures, model_card, picture_name
-from sdxl_lora.runtime.stage import run, stage
+from sdxl_lora.runtime.stage import record_stage, run_stage
 from sdxl_lora.storage.atomic_io import write_text
 from sdxl_lora.storage.report_io import read_numbers, write_numbers
 
@@ -22,7 +22,7 @@ PICTURES = 6
 def main() -> None:
     params = load_params()
     config = params.export
-    with stage("export_lora"):
+    with record_stage("export_lora"):
         trigger = params.captions.trigger
         prediction_type = load_noise_schedule(params.model).prediction_type
         weights = weight_digests(params.model)
@@ -39,7 +39,7 @@ def main() -> None:
         shutil.copy(paths.SAMPLE_GRID, paths.EXPORT)
         details = {
             "grid": paths.SAMPLE_GRID.name,
-            "weights": WEIGHTS,
+            "weights": WEIGHTS_FILE,
             "kohya": kohya_file(config),
             "rank": params.lora.rank,
             "alpha": params.lora.alpha,
@@ -58,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage(main)

@@ -3,18 +3,18 @@
 import pandas as pd
 
 from sdxl_lora import paths
-from sdxl_lora.adapters.lineage import facts_of
+from sdxl_lora.adapters.lineage import read_lineage
 from sdxl_lora.config import load_params
 from sdxl_lora.inference.samples import load_table
-from sdxl_lora.reporting.run_page import Results, page
-from sdxl_lora.runtime.stage import run, stage
+from sdxl_lora.reporting.run_page import Results, render_run_page
+from sdxl_lora.runtime.stage import record_stage, run_stage
 from sdxl_lora.storage.atomic_io import write_text
 from sdxl_lora.storage.report_io import read_numbers
 
 
 def main() -> None:
     params = load_params()
-    with stage("report_run"):
+    with record_stage("report_run"):
         results = Results(
             samples=load_table(paths.SAMPLE_TABLE),
             metrics=read_numbers(paths.METRICS, "evaluate_lora"),
@@ -23,10 +23,12 @@ def main() -> None:
             copies=pd.read_csv(paths.COPIES),
             loss=pd.read_csv(paths.LOSS_CURVE),
             loss_by_timestep=pd.read_csv(paths.LOSS_BY_TIMESTEP),
-            facts=facts_of(paths.EXPORTED_WEIGHTS),
+            facts=read_lineage(paths.EXPORTED_WEIGHTS),
         )
-        write_text(paths.REPORT, page(params.export.title, results, paths.SAMPLES, paths.RAW_IMAGES))
+        write_text(
+            paths.REPORT, render_run_page(params.export.title, results, paths.SAMPLES, paths.RAW_IMAGES)
+        )
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage(main)

@@ -4,29 +4,29 @@ from tqdm import tqdm
 
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
-from sdxl_lora.inference.pipeline import prepare
+from sdxl_lora.inference.pipeline import prepare_pipeline
 from sdxl_lora.inference.samples import save_sample, save_table
 from sdxl_lora.inference.sampling import (
     generation_settings,
-    grid,
+    image_grid,
     load_adapter,
     sample_images,
     sampled_captions,
 )
 from sdxl_lora.models.sdxl import load_pipeline
-from sdxl_lora.runtime.device import require_precision, reserved_device
-from sdxl_lora.runtime.stage import run, stage
-from sdxl_lora.storage.atomic_io import written_whole
+from sdxl_lora.runtime.device import acquire_device, require_precision
+from sdxl_lora.runtime.stage import record_stage, run_stage
+from sdxl_lora.storage.atomic_io import atomic_write
 
 
 def main() -> None:
     params = load_params()
     config = params.sampling
-    with stage("sample_images"), reserved_device(None) as device:
+    with record_stage("sample_images"), acquire_device(None) as device:
         require_precision(device, config.precision, "sampling.precision")
         pipeline = load_pipeline(params.model, config.precision, device)
         load_adapter(pipeline, paths.LORA)
-        prepare(pipeline, config)
+        prepare_pipeline(pipeline, config)
         settings = generation_settings(config, params.model)
         captions = sampled_captions(config, paths.ENCODED)
         total = (len(config.prompts) + len(captions)) * len(config.seeds) * len(config.strengths)
@@ -36,9 +36,9 @@ def main() -> None:
             save_sample(paths.SAMPLES, sample, image, settings)
             pictures.append((sample, image))
         save_table(paths.SAMPLE_TABLE, [sample for sample, _ in pictures])
-        with written_whole(paths.SAMPLE_GRID) as partial:
-            grid(pictures).save(partial)
+        with atomic_write(paths.SAMPLE_GRID) as partial:
+            image_grid(pictures).save(partial)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage(main)

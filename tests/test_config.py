@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sdxl_lora.config import Params, Section, load_params
-from sdxl_lora.storage.repository import folder_digest, is_folder
+from sdxl_lora.storage.repository import folder_digest, is_local_folder
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
@@ -81,7 +81,7 @@ class TestRecipe:
             "model.revision": (params.model.base, params.model.revision),
             "evaluation.clip_revision": (params.evaluation.clip_model, params.evaluation.clip_revision),
         }
-        folders = {key: pin for key, pin in pins.items() if is_folder(pin[0])}
+        folders = {key: pin for key, pin in pins.items() if is_local_folder(pin[0])}
         digests = {key: folder_digest(REPOSITORY / folder) for key, (folder, _) in folders.items()}
         assert {key: revision for key, (_, revision) in folders.items()} == digests
 

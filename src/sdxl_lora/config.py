@@ -351,14 +351,14 @@ def divisors(number: int) -> list[int]:
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 
-def explain(error: ValidationError, path: Path) -> str:
+def _explain(error: ValidationError, path: Path) -> str:
     """All faults of a params file, a line each: key, what is wrong, the value, and the nearest known key."""
     lines = []
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"])
         line = f"  {key}: {fault['msg']}" if key else f"  {fault['msg']}"
         if fault["type"] == "extra_forbidden":
-            near = get_close_matches(str(fault["loc"][-1]), known_keys(fault["loc"][:-1]), n=1)
+            near = get_close_matches(str(fault["loc"][-1]), _known_keys(fault["loc"][:-1]), n=1)
             line = f"  {key}: unknown key" + (f"; did you mean `{near[0]}`?" if near else "")
         elif fault["type"] != "missing" and not isinstance(fault["input"], dict):
             line += f" (it is {fault['input']!r})"
@@ -369,7 +369,7 @@ def explain(error: ValidationError, path: Path) -> str:
     )
 
 
-def known_keys(section: tuple[int | str, ...]) -> list[str]:
+def _known_keys(section: tuple[int | str, ...]) -> list[str]:
     """The keys of the section at this place in params.yaml."""
     model: type[BaseModel] = Params
     for part in section:
@@ -395,4 +395,4 @@ def load_params(path: Path = PARAMS) -> Params:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     except ValidationError as error:
-        raise ValueError(explain(error, path)) from error
+        raise ValueError(_explain(error, path)) from error

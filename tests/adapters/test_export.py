@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sdxl_lora.adapters.export import check_files, export_lora, kohya_file, model_spec
-from sdxl_lora.adapters.lora import WEIGHTS, add_adapters, lora_parameters, save_lora
+from sdxl_lora.adapters.lora import WEIGHTS_FILE, add_adapters, lora_parameters, save_lora
 from sdxl_lora.config import ExportConfig, LoraConfig, ModelConfig, Params, load_params
 from sdxl_lora.inference.sampling import adapted_modules, initial_noise
 from sdxl_lora.models.sdxl import layers_per_block, load_pipeline
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.storage.safetensors_io import read_header, write_tensors
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
 
@@ -41,7 +41,7 @@ def trained(model: ModelConfig, params: Params) -> Denoiser:
     add_adapters(denoiser.unet, denoiser.text_encoders, lora, 0)
     with torch.no_grad():
         for number, parameter in enumerate(p for m in denoiser.modules for p in lora_parameters(m)):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator("b", number)) * 0.05)
+            parameter.copy_(torch.randn(parameter.shape, generator=keyed_generator("b", number)) * 0.05)
     return denoiser
 
 
@@ -76,13 +76,13 @@ def picture(pipeline: StableDiffusionXLPipeline, params: Params) -> Tensor:
 def test_diffusers_draws_the_same_picture_from_either_file_and_from_the_trained_adapter(
     trained: Denoiser, model: ModelConfig, params: Params, exported: Path
 ) -> None:
-    pipelines = [loaded(model, exported / "export", name) for name in (WEIGHTS, KOHYA)]
+    pipelines = [loaded(model, exported / "export", name) for name in (WEIGHTS_FILE, KOHYA)]
     for pipeline in pipelines:
         for ours, theirs in zip(trained.modules, adapted_modules(pipeline), strict=True):
             expected, found = updates(ours), updates(theirs)
             assert expected.keys() == found.keys()
             assert all(torch.allclose(expected[name], found[name], atol=1e-6) for name in expected)
-    pictures = [picture(loaded(model, exported / "lora", WEIGHTS), params)]
+    pictures = [picture(loaded(model, exported / "lora", WEIGHTS_FILE), params)]
     pictures += [picture(pipeline, params) for pipeline in pipelines]
     assert torch.equal(pictures[0], pictures[1])
     assert (pictures[0] - pictures[2]).abs().max() < 0.5 / 255
@@ -90,7 +90,7 @@ def test_diffusers_draws_the_same_picture_from_either_file_and_from_the_trained_
 
 
 def test_headers_say_what_the_files_are_and_where_they_come_from(exported: Path) -> None:
-    diffusers, kohya = (read_header(exported / "export" / name) for name in (WEIGHTS, KOHYA))
+    diffusers, kohya = (read_header(exported / "export" / name) for name in (WEIGHTS_FILE, KOHYA))
     assert diffusers.items() >= FACTS.items()
     assert "lora_adapter_metadata" in diffusers
     assert kohya.items() >= FACTS.items()
@@ -111,12 +111,12 @@ def test_model_spec_has_all_that_the_standard_demands() -> None:
     assert "modelspec.trigger_phrase" not in model_spec(CONFIG, None, 128, "epsilon")
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, KOHYA])
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, KOHYA])
 @pytest.mark.parametrize("damage", ["weight", "layer", "alpha"])
 def test_file_that_does_not_hold_what_was_trained_is_found_out(
     exported: Path, tmp_path: Path, name: str, damage: str
 ) -> None:
-    files = {n: exported / "export" / n for n in (WEIGHTS, KOHYA)}
+    files = {n: exported / "export" / n for n in (WEIGHTS_FILE, KOHYA)}
     tensors, header = load_file(files[name]), read_header(files[name])
     first = next(iter(tensors))
     if damage == "weight":
@@ -132,14 +132,14 @@ def test_file_that_does_not_hold_what_was_trained_is_found_out(
     files[name] = tmp_path / name
     write_tensors(files[name], tensors, header)
     with pytest.raises(RuntimeError, match=name):
-        check_files(exported / "lora" / WEIGHTS, files[WEIGHTS], files[KOHYA], 2)
+        check_files(exported / "lora" / WEIGHTS_FILE, files[WEIGHTS_FILE], files[KOHYA], 2)
 
 
 def test_export_is_the_same_to_the_byte_every_time(
     exported: Path, model: ModelConfig, tmp_path: Path
 ) -> None:
     export_lora(exported / "lora", tmp_path, CONFIG, FACTS, layers_per_block(model))
-    for name in (WEIGHTS, KOHYA):
+    for name in (WEIGHTS_FILE, KOHYA):
         assert (tmp_path / name).read_bytes() == (exported / "export" / name).read_bytes()
 
 

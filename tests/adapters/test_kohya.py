@@ -10,11 +10,11 @@ from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sdxl_lora.adapters.kohya import kohya_name, kohya_update, kohya_weights, original_path
-from sdxl_lora.adapters.lora import WEIGHTS, add_adapters, lora_parameters, save_lora
+from sdxl_lora.adapters.kohya import kohya_delta, kohya_name, kohya_weights, original_path
+from sdxl_lora.adapters.lora import WEIGHTS_FILE, add_adapters, lora_parameters, save_lora
 from sdxl_lora.config import LoraConfig, ModelConfig, load_params
 from sdxl_lora.models.sdxl import load_pipeline
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
 from tests.support.sdxl_shapes import full_size_sdxl
 
@@ -122,7 +122,7 @@ def as_if_trained(model: ModelConfig, unet_modules: list[str], text_modules: lis
     denoiser = load_denoiser(model, "fp32", CPU)
     add_adapters(denoiser.unet, denoiser.text_encoders, config, 0)
     for number, parameter in enumerate(p for m in denoiser.modules for p in lora_parameters(m)):
-        parameter.copy_(torch.randn(parameter.shape, generator=generator("trained", number)) * 0.1)
+        parameter.copy_(torch.randn(parameter.shape, generator=keyed_generator("trained", number)) * 0.1)
     return denoiser
 
 
@@ -142,7 +142,8 @@ def test_diffusers_loads_a_kohya_file_with_the_updates_that_were_trained(
     trained = as_if_trained(model, unet_modules, text_modules)
     save_lora(tmp_path, trained.unet, trained.text_encoders)
     save_file(
-        kohya_weights(load_file(tmp_path / WEIGHTS), dict.fromkeys(PARTS, 6.0)), tmp_path / "k.safetensors"
+        kohya_weights(load_file(tmp_path / WEIGHTS_FILE), dict.fromkeys(PARTS, 6.0)),
+        tmp_path / "k.safetensors",
     )
     pipeline = load_pipeline(model, "fp32", CPU)
     pipeline.load_lora_weights(tmp_path, weight_name="k.safetensors", adapter_name="default")
@@ -156,11 +157,11 @@ def test_diffusers_loads_a_kohya_file_with_the_updates_that_were_trained(
 def test_updates_of_a_kohya_file_are_pefts(model: ModelConfig, tmp_path: Path) -> None:
     trained = as_if_trained(model, EVERYTHING, TEXT)
     save_lora(tmp_path, trained.unet, trained.text_encoders)
-    weights = kohya_weights(load_file(tmp_path / WEIGHTS), dict.fromkeys(PARTS, 6.0))
+    weights = kohya_weights(load_file(tmp_path / WEIGHTS_FILE), dict.fromkeys(PARTS, 6.0))
     expected = peft_updates(trained.unet)
     assert len(weights) == 3 * sum(len(peft_updates(module)) for module in trained.modules)
     for name, update in expected.items():
-        torch.testing.assert_close(kohya_update(weights, kohya_name(f"unet.{name}", 2)), update)
+        torch.testing.assert_close(kohya_delta(weights, kohya_name(f"unet.{name}", 2)), update)
 
 
 @pytest.mark.parametrize(

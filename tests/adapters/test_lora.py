@@ -6,16 +6,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sdxl_lora.adapters.lora import (
-    WEIGHTS,
+    WEIGHTS_FILE,
+    adapter_strength,
     add_adapters,
     load_lora,
     lora_parameters,
     save_lora,
-    strength,
 )
 from sdxl_lora.config import LoraConfig, ModelConfig, load_params
 from sdxl_lora.models.sdxl import embed_tokens, load_pipeline
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def adapted(model: ModelConfig, lora: LoraConfig, seed: int = 0) -> Denoiser:
 @torch.no_grad()
 def as_if_trained(denoiser: Denoiser) -> Denoiser:
     for number, parameter in enumerate(p for m in denoiser.modules for p in lora_parameters(m)):
-        parameter.copy_(torch.randn(parameter.shape, generator=generator("trained", number)) * 0.1)
+        parameter.copy_(torch.randn(parameter.shape, generator=keyed_generator("trained", number)) * 0.1)
     return denoiser
 
 
@@ -60,7 +60,7 @@ def predictions(denoiser: Denoiser) -> Tensor:
     prompt_embeds, pooled = embed(denoiser, token_ids)
     unet = denoiser.unet
     return unet(
-        torch.randn(2, 4, 16, 16, generator=generator("latents")),
+        torch.randn(2, 4, 16, 16, generator=keyed_generator("latents")),
         torch.tensor([100, 800]),
         prompt_embeds,
         added_cond_kwargs={"text_embeds": pooled, "time_ids": torch.full((2, 6), 128.0)},
@@ -153,7 +153,7 @@ def test_diffusers_loads_the_same_updates(
 def test_file_names_layers_as_other_tools_do_and_tells_no_path(model: ModelConfig, tmp_path: Path) -> None:
     trained = as_if_trained(adapted(model, config()))
     save_lora(tmp_path, trained.unet, trained.text_encoders, {"data_digest": "sha256:1"})
-    with safe_open(tmp_path / WEIGHTS, "pt") as file:
+    with safe_open(tmp_path / WEIGHTS_FILE, "pt") as file:
         keys, header = list(file.keys()), file.metadata()
     text = [key for key in keys if key.startswith(("text_encoder.", "text_encoder_2."))]
     assert text
@@ -198,10 +198,10 @@ def test_strength_scales_the_updates_and_zero_is_the_base_model(model: ModelConf
     trained = as_if_trained(adapted(model, config()))
     whole = predictions(trained)
     expected = {name: 0.5 * update for name, update in updates(trained.unet).items()}
-    with strength(trained.modules, 0.5):
+    with adapter_strength(trained.modules, 0.5):
         assert all(torch.allclose(update, expected[n]) for n, update in updates(trained.unet).items())
         half = predictions(trained)
-    with strength(trained.modules, 0.0):
+    with adapter_strength(trained.modules, 0.0):
         assert torch.equal(predictions(trained), base)
     assert torch.equal(predictions(trained), whole)
     assert not torch.equal(half, whole)

@@ -7,14 +7,14 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from sdxl_lora.adapters.merged_linear import (
-    columns_side_by_side,
+    adjacent_runs,
+    cat_columns_or_view,
+    cat_or_view,
     is_mergeable,
-    make_neighbours,
-    neighbours,
+    pack_adjacent,
     project,
-    side_by_side,
 )
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 
 NAMES = ["to_q", "to_k", "to_v"]
 
@@ -26,7 +26,7 @@ def layers(count: int, bias: bool, dropout: float = 0.0) -> list[nn.Module]:
     config = PeftConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=NAMES[:count])
     inject_adapter_in_model(config, model)
     for number, parameter in enumerate(model.parameters()):
-        parameter.data = torch.randn(parameter.shape, generator=generator("layer", number)).double()
+        parameter.data = torch.randn(parameter.shape, generator=keyed_generator("layer", number)).double()
     return list(model.double().children())
 
 
@@ -41,9 +41,11 @@ def test_outputs_and_gradients_are_pefts(count: int, bias: bool, together: int) 
     """The first `together` layers are neighbours."""
     parts = layers(count, bias)
     for name in dict(parts[0].named_parameters()) if together else ():
-        make_neighbours([part.get_parameter(name) for part in parts[:together]])
-    inputs = torch.randn(2, 5, 24, generator=generator("x")).double().requires_grad_()
-    gradients = [torch.randn(2, 5, 40, generator=generator("dy", number)).double() for number in range(count)]
+        pack_adjacent([part.get_parameter(name) for part in parts[:together]])
+    inputs = torch.randn(2, 5, 24, generator=keyed_generator("x")).double().requires_grad_()
+    gradients = [
+        torch.randn(2, 5, 40, generator=keyed_generator("dy", number)).double() for number in range(count)
+    ]
     expected = [part(inputs) for part in parts]
     outputs = project(parts, inputs)
     wanted = [inputs, *adapters(parts)]
@@ -77,21 +79,21 @@ def test_neighbours_are_multiplied_together(bias: bool) -> None:
     bases = [nn.Linear(24, 40, bias=bias) for _ in range(5)]
     for first, last in ((0, 2), (2, 4)):
         for tensors in zip(*(base.parameters() for base in bases[first:last]), strict=True):
-            make_neighbours(tensors)
-    assert neighbours(bases) == [bases[:2], bases[2:4], bases[4:]]
-    assert neighbours(bases[::-1]) == [[base] for base in bases[::-1]]
-    make_neighbours([base.weight for base in bases[:3]])
-    assert neighbours([bases[0], bases[2]]) == [[bases[0]], [bases[2]]], "there is one between them"
+            pack_adjacent(tensors)
+    assert adjacent_runs(bases) == [bases[:2], bases[2:4], bases[4:]]
+    assert adjacent_runs(bases[::-1]) == [[base] for base in bases[::-1]]
+    pack_adjacent([base.weight for base in bases[:3]])
+    assert adjacent_runs([bases[0], bases[2]]) == [[bases[0]], [bases[2]]], "there is one between them"
 
 
 def test_neighbours_are_one_tensor_without_a_copy() -> None:
     block = torch.arange(24.0).view(6, 4)
     parts = block.chunk(3)
-    merged = side_by_side(parts)
+    merged = cat_or_view(parts)
     assert torch.equal(merged, block)
     assert merged.data_ptr() == block.data_ptr()
     for others in ([parts[1], parts[0], parts[2]], [parts[0], parts[2]]):
-        copied = side_by_side(others)
+        copied = cat_or_view(others)
         assert torch.equal(copied, torch.cat(others))
         assert copied.data_ptr() != block.data_ptr()
 
@@ -99,11 +101,11 @@ def test_neighbours_are_one_tensor_without_a_copy() -> None:
 def test_neighbouring_columns_are_one_tensor_without_a_copy() -> None:
     block = torch.arange(24.0).view(4, 6)
     parts = block.chunk(3, dim=1)
-    merged = columns_side_by_side(parts)
+    merged = cat_columns_or_view(parts)
     assert torch.equal(merged, block)
     assert merged.data_ptr() == block.data_ptr()
     mixed = [parts[0], parts[2], parts[1]]
     for others in (mixed, parts[:2], [part.clone() for part in parts]):
-        copied = columns_side_by_side(others)
+        copied = cat_columns_or_view(others)
         assert torch.equal(copied, torch.cat(list(others), dim=1))
         assert copied.untyped_storage()._cdata != block.untyped_storage()._cdata

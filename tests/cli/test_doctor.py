@@ -17,16 +17,16 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from sdxl_lora.adapters.lora import WEIGHTS, save_lora
+from sdxl_lora.adapters.lora import WEIGHTS_FILE, save_lora
 from sdxl_lora.cli.doctor import dry_run, resources, services, smoke_tests, software
-from sdxl_lora.cli.doctor.context import Examination, Patient
-from sdxl_lora.cli.doctor.examinations import EXAMINATIONS, examine
+from sdxl_lora.cli.doctor.context import CheckFunction, RunContext
+from sdxl_lora.cli.doctor.examinations import CHECKS, run_checks
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.models.sdxl import load_vae
-from sdxl_lora.reproducibility.checklist import Check, exit_status, line, passed, warned
+from sdxl_lora.reproducibility.checklist import Check, exit_status, format_check, passed, warned
 from sdxl_lora.storage.atomic_io import GIB
 from sdxl_lora.storage.repository import folder_digest
-from sdxl_lora.training.train_step import Engine
+from sdxl_lora.training.train_step import TrainStep
 from tests.support.hub import Hub
 
 REPOSITORY = Path(__file__).parents[2]
@@ -50,26 +50,26 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def patient(**sections: dict[str, Any]) -> Patient:
+def context(**sections: dict[str, Any]) -> RunContext:
     """The demo with changed params."""
     params = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
     for section, changes in sections.items():
         params[section].update(changes)
-    return Patient(Params.model_validate(params), CPU)
+    return RunContext(Params.model_validate(params), CPU)
 
 
-def found(examination: Examination, someone: Patient | None = None) -> Check:
+def found(examination: CheckFunction, someone: RunContext | None = None) -> Check:
     """The line of one check."""
-    (check,) = examination(someone or patient())
+    (check,) = examination(someone or context())
     return check
 
 
 def test_healthy_project_passes_every_check() -> None:
-    someone = patient()
-    checks = list(examine(someone))
+    someone = context()
+    checks = list(run_checks(someone))
     assert {check.status for check in checks} == {"pass"}, checks
-    assert len(checks) == len(EXAMINATIONS)
-    someone.leave()
+    assert len(checks) == len(CHECKS)
+    someone.cleanup()
     assert not list(Path(".dvc/tmp").glob("doctor-*"))
 
 
@@ -84,19 +84,19 @@ def test_command_takes_less_than_a_minute_and_prints_json() -> None:
 
 
 def test_check_that_breaks_down_is_a_finding_and_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    def check_something(_: Patient) -> Iterator[Check]:
+    def check_something(_: RunContext) -> Iterator[Check]:
         raise RuntimeError("all\nwrong")
 
     examinations = [software.check_python, check_something, software.check_libraries]
-    monkeypatch.setattr("sdxl_lora.cli.doctor.examinations.EXAMINATIONS", examinations)
-    statuses = [(check.name, check.status, check.detail) for check in examine(patient())]
+    monkeypatch.setattr("sdxl_lora.cli.doctor.examinations.CHECKS", examinations)
+    statuses = [(check.name, check.status, check.detail) for check in run_checks(context())]
     assert statuses[1] == ("something", "fail", "RuntimeError: all wrong")
     assert [name for name, _, _ in statuses] == ["python", "something", "libraries"]
 
 
 def test_line_has_the_remedy_below_it_and_a_warning_fails_no_script() -> None:
     checks = [passed("disk", "fine"), warned("mlflow", "is down", "start it")]
-    assert line(checks[1], 10) == "warn  mlflow      is down\n                  -> start it"
+    assert format_check(checks[1], 10) == "warn  mlflow      is down\n                  -> start it"
     assert exit_status(checks) == 0
 
 
@@ -105,7 +105,7 @@ def test_line_has_the_remedy_below_it_and_a_warning_fails_no_script() -> None:
     [((3, 10, 9), "fail"), ((3, 11, 0), "pass"), ((3, 13, 5), "pass"), ((3, 14, 0), "fail")],
 )
 def test_python_that_the_project_is_not_made_for_fails(version: tuple[int, ...], status: str) -> None:
-    (check,) = software.check_python(patient(), version)
+    (check,) = software.check_python(context(), version)
     assert check.status == status
 
 
@@ -138,7 +138,7 @@ def test_cards_without_kernels_are_known(capability: tuple[int, int], runs: bool
 
 
 def test_recipe_for_a_gpu_fails_without_one_and_its_trial_is_not_tried() -> None:
-    someone = patient(training={"vram_gib": 13.8})
+    someone = context(training={"vram_gib": 13.8})
     check = found(software.check_gpu, someone)
     assert (check.status, "PyTorch sees no GPU" in check.detail) == ("fail", True)
     statuses = {check.name: check for check in examine_only(someone, "gpu_memory", "vae", "gradient")}
@@ -146,16 +146,16 @@ def test_recipe_for_a_gpu_fails_without_one_and_its_trial_is_not_tried() -> None
     assert statuses["gradient"].detail.startswith("not tried: there is no GPU")
 
 
-def examine_only(someone: Patient, *names: str) -> Iterator[Check]:
+def examine_only(someone: RunContext, *names: str) -> Iterator[Check]:
     with pytest.MonkeyPatch.context() as patch:
-        chosen = [e for e in EXAMINATIONS if e.__name__.removeprefix("check_") in names]
-        patch.setattr("sdxl_lora.cli.doctor.examinations.EXAMINATIONS", chosen)
-        yield from examine(someone)
+        chosen = [e for e in CHECKS if e.__name__.removeprefix("check_") in names]
+        patch.setattr("sdxl_lora.cli.doctor.examinations.CHECKS", chosen)
+        yield from run_checks(someone)
 
 
 @pytest.mark.parametrize(("precision", "status"), [("fp16", "fail"), ("bf16", "warn"), ("fp32", "pass")])
 def test_precision_that_the_device_lacks_is_told(precision: str, status: str) -> None:
-    check = found(software.check_precision, patient(training={"precision": precision}))
+    check = found(software.check_precision, context(training={"precision": precision}))
     assert check.status == status
     assert precision == "fp32" or "training.precision" in check.detail
 
@@ -169,7 +169,7 @@ def test_precision_that_the_device_lacks_is_told(precision: str, status: str) ->
     ids=["memory", "disk"],
 )
 def test_less_than_the_forecast_fails(
-    examination: Examination, resource: str, change: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    examination: CheckFunction, resource: str, change: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert found(examination).status == "pass"
     module, _, function = resource.partition(".")
@@ -180,13 +180,13 @@ def test_less_than_the_forecast_fails(
 
 
 def test_forecast_of_memory_is_that_of_the_plan() -> None:
-    someone = patient()
+    someone = context()
     assert someone.plan.forecast is not None
     assert resources.needed_gpu_memory(someone) == someone.plan.forecast.total + 0.9 * GIB
 
 
 def test_mirrored_images_take_their_room_on_the_disk() -> None:
-    plain, mirrored = patient(encoding={"flip": False}), patient(encoding={"flip": True})
+    plain, mirrored = context(encoding={"flip": False}), context(encoding={"flip": True})
     more = resources.example_bytes(mirrored.shapes, mirrored.params) - resources.example_bytes(
         plain.shapes, plain.params
     )
@@ -194,7 +194,7 @@ def test_mirrored_images_take_their_room_on_the_disk() -> None:
 
 
 def test_disk_of_an_unknown_data_set_warns() -> None:
-    check = found(resources.check_disk, patient(download={"repository": "owner/data", "max_examples": None}))
+    check = found(resources.check_disk, context(download={"repository": "owner/data", "max_examples": None}))
     assert check.status == "warn"
 
 
@@ -215,12 +215,12 @@ def break_vae() -> None:
 
 
 def test_model_that_is_not_what_is_pinned_fails() -> None:
-    check = found(resources.check_models, patient(model=own_base(break_vae)))
+    check = found(resources.check_models, context(model=own_base(break_vae)))
     assert (check.name, check.status) == ("model.base", "fail")
 
 
 def test_model_that_is_not_here_warns_and_what_needs_it_is_not_tried() -> None:
-    someone = patient(model={"base": "./none"})
+    someone = context(model={"base": "./none"})
     assert found(resources.check_models, someone).status == "warn"
     (check,) = examine_only(someone, "gradient")
     assert (check.status, check.detail) == ("warn", "not tried: model.base is not here yet")
@@ -230,26 +230,26 @@ def test_damaged_file_of_the_hubs_cache_fails(hub: Hub, tmp_path: Path) -> None:
     hub.add("owner/vae", REPOSITORY / "demo/base_model/vae")
     repository = hub.repositories["models", "owner/vae"]
     model = {"vae": "owner/vae", "vae_revision": repository.commit}
-    assert [check.status for check in resources.check_models(patient(model=model))] == ["pass", "warn"]
-    load_vae(patient(model=model).params.model, "fp32", CPU)  # downloads it
-    assert [check.status for check in resources.check_models(patient(model=model))] == ["pass", "pass"]
+    assert [check.status for check in resources.check_models(context(model=model))] == ["pass", "warn"]
+    load_vae(context(model=model).params.model, "fp32", CPU)  # downloads it
+    assert [check.status for check in resources.check_models(context(model=model))] == ["pass", "pass"]
     (weights,) = (tmp_path / "hub-cache").rglob("diffusion_pytorch_model.safetensors")
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.resolve().write_bytes(content)
-    _, check = resources.check_models(patient(model=model))
+    _, check = resources.check_models(context(model=model))
     assert (check.status, "diffusion_pytorch_model.safetensors" in check.detail) == ("fail", True)
 
 
 def test_vae_whose_latents_are_not_finite_fails() -> None:
     model = own_base(break_vae)
     model["revision"] = folder_digest(Path("base"))
-    check = found(smoke_tests.check_vae, patient(model=model))
+    check = found(smoke_tests.check_vae, context(model=model))
     assert (check.status, "are not finite in fp32" in check.detail) == ("fail", True)
 
 
 def test_vae_is_tried_on_drawn_pictures_where_there_is_no_data_set() -> None:
-    check = found(smoke_tests.check_vae, patient(download={"repository": "owner/data"}))
+    check = found(smoke_tests.check_vae, context(download={"repository": "owner/data"}))
     assert (check.status, "3 pictures (drawn" in check.detail) == ("pass", True)
 
 
@@ -265,40 +265,40 @@ def cut_off_the_middle() -> None:
 def test_adapters_that_no_gradient_reaches_are_named() -> None:
     model = own_base(cut_off_the_middle)
     model["revision"] = folder_digest(Path("base"))
-    check = found(smoke_tests.check_gradient, patient(model=model))
+    check = found(smoke_tests.check_gradient, context(model=model))
     assert (check.status, "unet.mid_block.attentions.0" in check.detail) == ("fail", True)
     assert check.detail.startswith("none reaches 20 of 288")
 
 
 def test_step_that_moves_nothing_fails() -> None:
-    check = found(smoke_tests.check_step, patient(training={"learning_rate": 0.0}))
+    check = found(smoke_tests.check_step, context(training={"learning_rate": 0.0}))
     assert (check.status, "did not move" in check.detail) == ("fail", True)
 
 
 def test_resume_that_forgets_something_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Engine.state_dict
+    real = TrainStep.state_dict
 
-    def forgetful(self: Engine[Any]) -> dict[str, Any]:
+    def forgetful(self: TrainStep[Any]) -> dict[str, Any]:
         return {name: value for name, value in real(self).items() if not name.startswith("optimizer.")}
 
-    someone = patient()
-    someone.trial.step()
-    monkeypatch.setattr(Engine, "state_dict", forgetful)
+    someone = context()
+    someone.dry_run.step()
+    monkeypatch.setattr(TrainStep, "state_dict", forgetful)
     assert found(smoke_tests.check_resume, someone).status == "fail"
 
 
 def test_file_that_holds_something_else_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def rounded(folder: Path, *modules: Any) -> None:
         save_lora(folder, *modules)
-        path = folder / WEIGHTS
+        path = folder / WEIGHTS_FILE
         save_file({name: tensor.half().float() for name, tensor in load_file(path).items()}, path)
 
     monkeypatch.setattr(dry_run, "save_lora", rounded)
-    someone = patient()
+    someone = context()
     assert found(smoke_tests.check_save, someone).status == "fail"
-    (check,) = examine_only(patient(), "sample")
+    (check,) = examine_only(context(), "sample")
     assert (check.status, check.detail) == ("warn", "not tried: no adapter was saved")
-    someone.leave()
+    someone.cleanup()
 
 
 class Failing(BaseHTTPRequestHandler):
@@ -328,7 +328,7 @@ def test_mlflow_that_fails_warns_and_a_dead_one_does(failing: str, monkeypatch: 
 
 
 def test_service_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(services, "PATIENCE", 5)
+    monkeypatch.setattr(services, "ANSWER_SECONDS", 5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_lora.cli.recipe import KEPT, listing, select
+from sdxl_lora.cli.recipe import BACKUP, listing, select
 
 REPOSITORY = Path(__file__).parents[2]
 DEFAULT = (REPOSITORY / "recipes" / "sdxl-naruto-16gb.yaml").read_text()
@@ -85,8 +85,8 @@ def test_forced_replacement_keeps_the_edits_beside() -> None:
     edited = edit_params()
     message = select("demo", force=True)
     assert PARAMS.read_text() == DEMO
-    assert KEPT.read_text() == edited
-    assert f"To go back: cp {KEPT} params.yaml" in message
+    assert BACKUP.read_text() == edited
+    assert f"To go back: cp {BACKUP} params.yaml" in message
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ from sdxl_lora.data.encoders import embed_captions, encode_images, load_encoders
 from sdxl_lora.data.encoding import encode_dataset
 from sdxl_lora.data.encoding_report import EncodingReport
 from sdxl_lora.data.images import decode_image, resize_and_crop, to_bytes
-from sdxl_lora.data.latent_cache import Entries
+from sdxl_lora.data.latent_cache import LatentCache
 from sdxl_lora.models.sdxl import NoiseSchedule
 from sdxl_lora.models.tokenizers import tokenize
-from sdxl_lora.runtime.rng import generator
-from sdxl_lora.storage.content_store import Store
+from sdxl_lora.runtime.rng import keyed_generator
+from sdxl_lora.storage.content_store import ContentStore
 from sdxl_lora.training import batches as examples_module
-from sdxl_lora.training.batches import Examples, draw_examples, draw_variants
+from sdxl_lora.training.batches import TrainingBatch, draw_variants, training_batches
 from sdxl_lora.training.denoiser import Denoiser
 from tests.support.patterns import pattern, row_of
 
@@ -76,9 +76,9 @@ def truth(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         rows.append(replace(row_of(file, captions[0]), more_captions=tuple(captions[1:])))
         image, identifier = decode_image(file.read_bytes()), rows[-1].id
         size = nearest_size(image.size, bucket_sizes(64, config.aspect_ratios))
-        views = {False: (image, generator("crop", identifier))}
+        views = {False: (image, keyed_generator("crop", identifier))}
         if config.flip:
-            views[True] = (ImageOps.mirror(image), generator("crop", identifier, "flipped"))
+            views[True] = (ImageOps.mirror(image), keyed_generator("crop", identifier, "flipped"))
         for flipped, (view, random) in views.items():
             part, time_ids = resize_and_crop(view, size, "random", random)
             for choice, caption in enumerate(captions):
@@ -89,14 +89,14 @@ def truth(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
                     torch.tensor([time_ids], dtype=torch.int32),
                     *embed_captions(encoders.text_encoders, token_ids),
                 )
-    entries = Entries(Store(folder / "store"), encoders, config, images)
+    entries = LatentCache(ContentStore(folder / "store"), encoders, config, images)
     list(encode_dataset(rows, entries, config, folder / "encoded", EncodingReport()))
     return EncodedDataset(folder / "encoded", "train"), expected
 
 
 def micro_batches(
     dataset: EncodedDataset, rank: int, stop_at: list[int], monkeypatch: pytest.MonkeyPatch
-) -> list[tuple[int, Examples]]:
+) -> list[tuple[int, TrainingBatch]]:
     """What a process trains on, stopped and resumed at these steps, with the number of each one's step."""
     state = SimpleNamespace(process_index=rank, num_processes=PROCESSES)
     monkeypatch.setattr(examples_module, "processes", lambda: state)
@@ -105,7 +105,7 @@ def micro_batches(
     denoiser = Denoiser(torch.nn.Identity(), None, schedule, "fp32")
     found = []
     for first, last in zip([0, *stop_at], [*stop_at, EPOCHS * len(dataset) // PER_STEP], strict=True):
-        drawn = draw_examples(denoiser, dataset, TRAINING, SEED, first)
+        drawn = training_batches(denoiser, dataset, TRAINING, SEED, first)
         for number, examples in enumerate(islice(drawn, (last - first) * ACCUMULATION)):
             found.append((first + number // ACCUMULATION, examples))
     return found

@@ -14,7 +14,7 @@ from sdxl_lora.data.aspect_ratio_buckets import (
     nearest_size,
     share_kept,
 )
-from sdxl_lora.models.architecture import SDXL_BASE, Shapes, read_shapes
+from sdxl_lora.models.architecture import SDXL_BASE, SDXLArchitecture, read_architecture
 from sdxl_lora.paths import PARAMS
 
 RESOLUTIONS = st.integers(1, 40).map(lambda number: 64 * number)
@@ -74,7 +74,7 @@ def test_less_than_half_is_cut_off_unless_the_image_is_very_narrow(
 
 
 @pytest.mark.parametrize(
-    "shapes", [SDXL_BASE, read_shapes(load_params(PARAMS.parent / "recipes/demo.yaml").model)]
+    "shapes", [SDXL_BASE, read_architecture(load_params(PARAMS.parent / "recipes/demo.yaml").model)]
 )
-def test_sides_are_what_vae_and_unet_halve(shapes: Shapes) -> None:
+def test_sides_are_what_vae_and_unet_halve(shapes: SDXLArchitecture) -> None:
     assert shapes.pixels_per_latent * 2 ** (len(shapes.unet["down_block_types"]) - 1) == LEAST_STEP

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdxl_lora.data.batch_sampler import batch_order
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 
 BUCKETS = st.lists(st.integers(0, 4), min_size=1, max_size=40)
 SIZES = st.integers(1, 9)
@@ -60,7 +60,9 @@ def test_start_takes_no_longer_the_later_it_is() -> None:
 def test_single_bucket_cuts_shuffled_epochs_into_pieces(count: int, size: int, first: int) -> None:
     """To the bit what training without buckets has always done."""
     epochs = range((first + 2) * size // count + 1)
-    whole = torch.cat([torch.randperm(count, generator=generator(7, "order", epoch)) for epoch in epochs])
+    whole = torch.cat(
+        [torch.randperm(count, generator=keyed_generator(7, "order", epoch)) for epoch in epochs]
+    )
     expected = whole[first * size : (first + 2) * size].view(2, size).tolist()
     assert take([0] * count, size, 2, first) == expected
 

@@ -15,15 +15,15 @@ from sdxl_lora.config import EncodingConfig, ModelConfig, load_params
 from sdxl_lora.data import latent_cache
 from sdxl_lora.data.encoded_dataset import Batch, EncodedDataset, Variant, data_digest
 from sdxl_lora.data.encoders import Encoders, embed_captions, encode_images, load_encoders
-from sdxl_lora.data.encoding import Share, encode_dataset, read_captions
+from sdxl_lora.data.encoding import RankShare, encode_dataset, read_captioned_images
 from sdxl_lora.data.encoding_report import EncodingReport
 from sdxl_lora.data.image_loader import CaptionedImage
 from sdxl_lora.data.images import decode_image, resize_and_crop, to_bytes, to_pixels
-from sdxl_lora.data.latent_cache import Entries
+from sdxl_lora.data.latent_cache import LatentCache
 from sdxl_lora.data.splits import split_by_content
 from sdxl_lora.models.sdxl import load_pipeline
 from sdxl_lora.models.tokenizers import tokenize
-from sdxl_lora.storage.content_store import Store
+from sdxl_lora.storage.content_store import ContentStore
 from tests.support.patterns import pattern, row_of, write_patterns
 
 CPU = torch.device("cpu")
@@ -55,11 +55,11 @@ def encode(
     folder: Path,
     config: EncodingConfig = CONFIG,
     store: Path | None = None,
-    share: Share = Share(0, 1),  # noqa: B008
+    share: RankShare = RankShare(0, 1),  # noqa: B008
 ) -> EncodingReport:
     """Encodes into `folder`, with a store of its own beside it unless one is given."""
     report = EncodingReport()
-    entries = Entries(Store(store or folder.with_suffix(".store")), encoders, config, images)
+    entries = LatentCache(ContentStore(store or folder.with_suffix(".store")), encoders, config, images)
     done = sum(encode_dataset(rows, entries, config, folder, report, share))
     assert done == len(rows) or not share.is_first
     return report
@@ -347,7 +347,7 @@ def test_lines_of_one_image_are_its_captions(tmp_path: Path) -> None:
     lines = [("a", "0.png", "one"), ("a", "0.png", "two"), ("b", "1.png", "x"), ("a", "0.png", "one")]
     content = [json.dumps(dict(zip(("id", "image", "caption"), line, strict=True))) for line in lines]
     (tmp_path / "captions.jsonl").write_text("\n".join(content))
-    assert read_captions(tmp_path / "captions.jsonl") == [
+    assert read_captioned_images(tmp_path / "captions.jsonl") == [
         CaptionedImage("a", "0.png", "one", ("two",)),
         CaptionedImage("b", "1.png", "x"),
     ]
@@ -415,14 +415,14 @@ def test_batches_are_encoded_while_those_before_them_are_written(
     """A GPU works on while files are written, so the next batches have to be with it by then."""
     events = []
 
-    class Watched(Store):
+    class Watched(ContentStore):
         def put(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
             events.append(key.partition("/")[0])
             super().put(key, tensors)
 
     encoders = replace(load_encoders(PARAMS.model, CONFIG, CPU), text_encoders=None)
     encoders.vae.encoder.register_forward_pre_hook(lambda *_: events.append("encode"))
-    entries = Entries(Watched(tmp_path / "store"), encoders, CONFIG, images)
+    entries = LatentCache(Watched(tmp_path / "store"), encoders, CONFIG, images)
     assert all(fault is None for _, fault in entries.encode(rows))
     kept = [event for event in events if event != "picture"]
     written = ["latents"] * CONFIG.batch_size
@@ -544,7 +544,7 @@ class TestStore:
 
 def test_share_of_each_process_covers_the_rows_and_the_first_has_them_all() -> None:
     rows = [CaptionedImage(str(number), "", "") for number in range(10)]
-    shares = [Share(rank, 3).of(rows) for rank in range(3)]
+    shares = [RankShare(rank, 3).of(rows) for rank in range(3)]
     assert [row.id for row in shares[0]] == ["0", "3", "6", "9", "8", "7", "5", "4", "2", "1"]
     assert [[row.id for row in share] for share in shares[1:]] == [["1", "4", "7"], ["2", "5", "8"]]
 
@@ -554,10 +554,10 @@ def test_processes_fill_one_store_and_the_first_writes_the_same_shards(
 ) -> None:
     encode(rows, images, encoders, tmp_path / "alone")
     store = tmp_path / "store"
-    encode(rows, images, encoders, tmp_path / "never", store=store, share=Share(1, 2))
+    encode(rows, images, encoders, tmp_path / "never", store=store, share=RankShare(1, 2))
     assert not (tmp_path / "never").exists()
     assert {len(names) for names in entries_by_kind(store).values()} == {COUNT // 2}
-    encode(rows, images, encoders, tmp_path / "together", store=store, share=Share(0, 2))
+    encode(rows, images, encoders, tmp_path / "together", store=store, share=RankShare(0, 2))
     assert content(tmp_path / "together") == content(tmp_path / "alone")
 
 
@@ -580,7 +580,7 @@ def test_an_image_stays_on_its_side_when_others_come_and_go() -> None:
 
 def test_missing_captions_name_the_stage_to_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="dvc repro clean_captions"):
-        read_captions(tmp_path / "captions.jsonl")
+        read_captioned_images(tmp_path / "captions.jsonl")
 
 
 def test_missing_dataset_names_the_stage_to_run(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sdxl_lora.config import load_params
-from sdxl_lora.data.image_loader import FEW_IMAGES, CaptionedImage, Picture, Pictures, decode_pictures
+from sdxl_lora.data.image_loader import FEW_IMAGES, CaptionedImage, DecodedImage, ImageDataset, decode_images
 from sdxl_lora.data.images import (
     BadImageError,
     decode_image,
@@ -18,7 +18,7 @@ from sdxl_lora.data.images import (
     to_bytes,
     to_pixels,
 )
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 from tests.support.patterns import row_of, write_patterns
 
 
@@ -26,7 +26,7 @@ def test_missing_file_is_not_taken_for_a_bad_image(tmp_path: Path) -> None:
     row = CaptionedImage("0" * 64, "a.png", "")
     config = load_params(Path("recipes/demo.yaml")).encoding
     with pytest.raises(FileNotFoundError, match=r"a\.png"):
-        list(decode_pictures([row], tmp_path, config, lambda _: True))
+        list(decode_images([row], tmp_path, config, lambda _: True))
 
 
 def test_workers_decode_in_order_what_one_process_decodes(tmp_path: Path) -> None:
@@ -35,8 +35,8 @@ def test_workers_decode_in_order_what_one_process_decodes(tmp_path: Path) -> Non
     rows[7] = row_of(tmp_path / "7.png")
     config = load_params(Path("recipes/demo.yaml")).encoding
     needed = {row.id for row in rows[::2]} | {rows[7].id}
-    found = list(decode_pictures(rows, tmp_path, config, lambda row: row.id in needed))
-    alone = Pictures(rows, tmp_path, config, lambda row: row.id in needed)
+    found = list(decode_images(rows, tmp_path, config, lambda row: row.id in needed))
+    alone = ImageDataset(rows, tmp_path, config, lambda row: row.id in needed)
     assert len(found) == len(rows)
     for number, outcome in enumerate(found):
         if number == 7:
@@ -46,8 +46,8 @@ def test_workers_decode_in_order_what_one_process_decodes(tmp_path: Path) -> Non
             assert outcome is None
         else:
             expected = alone[number]
-            assert isinstance(outcome, Picture)
-            assert isinstance(expected, Picture)
+            assert isinstance(outcome, DecodedImage)
+            assert isinstance(expected, DecodedImage)
             assert torch.equal(outcome.views[0].levels, expected.views[0].levels)
             assert torch.equal(outcome.fingerprint, expected.fingerprint)
             assert outcome.views[0].time_ids == expected.views[0].time_ids
@@ -82,7 +82,7 @@ def test_fingerprint_sees_colours() -> None:
 def test_square_lies_inside_the_resized_image(width: int, height: int, seed: int, random: bool) -> None:
     image = Image.new("RGB", (width, height))
     crop = "random" if random else "center"
-    square, sizes = resize_and_crop(image, (64, 64), crop, generator(seed))  # type: ignore[arg-type]
+    square, sizes = resize_and_crop(image, (64, 64), crop, keyed_generator(seed))  # type: ignore[arg-type]
     assert square.size == (64, 64)
     assert sizes[:2] == (height, width)
     assert sizes[4:] == (64, 64)
@@ -93,16 +93,18 @@ def test_square_lies_inside_the_resized_image(width: int, height: int, seed: int
 
 def test_crop_condition_says_where_the_square_was_cut_out() -> None:
     ramp = np.tile(np.arange(256, dtype=np.uint8), (64, 1))
-    square, sizes = resize_and_crop(Image.fromarray(ramp).convert("RGB"), (64, 64), "random", generator(3))
+    square, sizes = resize_and_crop(
+        Image.fromarray(ramp).convert("RGB"), (64, 64), "random", keyed_generator(3)
+    )
     assert square.getpixel((0, 0)) == (sizes[3],) * 3
 
 
 def test_random_squares_differ_and_the_centre_is_the_centre() -> None:
     image = Image.new("RGB", (164, 64))
-    lefts = {resize_and_crop(image, (64, 64), "random", generator(seed))[1][3] for seed in range(200)}
+    lefts = {resize_and_crop(image, (64, 64), "random", keyed_generator(seed))[1][3] for seed in range(200)}
     assert min(lefts) < 10
     assert max(lefts) > 90
-    assert resize_and_crop(image, (64, 64), "center", generator(0))[1][2:4] == (0, 50)
+    assert resize_and_crop(image, (64, 64), "center", keyed_generator(0))[1][2:4] == (0, 50)
 
 
 def test_pixels_reach_from_minus_one_to_one() -> None:

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdxl_lora.data.near_duplicates import NONE, ROWS_AT_ONCE, nearest_earlier
+from sdxl_lora.data.near_duplicates import NO_MATCH, ROWS_AT_ONCE, nearest_earlier
 
 
 @given(st.integers(1, 40), st.integers(0, 45) | st.none(), st.integers(0, 99))
@@ -18,7 +18,7 @@ def test_nearest_earlier_row_is_what_comparing_one_by_one_finds(
         if expected:
             assert (distances[row], nearest[row]) == (min(expected), expected.index(min(expected)))
         else:
-            assert distances[row] == NONE
+            assert distances[row] == NO_MATCH
 
 
 def test_blocks_join() -> None:

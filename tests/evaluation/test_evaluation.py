@@ -16,7 +16,7 @@ from sdxl_lora.evaluation.evaluation import (
     held_out_loss,
     loss_by_timestep,
 )
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training.denoiser import load_denoiser
 from tests.support.adapters import write_adapter
 from tests.support.encoded import write_encoded_dataset
@@ -64,7 +64,7 @@ def by_a_loop(
         for timestep in config.timesteps:
             for number in range(config.noises):
                 key = (config.seed, "evaluation", dataset.examples[index].id, timestep, number)
-                noise = torch.randn(1, 4, 16, 16, generator=generator(*key))
+                noise = torch.randn(1, 4, 16, 16, generator=keyed_generator(*key))
                 noisy = alphas[timestep] ** 0.5 * example.latents_mean + (1 - alphas[timestep]) ** 0.5 * noise
                 conditions = {"text_embeds": pooled, "time_ids": example.time_ids.float()}
                 prediction = unet(noisy, timestep, embeds, added_cond_kwargs=conditions).sample
@@ -126,7 +126,7 @@ def test_losses_are_means_in_all_and_by_timestep(config: EvaluationConfig) -> No
 
 def test_interval_of_the_change_is_scipys_over_examples(config: EvaluationConfig) -> None:
     """Draws of one example are alike: resampling them one by one would claim twice the certainty."""
-    random = generator("losses")
+    random = keyed_generator("losses")
     base = torch.rand(30, generator=random, dtype=torch.float64) + 0.5
     adapter = base * (0.8 + 0.2 * torch.randn(30, generator=random, dtype=torch.float64))
     rows = enumerate(zip(base.tolist(), adapter.tolist(), strict=True))

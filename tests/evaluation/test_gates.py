@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from sdxl_lora.config import GatesConfig
-from sdxl_lora.evaluation.gates import Gate, failures, judge, verdict
+from sdxl_lora.evaluation.gates import Gate, evaluate_gates, failures, gate_verdict
 from sdxl_lora.storage.report_io import write_records
 
 GATES = GatesConfig(
@@ -43,16 +43,16 @@ def with_value(path: tuple[str, ...], value: float) -> dict[str, Any]:
 
 
 def test_adapter_that_reaches_every_limit_passes() -> None:
-    gates = judge(GOOD, GATES)
-    assert verdict(gates) == {"all": 1, **dict.fromkeys(BAD, 1)}
+    gates = evaluate_gates(GOOD, GATES)
+    assert gate_verdict(gates) == {"all": 1, **dict.fromkeys(BAD, 1)}
     assert all(gate.reason == "" for gate in gates)
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_one_figure_beyond_its_limit_fails_its_gate_alone_and_says_why(name: str) -> None:
     path, value, reason = BAD[name]
-    gates = judge(with_value(path, value), GATES)
-    assert verdict(gates) == {"all": 0, **dict.fromkeys(BAD, 1), name: 0}
+    gates = evaluate_gates(with_value(path, value), GATES)
+    assert gate_verdict(gates) == {"all": 0, **dict.fromkeys(BAD, 1), name: 0}
     failed = next(gate for gate in gates if not gate.passed)
     assert failed.value == value
     assert failed.reason == f"{'.'.join(path)} {reason}"
@@ -60,12 +60,12 @@ def test_one_figure_beyond_its_limit_fails_its_gate_alone_and_says_why(name: str
 
 def test_what_is_not_asked_is_not_judged() -> None:
     few = GATES.model_copy(update=dict.fromkeys(BAD) | {"copied": 0.5})
-    assert verdict(judge({"copied": {"adapter": 0.2}}, few)) == {"all": 1, "copied": 1}
+    assert gate_verdict(evaluate_gates({"copied": {"adapter": 0.2}}, few)) == {"all": 1, "copied": 1}
 
 
 def test_what_was_not_measured_fails() -> None:
     metrics = {key: value for key, value in GOOD.items() if key != "style_probability"}
-    failed = [gate for gate in judge(metrics, GATES) if not gate.passed]
+    failed = [gate for gate in evaluate_gates(metrics, GATES) if not gate.passed]
     assert [(gate.name, gate.value) for gate in failed] == [("style_probability", None)]
     assert failed[0].reason == "style_probability.adapter was not measured"
 
@@ -84,12 +84,14 @@ def test_what_was_not_measured_fails() -> None:
 def test_table_tells_who_failed_and_why(
     tmp_path: Path, metrics: dict[str, Any], failed: dict[str, str]
 ) -> None:
-    write_records(tmp_path / "gates.csv", Gate, judge(metrics, GATES))
+    write_records(tmp_path / "gates.csv", Gate, evaluate_gates(metrics, GATES))
     assert failures(tmp_path / "gates.csv") == failed
 
 
 def test_table_without_gates_has_no_failures(tmp_path: Path) -> None:
-    write_records(tmp_path / "gates.csv", Gate, judge(GOOD, GATES.model_copy(update=dict.fromkeys(BAD))))
+    write_records(
+        tmp_path / "gates.csv", Gate, evaluate_gates(GOOD, GATES.model_copy(update=dict.fromkeys(BAD)))
+    )
     assert failures(tmp_path / "gates.csv") == {}
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdxl_lora.evaluation.memorization import copied_share, copy_threshold, matches
+from sdxl_lora.evaluation.memorization import copied_share, copy_threshold, nearest_training_images
 from sdxl_lora.inference.samples import Sample
 
 TRAINING = ["first.png", "second.png"]
@@ -30,7 +30,7 @@ def test_threshold_is_how_near_real_pictures_come_without_copying(quantile: floa
 
 def test_samples_nearer_than_the_threshold_are_copies_of_their_nearest_image() -> None:
     samples = [Sample("a.png", "p", 0, 1.0), Sample("b.png", "q", 0, 1.0), Sample("c.png", "p", 0, 0.0)]
-    found = matches(samples, directions(3, 60, 40), TRAINING, directions(0, 90), cosine(10))
+    found = nearest_training_images(samples, directions(3, 60, 40), TRAINING, directions(0, 90), cosine(10))
     assert [(m.file, m.training_image, m.copied) for m in found] == [
         ("a.png", "first.png", True),
         ("b.png", "second.png", False),

@@ -17,7 +17,7 @@ from sdxl_lora.evaluation.metrics import (
     retrieval_hits,
     zero_shot_probability,
 )
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 
 
 def directions(*degrees: float) -> Tensor:
@@ -51,7 +51,7 @@ def test_retrieval_takes_equal_texts_for_one() -> None:
 
 
 def features(num: int, shift: float, key: str) -> Tensor:
-    return normalize(torch.randn(num, 16, generator=generator(key)) + shift, dim=-1)
+    return normalize(torch.randn(num, 16, generator=keyed_generator(key)) + shift, dim=-1)
 
 
 def cmmd_of(first: Tensor, second: Tensor) -> float:
@@ -115,8 +115,8 @@ def test_intervals_hold_the_mean_as_often_as_they_promise() -> None:
     """Of 40 normal draws, for which percentile intervals are a little narrow; 0.05 are 3 standard errors."""
     held = 0
     for number in range(400):
-        values = torch.randn(40, generator=generator("coverage", number))
-        drawn = values[resamples(40, 400, generator("resamples", number))].mean(-1)
+        values = torch.randn(40, generator=keyed_generator("coverage", number))
+        drawn = values[resamples(40, 400, keyed_generator("resamples", number))].mean(-1)
         low, high = interval(drawn, 0.9)
         held += low <= 0 <= high
     assert held / 400 == pytest.approx(0.88, abs=0.05)

@@ -21,7 +21,7 @@ from sdxl_lora.evaluation.sample_metrics import (
     style_candidates,
 )
 from sdxl_lora.inference.samples import Sample
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 
 CPU = torch.device("cpu")
 STYLE = StyleConfig(target="fluent 3d style", others=["noto style", "twemoji style"])
@@ -173,8 +173,8 @@ def test_single_picture_has_neither_distance_nor_diversity(
 
 def test_change_is_of_pairs_and_surer_than_its_parts(config: EvaluationConfig) -> None:
     """Prompts differ much, the adapter lifts each a little: the pairs show what the means cannot."""
-    base = torch.randn(20, generator=generator("base"))
-    adapter = base + 0.1 + 0.01 * torch.randn(20, generator=generator("lift"))
+    base = torch.randn(20, generator=keyed_generator("base"))
+    adapter = base + 0.1 + 0.01 * torch.randn(20, generator=keyed_generator("lift"))
     found = measure(Metric("m", 20, {"base": mean_of(base), "adapter": mean_of(adapter)}), config)
     assert found.change is not None
     mean, low, high = found.change

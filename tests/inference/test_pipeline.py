@@ -9,11 +9,11 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL.Image import Image
 
-from sdxl_lora.adapters.lora import strength
+from sdxl_lora.adapters.lora import adapter_strength
 from sdxl_lora.config import Params, Precision, SamplingConfig, load_params
-from sdxl_lora.inference.pipeline import draw, fuse_all, prepare, recorded
+from sdxl_lora.inference.pipeline import fuse_pipeline, generate_images, prepare_pipeline, use_cuda_graph
 from sdxl_lora.inference.sampling import adapted_modules, initial_noise, load_adapter
-from sdxl_lora.models.fused import FUSED
+from sdxl_lora.models.fused import FUSED_CLASSES
 from sdxl_lora.models.sdxl import load_pipeline
 from tests.support.adapters import write_adapter
 
@@ -52,14 +52,14 @@ def drawn(pipeline: StableDiffusionXLPipeline, config: SamplingConfig, record: b
     noise = torch.stack([initial_noise(pipeline, config, number, 0) for number in range(2)])
     images = []
     for value in STRENGTHS:
-        with strength(adapted_modules(pipeline), value):
+        with adapter_strength(adapted_modules(pipeline), value):
             if record:
-                with recorded(pipeline.unet):
-                    first = draw(pipeline, config, config.prompts, noise)
-                    images += draw(pipeline, config, config.prompts, noise)
+                with use_cuda_graph(pipeline.unet):
+                    first = generate_images(pipeline, config, config.prompts, noise)
+                    images += generate_images(pipeline, config, config.prompts, noise)
                 assert levels(first) == levels(images[-2:])
             else:
-                images += draw(pipeline, config, config.prompts, noise)
+                images += generate_images(pipeline, config, config.prompts, noise)
     return images
 
 
@@ -84,27 +84,27 @@ def test_fused_pipeline_draws_what_diffusers_draws(
     pipeline = adapted_pipeline(params, adapter, "fp32", CPU)
     expected = drawn(pipeline, config, record=False)
     text_encoders = pipeline.text_encoder, pipeline.text_encoder_2
-    fuse_all(pipeline.unet, text_encoders, pipeline.vae, "sdpa")
+    fuse_pipeline(pipeline.unet, text_encoders, pipeline.vae, "sdpa")
     modules = (pipeline.unet, *text_encoders, pipeline.vae)
     classes = {type(part) for module in modules for part in module.modules()}
-    assert set(FUSED.values()) <= classes
+    assert set(FUSED_CLASSES.values()) <= classes
     assert largest_difference(drawn(pipeline, config), expected) <= 2  # of 255 levels
 
 
 def test_pipeline_stays_diffusers_own_on_a_cpu(params: Params, config: SamplingConfig, adapter: Path) -> None:
     pipeline = adapted_pipeline(params, adapter, "fp32", CPU)
     expected = drawn(pipeline, config, record=False)
-    prepare(pipeline, config)
+    prepare_pipeline(pipeline, config)
     assert levels(drawn(pipeline, config)) == levels(expected)
 
 
 def test_unet_is_itself_again_after_the_block_also_after_an_error(params: Params) -> None:
     pipeline = load_pipeline(params.model, "fp32", CPU)
     before = pipeline.unet.forward
-    with recorded(pipeline.unet):
+    with use_cuda_graph(pipeline.unet):
         assert pipeline.unet.forward != before
     assert pipeline.unet.forward == before
-    with pytest.raises(TypeError), recorded(pipeline.unet):
+    with pytest.raises(TypeError), use_cuda_graph(pipeline.unet):
         pipeline.unet(None)
     assert pipeline.unet.forward == before
 
@@ -118,7 +118,7 @@ def test_recorded_pictures_are_no_further_from_the_exact_ones_than_diffusers_own
     exact = drawn(adapted_pipeline(params, adapter, "fp32", device), config, record=False)
     plain = drawn(adapted_pipeline(params, adapter, precision, device), config, record=False)
     pipeline = adapted_pipeline(params, adapter, precision, device)
-    prepare(pipeline, config)
+    prepare_pipeline(pipeline, config)
     ours = drawn(pipeline, config)
     assert error(ours, exact) < 1.25 * error(plain, exact) + 0.5
     assert error(ours[:2], exact[2:4]) > 4 * error(ours[:2], exact[:2])  # strengths are not mixed up
@@ -127,11 +127,11 @@ def test_recorded_pictures_are_no_further_from_the_exact_ones_than_diffusers_own
 @pytest.mark.gpu
 def test_graph_gives_its_memory_back(params: Params, config: SamplingConfig) -> None:
     pipeline = load_pipeline(params.model, "fp16", torch.device("cuda"))
-    prepare(pipeline, config)
+    prepare_pipeline(pipeline, config)
     noise = torch.stack([initial_noise(pipeline, config, number, 0) for number in range(2)])
     reserved = []
     for _ in range(3):
-        with recorded(pipeline.unet):
-            draw(pipeline, config, config.prompts, noise)
+        with use_cuda_graph(pipeline.unet):
+            generate_images(pipeline, config, config.prompts, noise)
         reserved.append(torch.cuda.memory_reserved())
     assert reserved[2] == reserved[1]

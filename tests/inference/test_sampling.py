@@ -13,20 +13,20 @@ from PIL import Image as Images
 from PIL.Image import Image
 from safetensors.torch import save_file
 
-from sdxl_lora.adapters.lora import WEIGHTS
+from sdxl_lora.adapters.lora import WEIGHTS_FILE
 from sdxl_lora.config import Params, SamplingConfig, load_params
 from sdxl_lora.data.encoded_dataset import Example, Split, write_index
 from sdxl_lora.inference.samples import Prompt, Sample, load_table, save_sample, save_table, strength_name
 from sdxl_lora.inference.sampling import (
     generation_settings,
-    grid,
+    image_grid,
     initial_noise,
     load_adapter,
     sample_images,
     sampled_captions,
 )
 from sdxl_lora.models.sdxl import load_pipeline
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 from tests.support.adapters import write_adapter
 
 CPU = torch.device("cpu")
@@ -263,7 +263,7 @@ def test_png_says_what_it_was_drawn_from(tmp_path: Path, params: Params, config:
     assert settings["prompt"] == "naïve 寿司"
     assert settings["strength"] == 0.5
     assert settings["num_inference_steps"] == config.num_inference_steps
-    assert settings["noise_seed"] == generator("sample", 7, 3).initial_seed()
+    assert settings["noise_seed"] == keyed_generator("sample", 7, 3).initial_seed()
     assert settings["revision"] == params.model.revision
     assert str(Path.cwd()) not in str(settings)
 
@@ -297,7 +297,7 @@ def test_sample_is_drawn_again_elsewhere_from_its_png_the_adapter_and_the_base_m
     save_sample(tmp_path, *drawn, generation_settings(config, params.model))
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(params.model.base, elsewhere / "base")
-    shutil.copy(tmp_path / WEIGHTS, elsewhere / "adapter.safetensors")
+    shutil.copy(tmp_path / WEIGHTS_FILE, elsewhere / "adapter.safetensors")
     shutil.copy(tmp_path / drawn[0].file, elsewhere / "sample.png")
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(elsewhere / "cache"), "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([sys.executable, "-I", "-c", REDRAW], cwd=elsewhere, env=environment, check=True)
@@ -323,7 +323,7 @@ def test_grid_has_a_row_a_prompt_and_seed_and_a_column_a_strength(side: int) -> 
         (Sample("x.png", prompt, seed, value), Images.new("RGB", (side, side), colour))
         for (prompt, seed, value), colour in colours.items()
     ]
-    sheet = grid(pictures)
+    sheet = image_grid(pictures)
     cell = {128: 192, 1024: 384}[side]
     found = {
         colour: sheet.getpixel((x, y))
@@ -346,7 +346,8 @@ def test_equal_words_of_two_origins_have_a_row_each() -> None:
     picture = Images.new("RGB", (64, 64), "red")
     free = Sample("0.png", "pizza", 0, 1.0)
     alone, both = (
-        grid([(s, picture) for s in rows]) for rows in ([free], [free, replace(free, origin="training")])
+        image_grid([(s, picture) for s in rows])
+        for rows in ([free], [free, replace(free, origin="training")])
     )
     assert both.height > 1.7 * alone.height
 

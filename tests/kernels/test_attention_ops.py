@@ -11,13 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from sdxl_lora.config import AttentionBackend
 from sdxl_lora.kernels.attention import attend
 from sdxl_lora.kernels.attention_ops import (
-    empty_gradients,
-    few_keys_attention,
+    _empty_gradients,
     flash_attention,
-    suits_few_keys,
+    short_kv_attention,
+    supports_short_kv,
 )
 from sdxl_lora.memory.trace import MemoryTrace
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 from tests.support.interpreter import large, no_bf16_products
 
 META = torch.device("meta")
@@ -38,7 +38,9 @@ def draws(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> l
     parts = [
         part
         for length, count in [*merged, (queries, 1)]
-        for part in torch.randn(batch, length, count * heads * width, generator=generator(length, count))
+        for part in torch.randn(
+            batch, length, count * heads * width, generator=keyed_generator(length, count)
+        )
         .to(device, dtype)
         .chunk(count, dim=-1)
     ]
@@ -79,7 +81,7 @@ def assert_right(
 def test_attention_to_few_keys(
     kernel_device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
-    assert_right(few_keys_attention, oracle, shape, dtype, kernel_device)
+    assert_right(short_kv_attention, oracle, shape, dtype, kernel_device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -88,7 +90,7 @@ def test_causal_attention_to_few_keys(
     kernel_device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     assert_right(
-        partial(few_keys_attention, causal=True), partial(oracle, causal=True), shape, dtype, kernel_device
+        partial(short_kv_attention, causal=True), partial(oracle, causal=True), shape, dtype, kernel_device
     )
 
 
@@ -101,7 +103,7 @@ def test_flash_attention(kernel_device: torch.device, dtype: torch.dtype, shape:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("attention", "shape"),
-    [(few_keys_attention, (3, 4096, 77, 10, 64)), (flash_attention, (3, 1024, 1024, 20, 64))],
+    [(short_kv_attention, (3, 4096, 77, 10, 64)), (flash_attention, (3, 1024, 1024, 20, 64))],
 )
 def test_results_repeat_to_the_bit(attention: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
     tensors = draws(shape, torch.half, torch.device("cuda"))
@@ -109,7 +111,7 @@ def test_results_repeat_to_the_bit(attention: Callable[..., Tensor], shape: tupl
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("attention", [few_keys_attention, flash_attention])
+@pytest.mark.parametrize("attention", [short_kv_attention, flash_attention])
 def test_tensors_may_lie_as_they_like(kernel_device: torch.device, attention: Callable[..., Tensor]) -> None:
     """Expanded, or with another dimension than the last as the fastest."""
     tensors = draws((1, 64, 64, 2, 32), torch.half, kernel_device)
@@ -124,7 +126,7 @@ def test_tensors_may_lie_as_they_like(kernel_device: torch.device, attention: Ca
 
 def test_captions_have_their_kernel_whatever_the_backend(kernel_device: torch.device) -> None:
     query, key, value, _ = draws((1, 256, 77, 2, 64), torch.half, kernel_device)
-    expected = few_keys_attention(query, key, value)
+    expected = short_kv_attention(query, key, value)
     backends: tuple[AttentionBackend, ...] = ("sdpa", "triton", "efficient")
     for backend in backends:
         assert torch.equal(attend(query, key, value, backend), expected)
@@ -134,7 +136,7 @@ def test_captions_have_their_kernel_whatever_the_backend(kernel_device: torch.de
 def test_kernel_for_few_keys_is_for_gpus_few_keys_and_narrow_heads() -> None:
     def suits(keys: int, width: int, device: str) -> bool:
         tensor = torch.empty(1, keys, 2, width, device=device)
-        return suits_few_keys(tensor, tensor)
+        return supports_short_kv(tensor, tensor)
 
     assert suits(128, 64, "meta")
     assert not suits(129, 64, "meta")
@@ -152,11 +154,11 @@ def test_flash_attention_says_what_it_takes() -> None:
 
 def test_gradients_lie_as_their_tensors_do() -> None:
     key, value, query = torch.empty(2, 5, 3 * 32).unflatten(-1, (3, 2, 16)).unbind(2)
-    dquery, dkey, dvalue = empty_gradients([query, key, value])
+    dquery, dkey, dvalue = _empty_gradients([query, key, value])
     assert dkey.untyped_storage()._cdata == dquery.untyped_storage()._cdata
     assert [t.storage_offset() for t in (dkey, dvalue, dquery)] == [0, 32, 64]
     assert dkey.shape == (2, 5, 2, 16)
-    dlong, dkey, dvalue = empty_gradients([torch.empty(2, 9, 2, 16), key, value])
+    dlong, dkey, dvalue = _empty_gradients([torch.empty(2, 9, 2, 16), key, value])
     assert dlong.is_contiguous()
     assert dkey.stride() == dvalue.stride() == (5 * 64, 64, 16, 1)
 

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from sdxl_lora.adapters.lora import add_adapters, load_lora, lora_parameters, save_lora
-from sdxl_lora.adapters.merged_linear import project, side_by_side
+from sdxl_lora.adapters.merged_linear import cat_or_view, project
 from sdxl_lora.config import Params, Quantization, TrainingConfig, load_params
 from sdxl_lora.data.encoded_dataset import EncodedDataset
-from sdxl_lora.kernels.quantized_linear import BLOCK, QuantizedLinear, quantize, unpack
-from sdxl_lora.models.fused import projections
-from sdxl_lora.runtime.rng import generator
-from sdxl_lora.training.batches import draw_examples
+from sdxl_lora.kernels.quantized_linear import NF4_BLOCK_SIZE, QuantizedLinear, quantize, unpack
+from sdxl_lora.models.fused import projections_of_same_input
+from sdxl_lora.runtime.rng import keyed_generator
+from sdxl_lora.training.batches import training_batches
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
-from sdxl_lora.training.train_step import Engine, Group
-from sdxl_lora.training.trainer import Report, denoising_loss, mean_report, prepare, train_lora
+from sdxl_lora.training.train_step import ParameterGroup, TrainStep
+from sdxl_lora.training.trainer import StepMetrics, denoising_loss, mean_metrics, prepare_modules, train_lora
 from tests.support.encoded import write_encoded_dataset
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def frozen_linear(bias: bool = True, dtype: torch.dtype = torch.float32, size: i
     """(size) -> (size + 64), with normal weights."""
     layer = nn.Linear(size, size + 64, bias=bias).requires_grad_(False)
     for number, parameter in enumerate(layer.parameters()):
-        parameter.copy_(torch.randn(parameter.shape, generator=generator("layer", number)) * 0.05)
+        parameter.copy_(torch.randn(parameter.shape, generator=keyed_generator("layer", number)) * 0.05)
     return layer.to(dtype)
 
 
@@ -54,7 +54,7 @@ def quantised(layer: nn.Module, kind: Quantization, device: torch.device = CPU) 
 
 
 def blocks(weight: Tensor) -> Tensor:
-    return weight.detach().float().reshape(-1, BLOCK)
+    return weight.detach().float().reshape(-1, NF4_BLOCK_SIZE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,8 +117,8 @@ def test_adapters_and_layers_of_broken_blocks_keep_their_precision() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_layer_is_the_dense_one_of_its_weights(kind: Quantization, bias: bool) -> None:
     packed = quantised(frozen_linear(bias), kind)
-    x = torch.randn(2, 3, 128, generator=generator("x")).requires_grad_()
-    dy = torch.randn(2, 3, 192, generator=generator("dy"))
+    x = torch.randn(2, 3, 128, generator=keyed_generator("x")).requires_grad_()
+    dy = torch.randn(2, 3, 192, generator=keyed_generator("dy"))
     ours, theirs = packed(x), linear(x, packed.weight, packed.bias)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(output, x, dy)[0] for output in (ours, theirs)))
@@ -171,7 +171,9 @@ def adapted(params: Params, kind: Quantization, device: torch.device = CPU) -> D
     add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, 0)
     for number, parameter in enumerate(adapters(denoiser)):
         if not parameter.any():
-            parameter.data = torch.randn(parameter.shape, generator=generator("b", number)).to(device) * 0.02
+            parameter.data = (
+                torch.randn(parameter.shape, generator=keyed_generator("b", number)).to(device) * 0.02
+            )
     return denoiser
 
 
@@ -192,7 +194,7 @@ def loss_and_gradient(denoiser: Denoiser, dataset: EncodedDataset, params: Param
     """Of the first step, by all adapters, flat."""
     for module in denoiser.modules:
         module.train()
-    examples = next(draw_examples(denoiser, dataset, params.training, seed=0))
+    examples = next(training_batches(denoiser, dataset, params.training, seed=0))
     loss = denoising_loss(denoiser, examples, min_snr_gamma=5.0, seeded=False)
     gradients = torch.autograd.grad(loss, adapters(denoiser))
     return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])
@@ -210,7 +212,7 @@ def test_gradients_are_those_of_a_dense_model_with_the_same_weights(
             linear_layers(dense)[name].weight.data = layer.weight
     plain = adapted(params, "none")
     config = params.training.model_copy(update={"gradient_checkpointing": checkpointing})
-    prepare(packed, config, LATENTS)
+    prepare_modules(packed, config, LATENTS)
     (loss, gradient), (dense_loss, dense_gradient), (_, plain_gradient) = (
         loss_and_gradient(denoiser, dataset, params) for denoiser in (packed, dense, plain)
     )
@@ -237,12 +239,12 @@ def test_nothing_dense_lives_on_after_the_forward_pass(
         written.append(weakref.ref(weight))
         return weight
 
-    for module in ("quantization", "projections"):
+    for module in ("kernels.quantized_linear", "adapters.merged_linear"):
         monkeypatch.setattr(f"sdxl_lora.{module}.unpack", unpack_and_remember)
     denoiser = adapted(params, "nf4")
-    prepare(denoiser, params.training.model_copy(update={"gradient_checkpointing": False}), LATENTS)
+    prepare_modules(denoiser, params.training.model_copy(update={"gradient_checkpointing": False}), LATENTS)
     written.clear()
-    examples = next(draw_examples(denoiser, dataset, params.training, seed=0))
+    examples = next(training_batches(denoiser, dataset, params.training, seed=0))
     loss = denoising_loss(denoiser, examples, min_snr_gamma=None, seeded=False)
     forward = len(written)
     assert forward > 30
@@ -255,12 +257,12 @@ def test_nothing_dense_lives_on_after_the_forward_pass(
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_projections_are_written_out_without_a_copy(params: Params, kind: Quantization) -> None:
     denoiser = adapted(params, kind)
-    prepare(denoiser, params.training, LATENTS)
+    prepare_modules(denoiser, params.training, LATENTS)
     attention = denoiser.unet.mid_block.attentions[0].transformer_blocks[0].attn1
-    bases = [layer.base_layer for layer in projections(attention)]
+    bases = [layer.base_layer for layer in projections_of_same_input(attention)]
     for name in ("codes", "scales"):
         parts = [base.get_buffer(name) for base in bases]
-        assert side_by_side(parts).data_ptr() == parts[0].data_ptr()
+        assert cat_or_view(parts).data_ptr() == parts[0].data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -277,10 +279,10 @@ def test_training_learns_and_the_adapter_fits_the_base_as_it_is(
     config = params.training
     denoiser = load_denoiser(params.model, "fp32", torch.device(device), kind)
     add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, 0)
-    prepare(denoiser, config, LATENTS)
+    prepare_modules(denoiser, config, LATENTS)
     frozen = [buffer.clone() for layer in linear_layers(denoiser).values() for buffer in layer.buffers()]
-    reports: list[Report] = list(train_lora(denoiser, dataset, config, 7))
-    assert mean_report(reports[-6:])["loss"] < 0.9 * mean_report(reports[:6])["loss"]
+    reports: list[StepMetrics] = list(train_lora(denoiser, dataset, config, 7))
+    assert mean_metrics(reports[-6:])["loss"] < 0.9 * mean_metrics(reports[:6])["loss"]
     after = [buffer for layer in linear_layers(denoiser).values() for buffer in layer.buffers()]
     assert all(torch.equal(a, b) for a, b in zip(frozen, after, strict=True))
     save_lora(tmp_path, denoiser.unet, denoiser.text_encoders)
@@ -294,7 +296,7 @@ def test_training_learns_and_the_adapter_fits_the_base_as_it_is(
 
 @torch.no_grad()
 def loss_of(denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig) -> float:
-    examples = next(draw_examples(denoiser, dataset, config, seed=1))
+    examples = next(training_batches(denoiser, dataset, config, seed=1))
     return float(denoising_loss(denoiser, examples, min_snr_gamma=5.0, seeded=False))
 
 
@@ -318,7 +320,7 @@ def attention_network(kind: Quantization, device: torch.device) -> nn.ModuleDict
     network = quantize(nn.ModuleDict(layers).half(), kind, device)
     inject_adapter_in_model(PeftConfig(r=4, target_modules=["to_q", "to_k", "to_v"]), network)
     for number, parameter in enumerate(lora_parameters(network)):
-        draws = torch.randn(parameter.shape, generator=generator("lora", number)) * 0.1
+        draws = torch.randn(parameter.shape, generator=keyed_generator("lora", number)) * 0.1
         parameter.data = draws.to(device)
     return network
 
@@ -333,10 +335,10 @@ def steps_of(
         outputs = project([network[name] for name in ("to_q", "to_k", "to_v")], tokens.x.half())
         return network["out"](sum(outputs)).float().square().mean()
 
-    groups = [Group(lora_parameters(network), 1e-2)]
-    engine: Engine[Tokens] = Engine(loss, groups, config, torch.float16, recorded)
+    groups = [ParameterGroup(lora_parameters(network), 1e-2)]
+    engine: TrainStep[Tokens] = TrainStep(loss, groups, config, torch.float16, recorded)
     for step in range(6):
-        engine.accumulate(Tokens(torch.randn(64, 128, generator=generator("tokens", step)).to(device)))
+        engine.accumulate(Tokens(torch.randn(64, 128, generator=keyed_generator("tokens", step)).to(device)))
         engine.update(1.0)
     engine.finish()
     return [parameter.detach().clone() for parameter in lora_parameters(network)]

@@ -6,14 +6,14 @@ from torch import nn
 
 from sdxl_lora.config import load_params
 from sdxl_lora.memory.inference_forecast import forecast_inference, trace_inference
-from sdxl_lora.models.architecture import read_shapes
+from sdxl_lora.models.architecture import read_architecture
 
 META = torch.device("meta")
 
 
 def test_sdxl_has_its_known_size() -> None:
     """2.567, 0.123 and 0.695 billion parameters in UNet and text encoders, of two bytes each."""
-    shapes = read_shapes(load_params(Path("recipes/sdxl-naruto-16gb.yaml")).model)
+    shapes = read_architecture(load_params(Path("recipes/sdxl-naruto-16gb.yaml")).model)
     modules = [shapes.make_unet("fp16", META), *shapes.make_text_encoders("fp16", META)]
     forecast = forecast_inference(trace_inference(modules, [], lambda: None))
     assert forecast.weights / 2 == pytest.approx(2.567e9 + 0.123e9 + 0.695e9, rel=1e-3)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from sdxl_lora.config import ModelConfig, Params, TrainingConfig, load_params
-from sdxl_lora.memory.planner import Plan, Planner, choose_plan
-from sdxl_lora.memory.training_forecast import Rehearsal, Workload, forecast_training
-from sdxl_lora.models.architecture import read_shapes
+from sdxl_lora.memory.planner import Planner, TrainingPlan, choose_plan
+from sdxl_lora.memory.training_forecast import MetaTrainingRun, TrainingSpec, forecast_training
+from sdxl_lora.models.architecture import read_architecture
 from sdxl_lora.storage.atomic_io import GIB
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -36,29 +36,29 @@ def config(params: Params) -> TrainingConfig:
 
 
 @pytest.fixture(scope="module")
-def work(params: Params, config: TrainingConfig) -> Workload:
-    return Workload(read_shapes(params.model), True, params.lora, config, LATENTS)
+def work(params: Params, config: TrainingConfig) -> TrainingSpec:
+    return TrainingSpec(read_architecture(params.model), True, params.lora, config, LATENTS)
 
 
 @pytest.fixture(scope="module")
-def planner(work: Workload) -> Planner:
+def planner(work: TrainingSpec) -> Planner:
     return Planner(work)
 
 
 @pytest.fixture(scope="module")
-def flops(work: Workload) -> dict[int, float]:
+def flops(work: TrainingSpec) -> dict[int, float]:
     """Operations of a pass, by micro-batch size."""
-    rehearsal = Rehearsal(work)
-    return {size: rehearsal.step(size).flops for size in (4, 2, 1)}
+    meta_run = MetaTrainingRun(work)
+    return {size: meta_run.step(size).flops for size in (4, 2, 1)}
 
 
 @pytest.fixture(scope="module")
-def totals(work: Workload) -> dict[tuple[int, int], tuple[int, float]]:
+def totals(work: TrainingSpec) -> dict[tuple[int, int], tuple[int, float]]:
     """Bytes and share of recomputed operations of every plan, by micro-batch size and number of units."""
-    rehearsal, found = Rehearsal(work), {}
-    preview = rehearsal.preview()
+    meta_run, found = MetaTrainingRun(work), {}
+    preview = meta_run.preview()
     for size in (4, 2, 1):
-        trace = rehearsal.step(size)
+        trace = meta_run.step(size)
         for count in range(len(trace.units) + 1):
             recomputed = sum(unit.flops for unit in trace.units[:count]) / trace.flops
             found[size, count] = (forecast_training(trace, preview, count).total, recomputed)
@@ -69,7 +69,7 @@ def with_(config: TrainingConfig, **changes: Any) -> TrainingConfig:
     return config.model_copy(update=changes)
 
 
-def total(plan: Plan | None) -> int:
+def total(plan: TrainingPlan | None) -> int:
     assert plan is not None
     assert plan.forecast is not None
     return plan.forecast.total
@@ -125,7 +125,7 @@ def test_smallest_plan_is_where_refusals_begin(planner: Planner) -> None:
     "pinned",
     [{"checkpointing": "none"}, {"checkpointing": "all"}, {"checkpointing": 7}, {"micro_batch_size": 2}],
 )
-def test_pinned_choices_are_kept(work: Workload, pinned: dict[str, Any]) -> None:
+def test_pinned_choices_are_kept(work: TrainingSpec, pinned: dict[str, Any]) -> None:
     planner = Planner(replace(work, config=with_(work.config, **pinned)))
     plan = planner.fastest(inf)
     assert plan is not None
@@ -135,7 +135,7 @@ def test_pinned_choices_are_kept(work: Workload, pinned: dict[str, Any]) -> None
 
 
 def test_plan_written_into_params_gives_itself_again(
-    params: Params, model: ModelConfig, config: TrainingConfig, work: Workload
+    params: Params, model: ModelConfig, config: TrainingConfig, work: TrainingSpec
 ) -> None:
     """With a budget half way between what all blocks checkpointed need at least, and none."""
     config = with_(config, micro_batch_size=4)
@@ -184,7 +184,7 @@ def test_cpu_without_a_limit_needs_no_forecast(
     params: Params, model: ModelConfig, config: TrainingConfig
 ) -> None:
     plan = choose_plan(model, params.lora, config, LATENTS, CPU)
-    assert plan == Plan(4, (), 0.0, None)
+    assert plan == TrainingPlan(4, (), 0.0, None)
     assert plan.numbers() == {"plan": {"micro_batch_size": 4, "checkpointing": 0, "recomputed": 0.0}}
 
 

@@ -10,9 +10,9 @@ import yaml
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.memory.inference_forecast import fits, trace_encoding, trace_sampling
 from sdxl_lora.memory.planner import Planner
-from sdxl_lora.memory.savings import economies, lower
-from sdxl_lora.memory.training_forecast import Workload
-from sdxl_lora.models.architecture import read_shapes
+from sdxl_lora.memory.savings import lower, minimum_memory_with
+from sdxl_lora.memory.training_forecast import TrainingSpec
+from sdxl_lora.models.architecture import read_architecture
 from sdxl_lora.storage.atomic_io import GIB
 
 Rows = list[tuple[str, str, float]]
@@ -33,15 +33,15 @@ def params() -> Params:
     return params.model_copy(update=sections)
 
 
-def work_of(params: Params) -> Workload:
-    shapes, side = read_shapes(params.model), params.encoding.resolution // 8
+def work_of(params: Params) -> TrainingSpec:
+    shapes, side = read_architecture(params.model), params.encoding.resolution // 8
     trained = params.model.text_encoders != "frozen"
-    return Workload(shapes, trained, params.lora, params.training, torch.Size((1, 4, side, side)))
+    return TrainingSpec(shapes, trained, params.lora, params.training, torch.Size((1, 4, side, side)))
 
 
 @pytest.fixture(scope="module")
 def rows(params: Params) -> Rows:
-    return list(economies(params, work_of(params), {"train", "sample", "encode"}))
+    return list(minimum_memory_with(params, work_of(params), {"train", "sample", "encode"}))
 
 
 def followed(params: Params, name: str) -> Params:
@@ -87,7 +87,7 @@ def test_no_change_needs_more_and_all_need_the_least(rows: Rows) -> None:
 
 
 def test_phases_that_nobody_asks_for_are_left_out(params: Params) -> None:
-    assert {phase for phase, _, _ in economies(params, work_of(params), {"encode"})} == {"encode"}
+    assert {phase for phase, _, _ in minimum_memory_with(params, work_of(params), {"encode"})} == {"encode"}
 
 
 @pytest.mark.parametrize(("resolution", "expected"), [(1024, 768), (512, 384), (128, 64), (64, 0)])

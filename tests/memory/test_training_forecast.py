@@ -13,21 +13,21 @@ from sdxl_lora.memory.caching_allocator import MIB, CachingAllocator
 from sdxl_lora.memory.trace import Event, MemoryTrace
 from sdxl_lora.memory.training_forecast import (
     CUBLAS_WORKSPACE,
-    Rehearsal,
+    MetaTrainingRun,
+    TrainingSpec,
     TrainingTrace,
-    Workload,
-    checkpointed,
     forecast_training,
     make_denoiser,
     make_examples,
     optimizer_bytes,
-    record,
+    record_events,
+    with_checkpointing,
 )
-from sdxl_lora.models.architecture import read_shapes
+from sdxl_lora.models.architecture import read_architecture
 from sdxl_lora.storage.atomic_io import GIB
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
-from sdxl_lora.training.train_step import Group, make_optimizer
-from sdxl_lora.training.trainer import make_engine
+from sdxl_lora.training.train_step import ParameterGroup, make_optimizer
+from sdxl_lora.training.trainer import make_train_step
 from tests.support.traced import peak
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -44,10 +44,10 @@ def sdxl() -> Params:
     return load_params(Path("recipes/sdxl-naruto-16gb.yaml"))
 
 
-def workload(params: Params, **changes: object) -> Workload:
+def workload(params: Params, **changes: object) -> TrainingSpec:
     """Training of the demo's model, text encoders and all."""
     config = params.training.model_copy(update=changes)
-    return Workload(read_shapes(params.model), True, params.lora, config, LATENTS)
+    return TrainingSpec(read_architecture(params.model), True, params.lora, config, LATENTS)
 
 
 def real_denoiser(params: Params, config: TrainingConfig) -> Denoiser:
@@ -55,7 +55,7 @@ def real_denoiser(params: Params, config: TrainingConfig) -> Denoiser:
     return load_denoiser(model, config.precision, CPU)
 
 
-def step_of(denoiser: Denoiser, work: Workload) -> list[Event]:
+def step_of(denoiser: Denoiser, work: TrainingSpec) -> list[Event]:
     """A step's events, with the modules as diffusers has them: on a CPU the library's own are others."""
     add_adapters(denoiser.unet, denoiser.text_encoders, work.lora, seed=0)
     examples = make_examples(work, 2)
@@ -64,20 +64,20 @@ def step_of(denoiser: Denoiser, work: Workload) -> list[Event]:
         for module in denoiser.modules:
             module.train()
             trace.hold([*module.parameters(), *module.buffers()])
-        engine = make_engine(denoiser, work.config)
+        engine = make_train_step(denoiser, work.config)
         trace.hold(examples.tensors())
         engine.accumulate(examples)
     return trace.events
 
 
 @pytest.fixture(scope="module")
-def work(params: Params) -> Workload:
+def work(params: Params) -> TrainingSpec:
     return workload(params, precision="fp16", ema_decay=None, preview_every=None)
 
 
 @pytest.fixture(scope="module")
-def trace(work: Workload) -> TrainingTrace:
-    return Rehearsal(work).step(4)
+def trace(work: TrainingSpec) -> TrainingTrace:
+    return MetaTrainingRun(work).step(4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -90,12 +90,12 @@ def test_step_without_data_takes_what_a_real_one_takes(params: Params, precision
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_checkpointing_is_foreseen_from_a_step_without(
-    work: Workload, trace: TrainingTrace, share: float
+    work: TrainingSpec, trace: TrainingTrace, share: float
 ) -> None:
     """Against a step that really checkpoints the same units."""
     count = round(share * len(trace.units))
-    real = Rehearsal(work, [unit.name for unit in trace.units[:count]]).step(4)
-    foreseen = peak([*trace.setup, *checkpointed(trace, count)])
+    real = MetaTrainingRun(work, [unit.name for unit in trace.units[:count]]).step(4)
+    foreseen = peak([*trace.setup, *with_checkpointing(trace, count)])
     assert foreseen == pytest.approx(peak([*real.setup, *real.step]), rel=0.01)
     assert foreseen < 0.9 * peak([*trace.setup, *trace.step])
 
@@ -106,7 +106,7 @@ def test_units_come_in_order_of_bytes_freed_per_operation(trace: TrainingTrace) 
     assert ratios[-1] > 0
 
 
-def test_unit_that_frees_nothing_is_no_choice(trace: TrainingTrace, work: Workload) -> None:
+def test_unit_that_frees_nothing_is_no_choice(trace: TrainingTrace, work: TrainingSpec) -> None:
     """No gradient reaches the first text encoder's last layer."""
     names = {unit.name for unit in trace.units}
     layers = work.shapes.text_encoder["num_hidden_layers"]
@@ -114,7 +114,7 @@ def test_unit_that_frees_nothing_is_no_choice(trace: TrainingTrace, work: Worklo
     assert f"text_encoder.encoder.layers.{layers - 2}" in names
 
 
-def test_parts_are_what_they_are_made_of(work: Workload, trace: TrainingTrace) -> None:
+def test_parts_are_what_they_are_made_of(work: TrainingSpec, trace: TrainingTrace) -> None:
     denoiser = make_denoiser(work)
     add_adapters(denoiser.unet, denoiser.text_encoders, work.lora, seed=0)
     adapters = sum(p.numel() for module in denoiser.modules for p in lora_parameters(module))
@@ -128,9 +128,9 @@ def test_parts_are_what_they_are_made_of(work: Workload, trace: TrainingTrace) -
     assert forecast.gib()["total"] == forecast.total / GIB
 
 
-def test_moving_average_is_another_copy_of_the_adapters(work: Workload, trace: TrainingTrace) -> None:
+def test_moving_average_is_another_copy_of_the_adapters(work: TrainingSpec, trace: TrainingTrace) -> None:
     averaging = replace(work, config=work.config.model_copy(update={"ema_decay": 0.99}))
-    more = Rehearsal(averaging).step(4).adapters - trace.adapters
+    more = MetaTrainingRun(averaging).step(4).adapters - trace.adapters
     assert more == pytest.approx(trace.adapters * 4 / 10, rel=1e-3)
 
 
@@ -139,17 +139,17 @@ def test_optimizer_is_as_large_as_the_real_one(params: Params, optimizer: str) -
     config = params.training.model_copy(update={"optimizer": optimizer})
     master = nn.Parameter(torch.zeros(100_000))
     master.grad = torch.zeros_like(master)
-    real = make_optimizer([master], [Group([master], 1e-3)], config)
+    real = make_optimizer([master], [ParameterGroup([master], 1e-3)], config)
     real.step()
     tables = ("qmap1", "qmap2", "step")  # the same few bytes for any number of parameters
     state = {name: value for name, value in real.state[master].items() if name not in tables}
     assert optimizer_bytes(100_000, config) == sum(tensor.nbytes for tensor in state.values())
 
 
-def test_previews_come_on_top_of_a_recorded_step(work: Workload, trace: TrainingTrace) -> None:
+def test_previews_come_on_top_of_a_recorded_step(work: TrainingSpec, trace: TrainingTrace) -> None:
     shown = replace(work, config=work.config.model_copy(update={"preview_every": 5}))
-    rehearsal = Rehearsal(shown)
-    with_previews = forecast_training(rehearsal.step(4), rehearsal.preview(), 0)
+    meta_run = MetaTrainingRun(shown)
+    with_previews = forecast_training(meta_run.step(4), meta_run.preview(), 0)
     without = forecast_training(trace, [], 0)
     vae = sum(p.nbytes for p in work.shapes.make_vae("fp16", META).parameters())
     assert with_previews.previews > vae
@@ -164,20 +164,20 @@ def test_workspace_keeps_the_segment_in_which_it_lies() -> None:
         Event("free", 0, 0),
         Event("workspace", 1, 0),
     ]
-    calls, graph = record(step, CachingAllocator())
+    calls, graph = record_events(step, CachingAllocator())
     assert calls.peak_reserved == calls.reserved == CUBLAS_WORKSPACE + 512 * MIB
     assert graph.reserved == CUBLAS_WORKSPACE + 512 * MIB
-    calls, graph = record([step[0], step[3], *step[1:3]], CachingAllocator())
+    calls, graph = record_events([step[0], step[3], *step[1:3]], CachingAllocator())
     assert calls.reserved == 2 * CUBLAS_WORKSPACE
     assert graph.reserved == 2 * CUBLAS_WORKSPACE + 512 * MIB
 
 
-def test_adamw_in_fp32_updates_with_one_more_copy(trace: TrainingTrace, work: Workload) -> None:
+def test_adamw_in_fp32_updates_with_one_more_copy(trace: TrainingTrace, work: TrainingSpec) -> None:
     plain = replace(work, config=work.config.model_copy(update={"optimizer": "adamw"}))
     denoiser = make_denoiser(work)
     add_adapters(denoiser.unet, denoiser.text_encoders, work.lora, seed=0)
     num_parameters = sum(p.numel() for module in denoiser.modules for p in lora_parameters(module))
-    assert Rehearsal(plain).step(4).update == 4 * num_parameters
+    assert MetaTrainingRun(plain).step(4).update == 4 * num_parameters
     assert trace.update == 0
 
 

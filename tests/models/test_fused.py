@@ -14,16 +14,16 @@ from sdxl_lora.adapters.lora import add_adapters, lora_parameters
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.kernels.attention import AttentionShape
 from sdxl_lora.models.fused import (
-    FUSED,
+    FUSED_CLASSES,
     attention_shapes,
     cross_attentions,
-    fuse,
+    fuse_modules,
     fuse_unet,
     fuse_vae,
     project_text,
 )
 from sdxl_lora.models.sdxl import embed_tokens, load_vae, predict
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
 from tests.support.interpreter import INTERPRETED, large
 
@@ -48,7 +48,7 @@ def adapted(params: Params, modules: list[str], device: torch.device, dropout: f
         for name, parameter in module.named_parameters():
             if ".lora_B." in name:
                 parameter.data = (
-                    torch.randn(parameter.shape, generator=generator("B", name)).to(device) * 0.05
+                    torch.randn(parameter.shape, generator=keyed_generator("B", name)).to(device) * 0.05
                 )
     return denoiser
 
@@ -56,14 +56,14 @@ def adapted(params: Params, modules: list[str], device: torch.device, dropout: f
 def fuse_all(denoiser: Denoiser) -> None:
     fuse_unet(denoiser.unet, "sdpa")
     for text_encoder in denoiser.text_encoders or ():
-        fuse(text_encoder)
+        fuse_modules(text_encoder)
 
 
 def prediction(denoiser: Denoiser, batch: int = 2) -> Tensor:
     assert denoiser.text_encoders is not None
-    token_ids = torch.randint(3, 1999, (batch, 2, 77), generator=generator("tokens"))
+    token_ids = torch.randint(3, 1999, (batch, 2, 77), generator=keyed_generator("tokens"))
     token_ids[..., -1] = denoiser.text_encoders[0].config.eos_token_id
-    latents = torch.randn(batch, 4, 16, 16, generator=generator("latents")).to(denoiser.device)
+    latents = torch.randn(batch, 4, 16, 16, generator=keyed_generator("latents")).to(denoiser.device)
     time_ids = torch.tensor([[128, 128, 0, 0, 128, 128]] * batch, device=denoiser.device)
     embeds = embed_tokens(denoiser.text_encoders, token_ids.to(denoiser.device))
     timesteps = torch.tensor([700, 3][:batch], device=denoiser.device)
@@ -108,7 +108,7 @@ def test_a_text_is_projected_once_for_all_attentions_of_a_width(params: Params) 
     denoiser = adapted(params, ATTENTION, torch.device("cpu"))
     fuse_all(denoiser)
     attentions = cross_attentions(denoiser.unet)
-    text = torch.randn(2, 77, attentions[0].to_k.in_features, generator=generator("text"))
+    text = torch.randn(2, 77, attentions[0].to_k.in_features, generator=keyed_generator("text"))
     found = project_text(denoiser.unet, text.requires_grad_())
     assert len({tensor.grad_fn for pair in found.values() for tensor in pair}) == len(
         {attention.inner_dim for attention in attentions}
@@ -141,8 +141,8 @@ def test_every_class_is_put_to_use(params: Params) -> None:
     denoiser = adapted(params, params.lora.unet_modules, torch.device("cpu"))
     fuse_all(denoiser)
     classes = {type(part) for module in denoiser.modules for part in module.modules()}
-    assert set(FUSED.values()) <= classes
-    assert not classes & (set(FUSED) - {torch.nn.Conv2d})  # adapters' own convolutions are trained
+    assert set(FUSED_CLASSES.values()) <= classes
+    assert not classes & (set(FUSED_CLASSES) - {torch.nn.Conv2d})  # adapters' own convolutions are trained
 
 
 def test_attention_shapes_are_those_that_a_forward_pass_meets(
@@ -168,8 +168,8 @@ def test_vae_is_fused_as_a_whole_and_is_diffusers(params: Params, device: str) -
     plain, fused = (load_vae(params.model, "fp32", torch.device(device)) for _ in range(2))
     fuse_vae(fused)
     assert ResnetBlock2D not in {type(part) for part in fused.modules()}
-    latents = torch.randn(2, 4, 8, 8, generator=generator("latents")).to(device)
-    pixels = torch.rand(2, 3, 64, 64, generator=generator("pixels")).to(device)
+    latents = torch.randn(2, 4, 8, 8, generator=keyed_generator("latents")).to(device)
+    pixels = torch.rand(2, 3, 64, 64, generator=keyed_generator("pixels")).to(device)
     with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
         assert relative_error(fused.decode(latents).sample, plain.decode(latents).sample) < 1e-5
         encoded = (vae.encode(pixels).latent_dist.mean for vae in (fused, plain))
@@ -190,10 +190,10 @@ def test_vae_is_fused_as_a_whole_and_is_diffusers(params: Params, device: str) -
 )
 def test_residual_block_with_options_that_sdxl_has_not_keeps_its_arithmetic(options: dict[str, Any]) -> None:
     block = ResnetBlock2D(in_channels=32, out_channels=64, temb_channels=8, **options).requires_grad_(False)
-    image = torch.randn(2, 32, 8, 8, generator=generator("image"))
-    time = torch.randn(2, 8, generator=generator("time"))
+    image = torch.randn(2, 32, 8, 8, generator=keyed_generator("image"))
+    time = torch.randn(2, 8, generator=keyed_generator("time"))
     expected = block(image, time)
-    fuse(block)
+    fuse_modules(block)
     torch.testing.assert_close(block(image, time), expected)
 
 
@@ -204,7 +204,7 @@ def test_residual_block_with_options_that_sdxl_has_not_keeps_its_arithmetic(opti
 )
 def test_convolution_with_options_that_sdxl_has_not_keeps_its_arithmetic(options: dict[str, Any]) -> None:
     convolutions = nn.Sequential(nn.Conv2d(4, 6, 3, **{"padding": 1, **options})).requires_grad_(False)
-    image = torch.randn(2, 4, 8, 8, generator=generator("image"))
+    image = torch.randn(2, 4, 8, 8, generator=keyed_generator("image"))
     expected = convolutions(image)
-    fuse(convolutions)
+    fuse_modules(convolutions)
     torch.testing.assert_close(convolutions(image), expected)

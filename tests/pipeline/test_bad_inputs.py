@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sdxl_lora.data.encoded_dataset import EncodedDataset
-from sdxl_lora.data.encoding_report import Finding
+from sdxl_lora.data.encoding_report import ImageFinding
 from sdxl_lora.data.images import decode_image
 from tests.support import bad_inputs
 from tests.support.bad_inputs import CAPTIONS, DOCUMENT, CaptionCase, ImageCase
@@ -16,7 +16,7 @@ NUMBERED = [pytest.param(number, case, id=case.name) for number, case in enumera
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Finding], set[str]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[ImageFinding], set[str]]:
     """What was reported about all cases in one data set, and which images were encoded."""
     report, encoded = bad_inputs.encode_all(tmp_path_factory.mktemp("bad"), CASES)
     sides = [EncodedDataset(encoded, split) for split in ("train", "held_out")]
@@ -25,7 +25,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Finding], se
 
 @pytest.mark.parametrize(("number", "case"), NUMBERED)
 def test_image_gets_what_it_should(
-    results: tuple[list[Finding], set[str]], number: int, case: ImageCase
+    results: tuple[list[ImageFinding], set[str]], number: int, case: ImageCase
 ) -> None:
     findings, encoded = results
     name = f"{number:03d}.img"
@@ -46,7 +46,7 @@ def test_unusual_image_becomes_what_a_viewer_shows(case: ImageCase) -> None:
 
 
 def test_all_good_pictures_are_encoded_beside_the_bad_ones(
-    results: tuple[list[Finding], set[str]],
+    results: tuple[list[ImageFinding], set[str]],
 ) -> None:
     _, encoded = results
     assert {f"{number:03d}.img" for number in range(len(GOOD))} <= encoded

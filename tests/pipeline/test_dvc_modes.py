@@ -137,7 +137,7 @@ def test_experiment_and_run_name_the_same_record(project: Project, monkeypatch: 
     assert experiment.files[paths.PARAMS] == shown.files[paths.PARAMS]
     assert yaml.safe_load(shown.files[paths.PARAMS])["lora"]["rank"] == 8
     assert experiment.outs("train_lora") == shown.outs("train_lora")
-    assert experiment.head == shown.tree == project.git("rev-parse", "HEAD").strip()
+    assert experiment.recorded_head == shown.code_commit == project.git("rev-parse", "HEAD").strip()
     assert shown.changed_code() == []
 
 

@@ -28,6 +28,7 @@ INERT = {
     for name in (
         "config.py",
         "paths.py",
+        "runtime/dvc_execution.py",
         "runtime/environment.py",
         "runtime/stage.py",
         "tracking/live_run.py",

@@ -5,8 +5,8 @@ import pytest
 
 from sdxl_lora.config import CaptionsConfig
 from sdxl_lora.data.captions import clean_captions
-from sdxl_lora.reporting.captions_page import MOST_ROWS, differences, histogram
-from sdxl_lora.reporting.captions_page import caption_page as render
+from sdxl_lora.reporting.captions_page import MAX_ROWS, differences, histogram
+from sdxl_lora.reporting.captions_page import render_captions_page as render
 
 CONFIG = CaptionsConfig(
     trigger="<b>style</b>",
@@ -127,5 +127,5 @@ def test_differences_join_to_both_captions() -> None:
 
 
 def test_long_tables_are_cut_and_say_how_much_is_missing() -> None:
-    page = page_of(*(f"an arafed man {number}" for number in range(MOST_ROWS + 5)))
-    assert len(page.rows("Changed")) == MOST_ROWS
+    page = page_of(*(f"an arafed man {number}" for number in range(MAX_ROWS + 5)))
+    assert len(page.rows("Changed")) == MAX_ROWS

@@ -6,7 +6,7 @@ import pytest
 
 from sdxl_lora.config import load_params
 from sdxl_lora.data.encoded_dataset import Example, data_digest
-from sdxl_lora.data.encoding_report import EncodingReport, Finding
+from sdxl_lora.data.encoding_report import EncodingReport, ImageFinding
 from sdxl_lora.reporting.dataset_card import cell, dataset_card
 
 CONFIG = load_params(Path("recipes/demo.yaml")).encoding
@@ -23,9 +23,9 @@ EXAMPLES = [
     Example("2", "2.png", "a fox", "held_out", "held_out-00000.safetensors", 0, "d2"),
 ]
 FINDINGS = [
-    Finding("3.png", "damaged", True, "image file is truncated"),
-    Finding("4.png", "damaged", True, "image file is truncated"),
-    Finding("0.png", "upscaled", False, "enlarged 2 times"),
+    ImageFinding("3.png", "damaged", True, "image file is truncated"),
+    ImageFinding("4.png", "damaged", True, "image file is truncated"),
+    ImageFinding("0.png", "upscaled", False, "enlarged 2 times"),
 ]
 
 

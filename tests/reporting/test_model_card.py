@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard
 
 from sdxl_lora.config import ExportConfig, ModelConfig, load_params
 from sdxl_lora.inference.samples import Sample
-from sdxl_lora.reporting.model_card import card_pictures, markdown, model_card, picture_name
+from sdxl_lora.reporting.model_card import card_pictures, escape_markdown, model_card, picture_name
 
 CONFIG = ExportConfig(title="Naruto <b>style</b>", license="openrail++")
 SAMPLES = [
@@ -86,7 +86,7 @@ def test_folder_is_no_base_model_of_the_hub() -> None:
 
 def test_words_of_others_are_no_markup(model: ModelConfig) -> None:
     assert "# Naruto \\<b\\>style\\</b\\>" in card(model)
-    assert markdown("a|b*c") == "a\\|b\\*c"
+    assert escape_markdown("a|b*c") == "a\\|b\\*c"
 
 
 def test_first_picture_of_each_prompt_is_shown_up_to_a_limit() -> None:

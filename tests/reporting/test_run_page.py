@@ -12,7 +12,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from sdxl_lora.inference.samples import Sample
-from sdxl_lora.reporting.run_page import Results, page
+from sdxl_lora.reporting.run_page import Results, render_run_page
 
 CHROMIUM = shutil.which("chromium")
 HOSTILE = "<script>document.title='taken'</script> \"' & 寿司"
@@ -86,7 +86,7 @@ def results() -> Results:
 
 @pytest.fixture(scope="module")
 def html(results: Results, folder: Path) -> str:
-    return page("Style <1>", results, folder, folder)
+    return render_run_page("Style <1>", results, folder, folder)
 
 
 def test_words_of_others_are_no_markup(html: str) -> None:
@@ -122,7 +122,7 @@ def test_forecast_is_beside_the_measured_peak_of_memory(results: Results, html: 
     }
     assert list(widths.values()) == pytest.approx([0.625 * 492, 0.375 * 492], abs=0.2)  # no part is of 0
     on_a_cpu = replace(results, training={"seconds": 12.5, "peak_memory_gib": 1.5})
-    assert "GPU memory" not in page("", on_a_cpu, folder, folder)
+    assert "GPU memory" not in render_run_page("", on_a_cpu, folder, folder)
 
 
 def test_adapters_samples_are_beside_their_nearest_image_copies_marked(html: str) -> None:
@@ -131,12 +131,12 @@ def test_adapters_samples_are_beside_their_nearest_image_copies_marked(html: str
 
 
 def test_run_without_gates_has_no_verdict(results: Results, folder: Path) -> None:
-    html = page("Style", replace(results, gates=results.gates.head(0)), folder, folder)
+    html = render_run_page("Style", replace(results, gates=results.gates.head(0)), folder, folder)
     assert not re.findall(r"(passes|fails) \w+ ", html)
 
 
 def test_same_results_are_the_same_page(html: str, results: Results, folder: Path) -> None:
-    assert page("Style <1>", results, folder, folder) == html
+    assert render_run_page("Style <1>", results, folder, folder) == html
 
 
 @pytest.mark.browser

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from sdxl_lora import paths
-from sdxl_lora.reproducibility.comparison import DECISIVE, TOLERANCES, judge
-from sdxl_lora.reproducibility.run_record import Record
+from sdxl_lora.reproducibility.comparison import DECISIVE, TOLERANCES, compare_runs
+from sdxl_lora.reproducibility.run_record import RunRecord
 
 STAGES = ["clean_captions", "encode_dataset", "train_lora", "evaluate_lora"]
 METRICS = {"held_out_loss": {"adapter": 0.1}, "style_probability": {"adapter": 0.9}}
@@ -22,7 +22,7 @@ def make_run(
     environment: dict[str, Any] | None = None,
     seconds: float = 1.0,
     torn: tuple[Path, ...] = (),
-) -> Record:
+) -> RunRecord:
     """A run of four stages; two without arguments are alike.
 
     Args:
@@ -49,11 +49,11 @@ def make_run(
         digest = hashlib.md5(text.encode()).hexdigest()
         stages[stage]["outs"].append({"path": str(path), "md5": digest})
     files = {path: text for path, (_, text) in reports.items() if path not in torn}
-    return Record("a run", "c0ffee", {**files, paths.LOCK: yaml.safe_dump({"stages": stages})})
+    return RunRecord("a run", "c0ffee", {**files, paths.LOCK: yaml.safe_dump({"stages": stages})})
 
 
-def verdict(record: Record, again: Record, failure: str | None = None) -> Any:
-    return judge(record, again, STAGES, failure)
+def verdict(record: RunRecord, again: RunRecord, failure: str | None = None) -> Any:
+    return compare_runs(record, again, STAGES, failure)
 
 
 def test_same_hashes_are_bit_identical_whatever_the_time() -> None:
@@ -160,6 +160,6 @@ def test_run_that_stopped_failed_at_the_first_stage_without_output() -> None:
     again = make_run()
     stages = yaml.safe_load(again.files[paths.LOCK])["stages"]
     del stages["train_lora"], stages["evaluate_lora"]
-    stopped = Record("again", "c0ffee", {paths.LOCK: yaml.safe_dump({"stages": stages})})
+    stopped = RunRecord("again", "c0ffee", {paths.LOCK: yaml.safe_dump({"stages": stages})})
     found = verdict(make_run(), stopped, "no GPU")
     assert (found.outcome, found.first_difference, found.reasons[0]) == ("failed", "train_lora", "no GPU")

@@ -72,7 +72,7 @@ def test_commit_holds_its_record_and_knows_which_commit_ran() -> None:
     finish_run(rank=4)
     results = commit("results")
     record = find_record("main")
-    assert (record.tree, record.head) == (results, start)
+    assert (record.code_commit, record.recorded_head) == (results, start)
     assert record.outs("train_lora") == {"data/lora": "4.dir"}
     assert record.changed_code() == []
 
@@ -108,7 +108,7 @@ def test_adapter_is_found_in_the_workspace() -> None:
     name = write_adapter({"dvc.train_lora": digest, "git.commit": git("rev-parse", "HEAD")})
     record = find_record(name)
     assert record.origin == "adapter.safetensors, recorded in the workspace"
-    assert record.tree == git("rev-parse", "HEAD")
+    assert record.code_commit == git("rev-parse", "HEAD")
 
 
 def test_adapter_of_an_older_run_is_found_in_its_commit() -> None:
@@ -118,7 +118,7 @@ def test_adapter_of_an_older_run_is_found_in_its_commit() -> None:
     commit("rank 8")
     name = write_adapter({"dvc.train_lora": digest, "git.commit": "0" * 40})
     record = find_record(name)
-    assert record.tree == older
+    assert record.code_commit == older
     assert "rank: 4" in record.files[paths.PARAMS]
 
 
@@ -130,7 +130,7 @@ def test_adapter_whose_code_was_committed_after_the_run_is_made_with_that_commit
     assert find_record(name).changed_code() == [str(CODE)]
     after = commit("code and results")
     finish_run(rank=4)  # run once more, as it is
-    assert find_record(name).tree == after
+    assert find_record(name).code_commit == after
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@ import torch
 
 from sdxl_lora.runtime.device import (
     DEVICE_VARIABLE,
+    acquire_device,
     choose_device,
     one_cpu_thread,
     peak_memory_gib,
-    reserved_device,
 )
 from sdxl_lora.storage.atomic_io import GIB
 
@@ -20,14 +20,14 @@ def test_memory_budget_without_a_gpu_says_what_it_needs(monkeypatch: pytest.Monk
     monkeypatch.setenv(DEVICE_VARIABLE, "cpu")
     with (
         pytest.raises(ValueError, match=r"training.vram_gib is 14.5: .* CUDA GPU .* `make recipe NAME=demo`"),
-        reserved_device(14.5),
+        acquire_device(14.5),
     ):
         pass
 
 
 def test_cpu_does_where_no_budget_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DEVICE_VARIABLE, "cpu")
-    with reserved_device(None) as device:
+    with acquire_device(None) as device:
         assert device == torch.device("cpu")
 
 
@@ -53,11 +53,11 @@ def test_one_cpu_thread_where_models_are_on_a_gpu_and_as_many_as_before_afterwar
 
 @pytest.mark.gpu
 def test_memory_budget_is_enforced() -> None:
-    with reserved_device(1.0) as device, pytest.raises(torch.OutOfMemoryError):
+    with acquire_device(1.0) as device, pytest.raises(torch.OutOfMemoryError):
         torch.empty(int(1.1 * GIB), dtype=torch.uint8, device=device)
 
 
 @pytest.mark.gpu
 def test_budget_above_the_card_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"lower training\.vram_gib"), reserved_device(1e6):
+    with pytest.raises(ValueError, match=r"lower training\.vram_gib"), acquire_device(1e6):
         pass

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdxl_lora.runtime.environment import LIBRARIES, environment, installed_version
+from sdxl_lora.runtime.environment import NUMERICAL_LIBRARIES, describe_environment, installed_version
 
 
 def test_environment_says_what_can_change_a_result() -> None:
-    facts = environment(torch.device("cpu"), attention="sdpa", deterministic=True)
+    facts = describe_environment(torch.device("cpu"), attention="sdpa", deterministic=True)
     assert facts["libraries"]["torch"] == torch.__version__
     assert facts["cpu"]["threads"] == torch.get_num_threads()
     assert facts["cpu"]["instructions"] == torch.backends.cpu.get_cpu_capability()
@@ -19,13 +19,13 @@ def test_environment_says_what_can_change_a_result() -> None:
 
 @pytest.mark.gpu
 def test_environment_names_card_and_driver() -> None:
-    card = environment(torch.device("cuda", 0))["gpu"]
+    card = describe_environment(torch.device("cuda", 0))["gpu"]
     assert card["model"] == torch.cuda.get_device_name(0)
     assert card["driver"].partition(".")[0].isdigit()
 
 
 def test_environment_names_no_machine_user_or_place() -> None:
-    text = json.dumps(environment(torch.device("cpu")))
+    text = json.dumps(describe_environment(torch.device("cpu")))
     for private in (
         socket.gethostname(),
         str(Path.home()),
@@ -38,9 +38,9 @@ def test_environment_names_no_machine_user_or_place() -> None:
 def test_only_settings_that_choose_kernels_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    assert environment(torch.device("cpu"))["variables"] == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    assert describe_environment(torch.device("cpu"))["variables"] == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 def test_libraries_are_those_that_pip_knows() -> None:
     optional = {"triton", "xformers"}
-    assert {name for name in LIBRARIES if installed_version(name) is None} <= optional
+    assert {name for name in NUMERICAL_LIBRARIES if installed_version(name) is None} <= optional

@@ -1,11 +1,11 @@
 import torch
 
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 
 
 def test_same_key_same_draws() -> None:
-    first = torch.randn(8, generator=generator(0, "noise", 3))
-    assert torch.equal(first, torch.randn(8, generator=generator(0, "noise", 3)))
+    first = torch.randn(8, generator=keyed_generator(0, "noise", 3))
+    assert torch.equal(first, torch.randn(8, generator=keyed_generator(0, "noise", 3)))
 
 
 def test_every_part_of_the_key_counts() -> None:
@@ -17,7 +17,7 @@ def test_every_part_of_the_key_counts() -> None:
         (0, "noise"),
         ("0", "noise", 3),
     ]
-    draws = {tuple(torch.randn(4, generator=generator(*key)).tolist()) for key in keys}
+    draws = {tuple(torch.randn(4, generator=keyed_generator(*key)).tolist()) for key in keys}
     assert len(draws) == len(keys)
 
 
@@ -25,5 +25,5 @@ def test_global_generator_is_left_alone() -> None:
     torch.manual_seed(0)
     expected = torch.randn(3)
     torch.manual_seed(0)
-    torch.randn(100, generator=generator(0, "noise"))
+    torch.randn(100, generator=keyed_generator(0, "noise"))
     assert torch.equal(torch.randn(3), expected)

@@ -6,15 +6,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sdxl_lora.runtime.stage import (
-    Deadline,
-    Execution,
-    current_execution,
-    parse_execution,
-    run,
-    stage,
-    stopping_on_signals,
-)
+from sdxl_lora.runtime.dvc_execution import DvcExecution, current_execution, parse_execution_id
+from sdxl_lora.runtime.stage import Deadline, record_stage, run_stage, stop_on_signals
 
 
 @pytest.fixture(autouse=True)
@@ -31,14 +24,14 @@ def test_stage_outside_dvc_is_an_execution_of_its_own() -> None:
 
 def test_id_says_which_process_and_not_which_host() -> None:
     execution = current_execution()
-    assert parse_execution(execution.id) == execution
+    assert parse_execution_id(execution.id) == execution
     assert os.uname().nodename not in execution.id
-    assert parse_execution("not an id") is None
+    assert parse_execution_id("not an id") is None
 
 
 def test_process_id_used_again_is_another_execution() -> None:
     execution = current_execution()
-    assert not Execution(execution.machine, execution.pid, execution.created - 100).is_alive()
+    assert not DvcExecution(execution.machine, execution.pid, execution.created - 100).is_alive()
 
 
 def test_execution_stays_the_same_when_the_clock_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,20 +43,20 @@ def test_execution_stays_the_same_when_the_clock_is_set(monkeypatch: pytest.Monk
 
 
 def test_other_machines_are_left_alone() -> None:
-    assert Execution("another", 1, 1).is_alive()
+    assert DvcExecution("another", 1, 1).is_alive()
 
 
 def test_stage_notes_how_it_went() -> None:
-    with stage("download_dataset"):
+    with record_stage("download_dataset"):
         assert current_execution().records()["download_dataset"].status == "running"
-    with pytest.raises(KeyError), stage("encode_dataset"):
+    with pytest.raises(KeyError), record_stage("encode_dataset"):
         raise KeyError("x")
     statuses = {name: record.status for name, record in current_execution().records().items()}
     assert statuses == {"download_dataset": "executed", "encode_dataset": "failed"}
 
 
 def test_sigterm_ends_a_stage_cleanly() -> None:
-    with pytest.raises(SystemExit) as exit_, stage("train_lora"):
+    with pytest.raises(SystemExit) as exit_, record_stage("train_lora"):
         os.kill(os.getpid(), signal.SIGTERM)
     assert exit_.value.code == 143
     assert current_execution().records()["train_lora"].status == "killed"
@@ -74,7 +67,7 @@ def test_what_a_user_can_mend_is_said_without_a_traceback() -> None:
         raise ValueError("training.steps is 0: raise it")
 
     with pytest.raises(SystemExit, match=r"training.steps is 0: raise it"):
-        run(main)
+        run_stage(main)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -82,13 +75,13 @@ def test_signals_ask_to_stop_instead_of_ending_the_block(number: signal.Signals)
     if number == signal.SIGINT:
         signal.signal(number, signal.default_int_handler)  # a shell's background jobs ignore it
     asked: list[str] = []
-    with stopping_on_signals(lambda: asked.append("stop")) as signals:
+    with stop_on_signals(lambda: asked.append("stop")) as signals:
         assert signals == []
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)
         assert signals == [number, number]
         assert asked == ["stop", "stop"]
-    with pytest.raises((SystemExit, KeyboardInterrupt)), stage("train_lora"):
+    with pytest.raises((SystemExit, KeyboardInterrupt)), record_stage("train_lora"):
         os.kill(os.getpid(), number)
 
 

@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from sdxl_lora.runtime.transfers import fetch, to_device
+from sdxl_lora.runtime.transfers import copy_to_host_async, to_device
 
 
 def test_tensors_come_back_as_they_were() -> None:
     device = torch.device("cpu")
     sent = [to_device(torch.arange(5), device), to_device(torch.ones(2, 3).half(), device)]
-    for tensor, copy in zip(sent, fetch(*sent)(), strict=True):
+    for tensor, copy in zip(sent, copy_to_host_async(*sent)(), strict=True):
         assert torch.equal(tensor, copy)
         assert tensor.dtype == copy.dtype
 
@@ -18,7 +18,7 @@ def test_what_a_gpu_was_given_later_is_not_waited_for() -> None:
     pinned = [torch.arange(2**20).pin_memory() for _ in range(4)]
     del pinned  # kept by PyTorch for the next: making some would wait for all that the GPU does
     sent = to_device(torch.arange(2**20), device)
-    wait = fetch(sent, sent + 1)
+    wait = copy_to_host_async(sent, sent + 1)
     torch.cuda._sleep(2**31)  # about a second
     at_the_end = torch.cuda.Event()
     at_the_end.record()

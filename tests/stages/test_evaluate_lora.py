@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from sdxl_lora import paths
-from sdxl_lora.adapters.lora import WEIGHTS
+from sdxl_lora.adapters.lora import WEIGHTS_FILE
 from sdxl_lora.config import load_params
 from sdxl_lora.inference.samples import Sample, load_table, save_table
 from stages import evaluate_lora
@@ -74,7 +74,7 @@ def test_metrics_and_loss_by_timestep_are_written() -> None:
     assert loss["change_percent"] == pytest.approx(100 * (loss["adapter"] / loss["base"] - 1))
     assert metrics["retrieval_at_1"] == {"base": 1.0, "adapter": 1.0}
     assert metrics["style_probability"]["adapter"] > 0.5
-    assert metrics["adapter_bytes"] == (paths.LORA / WEIGHTS).stat().st_size
+    assert metrics["adapter_bytes"] == (paths.LORA / WEIGHTS_FILE).stat().st_size
     assert metrics["copied"] == {"base": 1.0, "adapter": 1.0}  # the samples are a training image
     copies = read_csv(paths.COPIES)
     assert [(row["file"], row["training_image"], row["copied"]) for row in copies] == [

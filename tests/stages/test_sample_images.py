@@ -7,7 +7,7 @@ from PIL import Image
 
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 from stages import sample_images
 from tests.support.adapters import write_adapter
 from tests.support.encoded import CAPTIONS, write_encoded_dataset
@@ -53,7 +53,8 @@ def test_pictures_table_and_grid_are_written(project: Path) -> None:
     pictures = [Image.open(paths.SAMPLES / row["file"]) for row in rows]
     assert {picture.size for picture in pictures} == {(64, 64)}
     assert (
-        json.loads(pictures[3].info["parameters"])["noise_seed"] == generator("sample", 0, 3).initial_seed()
+        json.loads(pictures[3].info["parameters"])["noise_seed"]
+        == keyed_generator("sample", 0, 3).initial_seed()
     )
     assert len({picture.tobytes() for picture in pictures}) == 6
     assert Image.open(paths.SAMPLE_GRID).width > 2 * 192

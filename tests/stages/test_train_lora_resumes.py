@@ -26,7 +26,7 @@ from sdxl_lora.adapters.lora import saved_lora
 from sdxl_lora.data.encoded_dataset import EncodedDataset
 from sdxl_lora.storage.report_io import read_numbers
 from sdxl_lora.tracking.live_run import connect
-from sdxl_lora.training.loop import STOPPED
+from sdxl_lora.training.loop import EXIT_STOPPED
 from stages import train_lora
 from tests.support.project import create_project
 from tests.support.training_project import REPOSITORY, enter_project, free_port, write_params
@@ -95,7 +95,7 @@ def test_training_stopped_again_and_again_goes_on_to_the_same_results(
     write_params(recipe, deadline_minutes=1e-6)
     with pytest.raises(SystemExit) as exit_:
         train_lora.main()
-    assert exit_.value.code == STOPPED
+    assert exit_.value.code == EXIT_STOPPED
     assert checkpoints() == [1]
     assert "training.deadline_minutes: stopped after step 1 of 9" in caplog.text
     write_params(recipe, deadline_minutes=None, log_every=4)  # what cannot change the adapter may be changed
@@ -107,7 +107,7 @@ def test_training_stopped_again_and_again_goes_on_to_the_same_results(
             with pytest.raises(SystemExit) as exit_:
                 train_lora.main()
         assert time.monotonic() - sent.result() < 10
-        assert exit_.value.code == STOPPED
+        assert exit_.value.code == EXIT_STOPPED
         assert step <= checkpoints()[-1] <= step + 2
         assert f"{number.name}: stopped after step {checkpoints()[-1]} of 9" in caplog.text
         assert not list(paths.LORA.iterdir())

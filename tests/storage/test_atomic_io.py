@@ -4,25 +4,25 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_lora.runtime.stage import run
+from sdxl_lora.runtime.stage import run_stage
 from sdxl_lora.storage.atomic_io import (
     GIB,
-    UNFINISHED,
+    PARTIAL_GLOB,
+    atomic_write,
     require_disk_space,
     require_writable,
     write_bytes,
     write_text,
-    written_whole,
 )
 
 
 def test_file_takes_its_place_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.txt"
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("half")
         assert not path.exists()
         assert partial.suffix == path.suffix
-        assert partial.match(UNFINISHED)
+        assert partial.match(PARTIAL_GLOB)
         partial.write_text("whole")
     assert path.read_text() == "whole"
     assert list(path.parent.iterdir()) == [path]
@@ -43,13 +43,13 @@ def test_durable_file_is_on_the_disk_before_it_has_its_name_and_then_the_name_is
     path.unlink()
     write_bytes(path, b"whole", durable=True)
     (partial, named), folder = synced
-    assert partial.match(UNFINISHED)
+    assert partial.match(PARTIAL_GLOB)
     assert not named
     assert folder == (tmp_path, True)
 
 
 def write_half(path: Path, error: BaseException) -> None:
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("half")
         raise error
 
@@ -79,7 +79,7 @@ def test_error_names_file_cause_and_remedy(tmp_path: Path, number: int, remedy: 
 
 
 def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="source"), written_whole(tmp_path / "file.txt"):
+    with pytest.raises(FileNotFoundError, match="source"), atomic_write(tmp_path / "file.txt"):
         raise FileNotFoundError("source not found")
 
 
@@ -88,7 +88,7 @@ def test_stage_says_the_remedy_of_errors_that_nobody_explained(tmp_path: Path) -
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))
 
     with pytest.raises(SystemExit, match=rf"{tmp_path} cannot be written .*: free some"):
-        run(main)
+        run_stage(main)
 
 
 def test_folder_that_can_be_written_to_stays_empty(tmp_path: Path) -> None:

@@ -5,21 +5,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdxl_lora.storage.content_store import UNUSED_SECONDS, Store, content_key
+from sdxl_lora.storage.content_store import UNUSED_SECONDS, ContentStore, content_key
 
 KEY = content_key("latents", image="abc", size=64)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
+def store(tmp_path: Path) -> ContentStore:
+    return ContentStore(tmp_path / "store")
 
 
-def files(store: Store) -> list[Path]:
+def files(store: ContentStore) -> list[Path]:
     return [path for path in store._folder.rglob("*") if path.is_file()]
 
 
-def test_entries_come_back_to_the_bit(store: Store) -> None:
+def test_entries_come_back_to_the_bit(store: ContentStore) -> None:
     tensors = {
         "a": torch.randn(3, 4).half(),
         "b": torch.randn(2, 5).bfloat16().t(),
@@ -50,7 +50,7 @@ def test_every_part_of_the_key_counts() -> None:
 
 
 @pytest.mark.parametrize("position", [0, 40, -1])
-def test_damaged_entry_is_not_returned_and_goes(store: Store, position: int) -> None:
+def test_damaged_entry_is_not_returned_and_goes(store: ContentStore, position: int) -> None:
     store.put(KEY, {"a": torch.ones(9)})
     (file,) = files(store)
     content = bytearray(file.read_bytes())
@@ -60,7 +60,7 @@ def test_damaged_entry_is_not_returned_and_goes(store: Store, position: int) -> 
     assert KEY not in store
 
 
-def test_half_an_entry_is_not_returned(store: Store) -> None:
+def test_half_an_entry_is_not_returned(store: ContentStore) -> None:
     store.put(KEY, {"a": torch.ones(9)})
     (file,) = files(store)
     for length in (0, 10, 50):
@@ -69,7 +69,7 @@ def test_half_an_entry_is_not_returned(store: Store) -> None:
         store.put(KEY, {"a": torch.ones(9)})
 
 
-def test_entries_are_pruned_when_nobody_has_read_them_for_long(store: Store) -> None:
+def test_entries_are_pruned_when_nobody_has_read_them_for_long(store: ContentStore) -> None:
     other = content_key("latents", image="other")
     for key in (KEY, other):
         store.put(key, {"a": torch.ones(1)})

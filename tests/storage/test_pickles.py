@@ -12,15 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sdxl_lora.adapters.lora import WEIGHTS, saved_lora
+from sdxl_lora.adapters.lora import WEIGHTS_FILE, saved_lora
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.data.download import download_dataset, open_source
 from sdxl_lora.data.encoded_dataset import EncodedDataset
 from sdxl_lora.evaluation.clip import ImageTextScorer
 from sdxl_lora.models.sdxl import load_pipeline, load_text_encoders, load_unet, load_vae
-from sdxl_lora.storage.content_store import DIGEST_BYTES, Store, content_key
+from sdxl_lora.storage.content_store import DIGEST_BYTES, ContentStore, content_key
 from sdxl_lora.storage.repository import folder_digest
-from sdxl_lora.training.checkpointer import Checkpoints
+from sdxl_lora.training.checkpointer import Checkpointer
 from sdxl_lora.training.checkpointer import digest as content_digest
 from tests.support.encoded import write_encoded_dataset
 from tests.support.hub import Hub
@@ -128,8 +128,8 @@ def test_model_in_a_pickle_is_refused_by_name(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapter_is_refused(tmp_path: Path, crater: Path, kind: str) -> None:
-    plant(tmp_path / WEIGHTS, kind, crater)
-    with pytest.raises(ValueError, match=rf"{WEIGHTS} is no safetensors file but a pickle"):
+    plant(tmp_path / WEIGHTS_FILE, kind, crater)
+    with pytest.raises(ValueError, match=rf"{WEIGHTS_FILE} is no safetensors file but a pickle"):
         saved_lora(tmp_path)
     assert not crater.exists()
 
@@ -150,13 +150,13 @@ def test_checkpoint_is_refused(tmp_path: Path, crater: Path, kind: str) -> None:
     digest = content_digest((tmp_path / "planted").read_bytes())
     (tmp_path / "planted").rename(tmp_path / f"step-00000001-{digest}.safetensors")
     with pytest.raises(ValueError, match=r"step-00000001-\w+.safetensors is no .* but a pickle"):
-        Checkpoints(tmp_path, None).newest()
+        Checkpointer(tmp_path, None).newest()
     assert not crater.exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_entry_of_the_store_is_none(tmp_path: Path, crater: Path, kind: str) -> None:
-    store, key = Store(tmp_path / "store"), content_key("latents", image="a")
+    store, key = ContentStore(tmp_path / "store"), content_key("latents", image="a")
     store.put(key, {"a": torch.ones(1)})
     (entry,) = (path for path in (tmp_path / "store").rglob("*") if path.is_file())
     plant(entry, kind, crater)

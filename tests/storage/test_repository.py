@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from sdxl_lora.storage.hub_client import download_size, resolve_commit
-from sdxl_lora.storage.repository import folder_digest, local_copy, open_folder, open_repository
+from sdxl_lora.storage.hub_client import download_size, resolve_hub_revision
+from sdxl_lora.storage.repository import find_local_copy, folder_digest, open_folder, open_repository
 from tests.support.hub import Hub
 
 KEY = "model.base"
@@ -88,7 +88,7 @@ def test_pinned_commit_opens_without_the_hub(hub: Hub, folder: Path, monkeypatch
 
 def test_branch_resolves_to_its_commit(hub: Hub, folder: Path) -> None:
     repository = hub.add("owner/model", folder)
-    assert resolve_commit("owner/model", "main", KEY, "model") == repository.commit
+    assert resolve_hub_revision("owner/model", "main", KEY, "model") == repository.commit
 
 
 def test_size_counts_what_is_not_in_the_cache_yet(hub: Hub, folder: Path) -> None:
@@ -175,12 +175,12 @@ def test_digest_tells_names_and_contents_apart_and_skips_hidden_files(folder: Pa
 def test_local_copy_is_found_without_asking_the_hub(hub: Hub, folder: Path) -> None:
     repository = hub.add("owner/model", folder)
     patterns = ("*.json", "unet/*.safetensors")
-    assert local_copy("owner/model", repository.commit, patterns) is None
+    assert find_local_copy("owner/model", repository.commit, patterns) is None
     snapshot = open_model(revision=repository.commit)
     hub.requests.clear()
-    assert local_copy("owner/model", repository.commit, patterns) == snapshot
-    assert local_copy("owner/model", repository.commit, ("unet/*",)) is None, "the download left one out"
-    assert local_copy("owner/model", "0" * 40) is None
-    assert local_copy(str(folder), "sha256:0") == folder
-    assert local_copy(str(folder / "none"), "sha256:0") is None
+    assert find_local_copy("owner/model", repository.commit, patterns) == snapshot
+    assert find_local_copy("owner/model", repository.commit, ("unet/*",)) is None, "the download left one out"
+    assert find_local_copy("owner/model", "0" * 40) is None
+    assert find_local_copy(str(folder), "sha256:0") == folder
+    assert find_local_copy(str(folder / "none"), "sha256:0") is None
     assert hub.requests == []

@@ -6,7 +6,7 @@ import torch
 
 from sdxl_lora.adapters.lora import add_adapters, lora_parameters, save_lora
 from sdxl_lora.config import LoraConfig, ModelConfig
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
 
 
@@ -18,7 +18,7 @@ def write_adapter(folder: Path, model: ModelConfig, lora: LoraConfig) -> Denoise
     add_adapters(denoiser.unet, denoiser.text_encoders, lora, 0)
     for number, parameter in enumerate(p for module in denoiser.modules for p in lora_parameters(module)):
         if not parameter.any():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator("b", number)) * 0.02)
+            parameter.copy_(torch.randn(parameter.shape, generator=keyed_generator("b", number)) * 0.02)
     for module in denoiser.modules:
         module.eval()
     save_lora(folder, denoiser.unet, denoiser.text_encoders)

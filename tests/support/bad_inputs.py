@@ -28,11 +28,11 @@ from sdxl_lora.config import load_params
 from sdxl_lora.data.captions import CaptionsReport, clean_captions
 from sdxl_lora.data.encoders import load_encoders
 from sdxl_lora.data.encoding import encode_dataset
-from sdxl_lora.data.encoding_report import EncodingReport, Finding
+from sdxl_lora.data.encoding_report import EncodingReport, ImageFinding
 from sdxl_lora.data.image_loader import CaptionedImage
-from sdxl_lora.data.latent_cache import Entries
+from sdxl_lora.data.latent_cache import LatentCache
 from sdxl_lora.models.tokenizers import count_tokens, load_tokenizers
-from sdxl_lora.storage.content_store import Store
+from sdxl_lora.storage.content_store import ContentStore
 from tests.support.patterns import pattern
 from tests.support.tables import table
 
@@ -424,7 +424,7 @@ def encode_all(folder: Path, cases: list[ImageCase]) -> tuple[EncodingReport, Pa
         rows.append(CaptionedImage(digest, name, f"picture {number}"))
     encoders = load_encoders(model, config, torch.device("cpu"))
     report = EncodingReport()
-    entries = Entries(Store(folder / "store"), encoders, config, images)
+    entries = LatentCache(ContentStore(folder / "store"), encoders, config, images)
     list(encode_dataset(rows, entries, config, folder / "encoded", report))
     return report, folder / "encoded"
 
@@ -438,7 +438,7 @@ def clean_all(cases: list[CaptionCase]) -> tuple[pd.DataFrame, CaptionsReport]:
     return clean_captions(pd.DataFrame(rows), params.captions, lambda texts: count_tokens(tokenizers, texts))
 
 
-def verdict(findings: list[Finding]) -> str:
+def verdict(findings: list[ImageFinding]) -> str:
     left_out = any(finding.left_out for finding in findings)
     reasons = "; ".join(f"`{finding.kind}`: {without_counts(finding.detail)}" for finding in findings)
     return ("left out, " if left_out else "encoded, " if findings else "encoded") + reasons

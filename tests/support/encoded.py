@@ -8,7 +8,7 @@ from sdxl_lora.config import ModelConfig
 from sdxl_lora.data.encoded_dataset import Batch, EncodedDataset, Example, write_index, write_shard
 from sdxl_lora.models.sdxl import embed_tokens, load_text_encoders
 from sdxl_lora.models.tokenizers import load_tokenizers, tokenize
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 
 CAPTIONS = ["red apple", "pizza", "dog face", "rocket", "sunflower", "octopus", "house", "tiger face"]
 
@@ -20,7 +20,7 @@ def write_encoded_dataset(folder: Path, model: ModelConfig) -> EncodedDataset:
     with torch.no_grad():
         embeds = embed_tokens(load_text_encoders(model, "fp32", torch.device("cpu")), token_ids)
     batch = Batch(
-        latents_mean=torch.randn(8, 4, 16, 16, generator=generator("mean")),
+        latents_mean=torch.randn(8, 4, 16, 16, generator=keyed_generator("mean")),
         latents_std=torch.full((8, 4, 16, 16), 0.1),
         token_ids=token_ids,
         time_ids=torch.tensor([[128, 128, 0, 0, 128, 128]] * 8, dtype=torch.int32),

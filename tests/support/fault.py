@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from sdxl_lora.runtime.stage import run
+from sdxl_lora.runtime.stage import run_stage
 from sdxl_lora.storage.repository import file_digest
-from sdxl_lora.training.trainer import Report
+from sdxl_lora.training.trainer import StepMetrics
 from stages import train_lora
 
 REPOSITORY = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def news() -> Iterator[list[str]]:
 def told(main: Callable[[], None]) -> str:
     """What a stage says to its user as it fails."""
     with pytest.raises(SystemExit) as ended:
-        run(main)
+        run_stage(main)
     return plain(str(ended.value.code).partition(": ")[2])
 
 
@@ -90,7 +90,7 @@ def at_step(step: int, patch: pytest.MonkeyPatch, act: Callable[[], object]) -> 
     undisturbed = vars(train_lora)["Training"]
 
     class Disturbed(undisturbed):  # type: ignore[misc, valid-type]
-        def __iter__(self) -> Iterator[Report]:
+        def __iter__(self) -> Iterator[StepMetrics]:
             for report in super().__iter__():
                 if report.step == step:
                     act()

@@ -25,5 +25,5 @@ def torch_device(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.device:
         return torch.device(name)
     for module in ("kernels", "image_kernels", "fused"):
         monkeypatch.setattr(f"sdxl_lora.{module}.is_fused", lambda _: True)
-    monkeypatch.setattr("sdxl_lora.kernels.attention_ops.can_run", lambda _: True)
+    monkeypatch.setattr("sdxl_lora.kernels.attention_ops.supports_triton", lambda _: True)
     return torch.device("cpu")

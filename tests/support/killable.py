@@ -16,12 +16,12 @@ import torch
 from sdxl_lora.adapters.lora import add_adapters, save_lora, saved_lora
 from sdxl_lora.config import LoraConfig, ModelConfig, TrainingConfig
 from sdxl_lora.data.encoded_dataset import EncodedDataset
-from sdxl_lora.runtime.device import deterministic
+from sdxl_lora.runtime.device import deterministic_kernels
 from sdxl_lora.storage.repository import file_digest
-from sdxl_lora.training.checkpointer import Checkpoints
+from sdxl_lora.training.checkpointer import Checkpointer
 from sdxl_lora.training.denoiser import load_denoiser
-from sdxl_lora.training.grad_scaler import LossScale
-from sdxl_lora.training.trainer import Training, prepare
+from sdxl_lora.training.grad_scaler import GradScaler
+from sdxl_lora.training.trainer import Trainer, prepare_modules
 
 SEED = 7
 SECONDS = 300  # that a process may take to say something
@@ -49,21 +49,21 @@ class Result:
 
     adapter: str
     """SHA-256 of the adapter's file."""
-    reports: list[list[float]]
+    history: list[list[float]]
     """All that steps report, but for the time that they took."""
 
 
 def train(job: Job, progress: Connection) -> None:
     """Goes on with the training, says each step as soon as it is done, then saves it; body of a process."""
     torch.set_num_threads(1)
-    LossScale.INITIAL, LossScale.GROWTH_INTERVAL = 131072.0, 2  # so that it rises and falls in few steps
-    with deterministic(True):
+    GradScaler.INITIAL, GradScaler.GROWTH_INTERVAL = 131072.0, 2  # so that it rises and falls in few steps
+    with deterministic_kernels(True):
         denoiser = load_denoiser(job.model, job.config.precision, torch.device(job.device))
         add_adapters(denoiser.unet, denoiser.text_encoders, job.lora, SEED)
         dataset = EncodedDataset(job.encoded, "train")
-        prepare(denoiser, job.config, dataset.largest_latents)
-        training = Training(denoiser, dataset, job.config, SEED)
-        checkpoints = Checkpoints(job.checkpoints, job.config.checkpoint_minutes)
+        prepare_modules(denoiser, job.config, dataset.largest_latents)
+        training = Trainer(denoiser, dataset, job.config, SEED)
+        checkpoints = Checkpointer(job.checkpoints, job.config.checkpoint_minutes)
         checkpoint = checkpoints.newest()
         if checkpoint is not None:
             training.load_state_dict(checkpoint.tensors)
@@ -73,7 +73,7 @@ def train(job: Job, progress: Connection) -> None:
             if checkpoints.are_due():
                 checkpoints.save(training.step, training.state_dict(), {})
         save_lora(job.folder, denoiser.unet, denoiser.text_encoders)
-    reports = [astuple(replace(report, seconds=0.0)) for report in training.reports]
+    reports = [astuple(replace(report, seconds=0.0)) for report in training.history]
     (job.folder / "reports.json").write_text(json.dumps(reports))
 
 

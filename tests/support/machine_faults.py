@@ -17,8 +17,8 @@ import yaml
 from sdxl_lora import paths
 from sdxl_lora.adapters.lora import saved_lora
 from sdxl_lora.cli import ui
-from sdxl_lora.runtime.device import alone_on
-from sdxl_lora.runtime.stage import current_execution
+from sdxl_lora.runtime.device import exclusive_gpu
+from sdxl_lora.runtime.dvc_execution import current_execution
 from sdxl_lora.storage.repository import file_digest
 from sdxl_lora.tracking.live_run import connect
 from sdxl_lora.tracking.pipeline_run import track_run
@@ -46,7 +46,7 @@ def gpu_faults(folder: Path) -> Iterator[Fault]:
         patch.setattr("tempfile.tempdir", str(folder))
         patch.setenv("TMPDIR", str(folder))
         command = [sys.executable, "-c", SECOND_JOB]
-        with alone_on(GPU):
+        with exclusive_gpu(GPU):
             second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             assert second.stdout is not None
             assert second.stderr is not None

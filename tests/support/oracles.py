@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 
 DTYPES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 """Relative error that a kernel may have, by precision."""
 
 
 def draws(*shape: int, key: str = "x") -> Tensor:
-    return torch.randn(shape, generator=generator(key), dtype=torch.float64)
+    return torch.randn(shape, generator=keyed_generator(key), dtype=torch.float64)
 
 
 def relative_error(ours: Tensor, oracle: Tensor) -> float:

@@ -17,7 +17,8 @@ from PIL import Image
 
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
-from sdxl_lora.runtime.stage import git_commit, run, stage
+from sdxl_lora.runtime.git import head_commit
+from sdxl_lora.runtime.stage import record_stage, run_stage
 
 STEPS = 3
 NO_TENSORS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file
@@ -42,7 +43,7 @@ def write_output(path: Path, value: str, params: dict[str, Any]) -> None:
     elif path == paths.TRAINING_REPORT:
         path.write_text(json.dumps({"peak_memory_gib": 1.5, "rank": params["lora"]["rank"]}))
     elif path == paths.LINEAGE:
-        path.write_text(json.dumps({"sdxl_lora.git.commit": git_commit()}))
+        path.write_text(json.dumps({"sdxl_lora.git.commit": head_commit()}))
     elif path == paths.GATES:
         path.write_text("name,passed,reason\ncopied,True,\n")
     elif path.suffix == ".json":
@@ -91,11 +92,11 @@ def main() -> None:
     name = sys.argv[1]
     if os.environ.get("TOY_FAILS") == name:
         raise ValueError(f"{name} fails, as it was told to")
-    with stage(name):
+    with record_stage(name):
         if name == "train_lora":
             train()
         write_outputs(name)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage(main)

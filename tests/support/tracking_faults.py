@@ -81,7 +81,7 @@ def tracking_faults(folder: Path) -> Iterator[Fault]:
             with training_project(folder / str(number)) as (params, patch), gate(port, trouble) as before:
                 patch.setenv("MLFLOW_TRACKING_URI", before.address)
                 if trouble != slow:  # which alone is to exhaust it; a busy machine is not
-                    patch.setattr(live_run, "PATIENCE", SECONDS)
+                    patch.setattr(live_run, "PATIENCE_SECONDS", SECONDS)
                 with news() as said:
                     seconds = train_into(before, patch)
                 assert seconds < SLOW, "training waited for an answer"

@@ -15,7 +15,7 @@ import pytest
 from sdxl_lora import paths
 from sdxl_lora.adapters.lora import saved_lora
 from sdxl_lora.storage.repository import file_digest
-from sdxl_lora.training.loop import STOPPED
+from sdxl_lora.training.loop import EXIT_STOPPED
 from stages import train_lora
 from tests.support.fault import REPOSITORY, Fault, at_step, contents, news, plain, told
 from tests.support.small_disks import fill, small_disk
@@ -113,7 +113,7 @@ def stopped_after_two_steps(patch: pytest.MonkeyPatch) -> str:
     stop = at_step(2, patch, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with stop, news() as messages, pytest.raises(SystemExit) as ended:
         train_lora.main()
-    assert ended.value.code == STOPPED
+    assert ended.value.code == EXIT_STOPPED
     return one(messages, "SIGTERM")
 
 

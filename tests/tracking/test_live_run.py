@@ -16,10 +16,11 @@ from PIL import Image
 from sdxl_lora import paths
 from sdxl_lora.adapters.lineage import training_digest
 from sdxl_lora.config import Params, load_params
-from sdxl_lora.runtime.stage import Execution, current_execution, machine_digest, stage
+from sdxl_lora.runtime.dvc_execution import DvcExecution, current_execution, machine_digest
+from sdxl_lora.runtime.stage import record_stage
 from sdxl_lora.storage.report_io import write_numbers
 from sdxl_lora.storage.repository import file_digest
-from sdxl_lora.tracking.live_run import EXPERIMENT, cause, connect, live_run
+from sdxl_lora.tracking.live_run import EXPERIMENT, connect, error_cause, live_run
 from sdxl_lora.tracking.pipeline_run import memory_tag, track_run
 from tests.support.tracked import write_gates, write_results
 
@@ -47,7 +48,7 @@ def client() -> MlflowClient:
 
 
 def test_run_shows_params_curves_numbers_pictures_and_the_adapter(params: Params) -> None:
-    with stage("train_lora"):
+    with record_stage("train_lora"):
         pass
     pointer = track_run(params)["mlflow"]
     run = client().get_run(str(pointer["id"]))
@@ -109,7 +110,7 @@ def test_evaluation_is_of_the_model_on_the_data_set(params: Params) -> None:
 
 
 def test_live_curve_is_not_drawn_twice(params: Params) -> None:
-    with stage("train_lora"), live_run(params) as run:
+    with record_stage("train_lora"), live_run(params) as run:
         run.log(10, loss=0.5)
         run.log(20, loss=0.25)
     pointer = track_run(params)["mlflow"]
@@ -118,7 +119,7 @@ def test_live_curve_is_not_drawn_twice(params: Params) -> None:
 
 
 def test_restored_results_are_linked_to_the_run_that_made_them(params: Params) -> None:
-    with stage("train_lora"):
+    with record_stage("train_lora"):
         pass
     first = track_run(params)
     shutil.rmtree(current_execution().scratch)
@@ -133,7 +134,7 @@ def test_failed_training_is_marked_so(params: Params) -> None:
 
 
 def test_runs_whose_process_is_gone_are_marked_killed(params: Params) -> None:
-    gone = Execution(machine_digest(), 999_999_999, 1)
+    gone = DvcExecution(machine_digest(), 999_999_999, 1)
     run_id = connect().new_run(gone, params, {})
     assert client().get_run(run_id).info.status == "KILLED"
 
@@ -156,7 +157,7 @@ def test_results_that_are_missing_are_no_fault_of_the_server(params: Params, pat
 
 
 def test_server_that_never_answers_slows_no_step(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdxl_lora.tracking.live_run.PATIENCE", 0.5)
+    monkeypatch.setattr("sdxl_lora.tracking.live_run.PATIENCE_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
@@ -169,7 +170,7 @@ def test_server_that_never_answers_slows_no_step(params: Params, monkeypatch: py
 
 
 def test_curve_that_broke_off_is_completed(params: Params) -> None:
-    with stage("train_lora"), live_run(params) as run:
+    with record_stage("train_lora"), live_run(params) as run:
         run.log(10, loss=0.5)
     history = client().get_metric_history(str(track_run(params)["mlflow"]["id"]), "train/loss")
     assert [point.step for point in history] == [10, 20]
@@ -178,8 +179,8 @@ def test_curve_that_broke_off_is_completed(params: Params) -> None:
 def test_news_of_a_failure_hold_no_password() -> None:
     with pytest.raises(MlflowException, match="hunter2") as told:
         MlflowClient("http://me:hunter2@127.0.0.1:9").get_experiment_by_name("x")
-    assert cause(told.value) == "[Errno 111] Connection refused"
-    assert cause(ValueError("http://me:hunter2@host")) == "ValueError"
+    assert error_cause(told.value) == "[Errno 111] Connection refused"
+    assert error_cause(ValueError("http://me:hunter2@host")) == "ValueError"
 
 
 def test_nothing_logged_tells_the_host_or_the_home_folder(params: Params) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from mlflow.models import Model
 
-from sdxl_lora.adapters.lora import WEIGHTS
+from sdxl_lora.adapters.lora import WEIGHTS_FILE
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.inference.sampling import load_adapter
 from sdxl_lora.models.sdxl import load_pipeline
@@ -35,7 +35,7 @@ def test_mlflow_draws_what_the_pipeline_draws(params: Params, tmp_path: Path) ->
     write_adapter(tmp_path, params.model, params.lora)
     folder = tmp_path / "model"
     folder.mkdir()
-    write_model(folder, Model(), params.model, params.sampling, tmp_path / WEIGHTS)
+    write_model(folder, Model(), params.model, params.sampling, tmp_path / WEIGHTS_FILE)
     plain = load_pipeline(params.model, "fp32", torch.device("cpu"))
     load_adapter(plain, tmp_path)
     loaded = mlflow.diffusers.load_model(str(folder)).load_pipeline(torch_dtype=torch.float32, device="cpu")

@@ -15,7 +15,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from sdxl_lora import paths
 from sdxl_lora.cli.ui import HOST, address
 from sdxl_lora.config import load_params
-from sdxl_lora.runtime.stage import stage
+from sdxl_lora.runtime.stage import record_stage
 from sdxl_lora.tracking.live_run import live_run
 from sdxl_lora.tracking.pipeline_run import track_run
 from tests.support.tracked import write_results
@@ -40,7 +40,7 @@ def run_name(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
         write_results()
         params = load_params()
-        with stage("train_lora"), live_run(params) as run:
+        with record_stage("train_lora"), live_run(params) as run:
             for step in range(1, 21):
                 run.log(step, loss=1 / step, learning_rate=0.001)
             run.image("preview", Image.new("RGB", (64, 64), "blue"), 20)

@@ -9,9 +9,9 @@ from sdxl_lora.adapters.lora import add_adapters, lora_parameters, named_parts
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.data.encoded_dataset import EncodedDataset
 from sdxl_lora.models.architecture import SDXL_BASE
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training.activation_checkpointing import checkpoint_units, find_units
-from sdxl_lora.training.batches import Examples, draw
+from sdxl_lora.training.batches import TrainingBatch, draw_noise
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
 from sdxl_lora.training.trainer import denoising_loss
 from tests.support.encoded import write_encoded_dataset
@@ -37,7 +37,7 @@ def adapted(params: Params, dropout: float) -> Denoiser:
         denoiser.unet, denoiser.text_encoders, params.lora.model_copy(update={"dropout": dropout}), seed=0
     )
     for number, parameter in enumerate(adapters(denoiser)):
-        parameter.data = torch.randn(parameter.shape, generator=generator("adapter", number)) * 0.02
+        parameter.data = torch.randn(parameter.shape, generator=keyed_generator("adapter", number)) * 0.02
     for module in denoiser.modules:
         module.train()
     return denoiser
@@ -53,7 +53,7 @@ def names_of(denoiser: Denoiser) -> list[str]:
 
 def gradients(denoiser: Denoiser, dataset: EncodedDataset) -> tuple[Tensor, ...]:
     batch = dataset.batch([0, 1])
-    examples = Examples(batch, draw(batch, 0, 1000, 0.5, seed=0), images=[], dropout_seed=3)
+    examples = TrainingBatch(batch, draw_noise(batch, 0, 1000, 0.5, seed=0), images=[], dropout_seed=3)
     loss = denoising_loss(denoiser, examples, min_snr_gamma=5.0, seeded=True)
     return torch.autograd.grad(loss, adapters(denoiser))
 

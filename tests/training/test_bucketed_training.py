@@ -10,11 +10,11 @@ from sdxl_lora.adapters.lora import add_adapters
 from sdxl_lora.config import ModelConfig, TrainingConfig, load_params
 from sdxl_lora.data.encoded_dataset import Batch, EncodedDataset, Example, Split, write_index, write_shard
 from sdxl_lora.evaluation.evaluation import HeldOutError, held_out_errors
-from sdxl_lora.runtime.rng import generator
-from sdxl_lora.training.batches import draw_examples, draw_variants, one_of_each_size
+from sdxl_lora.runtime.rng import keyed_generator
+from sdxl_lora.training.batches import draw_variants, one_batch_per_size, training_batches
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
 from sdxl_lora.training.previews import Previewer
-from sdxl_lora.training.trainer import Training, prepare
+from sdxl_lora.training.trainer import Trainer, prepare_modules
 from tests.support.encoded import CAPTIONS, write_encoded_dataset
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def with_latents(plain: EncodedDataset, rows: range, shape: tuple[int, int], key: str) -> Batch:
     """Captions of `plain` with latents of this shape, other ones for each key."""
     batch, (height, width) = plain.batch(rows), shape
-    means = [torch.randn(4, height, width, generator=generator(key, row)) for row in rows]
+    means = [torch.randn(4, height, width, generator=keyed_generator(key, row)) for row in rows]
     time_ids = [[8 * height, 8 * width, 0, 0, 8 * height, 8 * width]] * len(rows)
     return Batch(
         torch.stack(means),
@@ -83,7 +83,7 @@ def denoiser(dataset: EncodedDataset) -> Denoiser:
     """Ready to be trained."""
     denoiser = load_denoiser(MODEL, "fp32", CPU)
     add_adapters(denoiser.unet, denoiser.text_encoders, PARAMS.lora, seed=0)
-    prepare(denoiser, CONFIG, dataset.largest_latents)
+    prepare_modules(denoiser, CONFIG, dataset.largest_latents)
     return denoiser
 
 
@@ -97,9 +97,9 @@ def test_micro_batches_of_a_step_have_one_size_whatever_their_number(
 ) -> None:
     """How a step is divided changes nothing of what it is trained on."""
     whole = CONFIG.model_copy(update={"micro_batch_size": 2})
-    halves = list(islice(draw_examples(denoiser, dataset, CONFIG, 3), 20))
+    halves = list(islice(training_batches(denoiser, dataset, CONFIG, 3), 20))
     pairs = [halves[start : start + 2] for start in range(0, 20, 2)]
-    for pair, examples in zip(pairs, draw_examples(denoiser, dataset, whole, 3), strict=False):
+    for pair, examples in zip(pairs, training_batches(denoiser, dataset, whole, 3), strict=False):
         assert [*pair[0].images, *pair[1].images] == examples.images
         for name, tensor in examples.named_tensors().items():
             assert torch.equal(torch.cat([half.named_tensors()[name] for half in pair]), tensor)
@@ -110,8 +110,8 @@ def test_one_of_each_size_is_a_micro_batch_the_largest_first(
     dataset: EncodedDataset, denoiser: Denoiser
 ) -> None:
     config = CONFIG.model_copy(update={"micro_batch_size": 2})
-    drawn = next(draw_examples(denoiser, dataset, config, 3))
-    found = list(one_of_each_size(denoiser, dataset, config))
+    drawn = next(training_batches(denoiser, dataset, config, 3))
+    found = list(one_batch_per_size(denoiser, dataset, config))
     assert [examples.batch.latents_mean.shape for examples in found] == [(2, 4, *SQUARE), (2, 4, *WIDE)]
     for examples in found:
         assert examples.named_tensors().keys() == drawn.named_tensors().keys()
@@ -126,25 +126,25 @@ def test_mirrored_images_are_drawn_for_half_of_the_visits(
     assert 160 < sum(flips) < 240
     assert [variant.flipped for variant in draw_variants(examples_[:5], 100, seed=3)] == flips[100:105]
     assert [variant.flipped for variant in draw_variants(examples_, 0, seed=4)] != flips
-    for position, examples in enumerate(islice(draw_examples(denoiser, dataset, CONFIG, 3), 20)):
+    for position, examples in enumerate(islice(training_batches(denoiser, dataset, CONFIG, 3), 20)):
         number = int(examples.images[0].removesuffix(".png"))
         key = "mirrored" if flips[position] else "as it is"
-        expected = torch.randn(examples.batch.latents_mean.shape[1:], generator=generator(key, number))
+        expected = torch.randn(examples.batch.latents_mean.shape[1:], generator=keyed_generator(key, number))
         assert torch.equal(examples.batch.latents_mean[0], expected)
 
 
 def test_training_goes_on_to_the_same_losses_across_sizes_and_freezing(
     dataset: EncodedDataset, denoiser: Denoiser
 ) -> None:
-    whole = Training(denoiser, dataset, CONFIG, seed=0)
+    whole = Trainer(denoiser, dataset, CONFIG, seed=0)
     steps = iter(whole)
     for _ in range(3):
         next(steps)
     state = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
     other = load_denoiser(MODEL, "fp32", CPU)
     add_adapters(other.unet, other.text_encoders, PARAMS.lora, seed=0)
-    prepare(other, CONFIG, dataset.largest_latents)
-    resumed = Training(other, dataset, CONFIG, seed=0)
+    prepare_modules(other, CONFIG, dataset.largest_latents)
+    resumed = Trainer(other, dataset, CONFIG, seed=0)
     resumed.load_state_dict(state)
     late = [(report.loss, report.grad_norm) for report in resumed]
     assert late == [(report.loss, report.grad_norm) for report in steps]
@@ -169,4 +169,4 @@ def test_held_out_errors_do_not_depend_on_the_batches(folder: Path, denoiser: De
 
 def test_preview_has_the_shape_of_its_image(dataset: EncodedDataset, denoiser: Denoiser) -> None:
     dataset.examples = dataset.examples[5:]
-    assert Previewer(denoiser, dataset, MODEL).draw().size == (8 * WIDE[1], 8 * WIDE[0])
+    assert Previewer(denoiser, dataset, MODEL).generate().size == (8 * WIDE[1], 8 * WIDE[0])

@@ -14,10 +14,10 @@ from torch import Tensor
 from sdxl_lora.adapters.lora import add_adapters, lora_parameters
 from sdxl_lora.config import Params, TrainingConfig, load_params
 from sdxl_lora.data.encoded_dataset import INDEX, EncodedDataset, write_index, write_shard
-from sdxl_lora.runtime.rng import generator
-from sdxl_lora.training.checkpointer import Checkpoint, Checkpoints, training_key
+from sdxl_lora.runtime.rng import keyed_generator
+from sdxl_lora.training.checkpointer import Checkpoint, Checkpointer, training_key
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
-from sdxl_lora.training.trainer import Training, prepare
+from sdxl_lora.training.trainer import Trainer, prepare_modules
 from tests.support.encoded import write_encoded_dataset
 from tests.support.killable import Job, Killer
 
@@ -61,7 +61,7 @@ def encoded(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
     square, wide = dataset.examples[:5], dataset.examples[5:]
     batch = replace(
         dataset.batch(range(5, 8)),
-        latents_mean=torch.randn(3, 4, 12, 20, generator=generator("wide")),
+        latents_mean=torch.randn(3, 4, 12, 20, generator=keyed_generator("wide")),
         latents_std=torch.full((3, 4, 12, 20), 0.1),
     )
     write_shard(folder, "train-00001.safetensors", batch)
@@ -103,7 +103,7 @@ def test_killed_trainings_end_in_the_same_adapter_to_the_bit(
     assert killer.run(killed) == uninterrupted
     assert starts[0] == 0
     assert all(start > 0 for start in starts[1:])
-    scales = [scale for *_, scale, _ in uninterrupted.reports]
+    scales = [scale for *_, scale, _ in uninterrupted.history]
     rises = [after > before for before, after in pairwise(scales)]
     falls = [after < before for before, after in pairwise(scales)]
     assert any(rises)
@@ -124,21 +124,21 @@ def test_resumed_training_is_the_uninterrupted_one(
     losses = [(report.step, report.loss, report.grad_norm) for report in whole]
     for _ in islice(first, stop):
         pass
-    checkpoints = Checkpoints(tmp_path, 0.0)
+    checkpoints = Checkpointer(tmp_path, 0.0)
     checkpoints.save(first.step, first.state_dict(), {})
     second.load_state_dict(require(checkpoints.newest()).tensors)
-    assert second.reports == first.reports
+    assert second.history == first.history
     assert [(report.step, report.loss, report.grad_norm) for report in second] == losses[stop:]
     assert second.is_finished
     assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
 
 
-def make(params: Params, config: TrainingConfig, encoded: Path) -> tuple[Training, Denoiser]:
+def make(params: Params, config: TrainingConfig, encoded: Path) -> tuple[Trainer, Denoiser]:
     denoiser = load_denoiser(params.model, config.precision, CPU)
     add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, SEED)
     dataset = EncodedDataset(encoded, "train")
-    prepare(denoiser, config, dataset.largest_latents)
-    return Training(denoiser, dataset, config, SEED), denoiser
+    prepare_modules(denoiser, config, dataset.largest_latents)
+    return Trainer(denoiser, dataset, config, SEED), denoiser
 
 
 def weights(denoiser: Denoiser) -> list[Tensor]:
@@ -155,8 +155,8 @@ def number(value: float) -> dict[str, Tensor]:
     return {"number": torch.tensor(value, dtype=torch.float64), "row": torch.arange(1000)}
 
 
-def saved(folder: Path, steps: Iterable[int]) -> Checkpoints:
-    checkpoints = Checkpoints(folder, 0.0)
+def saved(folder: Path, steps: Iterable[int]) -> Checkpointer:
+    checkpoints = Checkpointer(folder, 0.0)
     for step in steps:
         checkpoints.save(step, number(step), {"attention": f"of step {step}"})
     return checkpoints
@@ -172,7 +172,7 @@ def test_what_was_saved_is_read_with_its_facts(tmp_path: Path) -> None:
 def test_tensors_that_share_memory_are_saved_apart(tmp_path: Path) -> None:
     """As the groups' masters do, and bitsandbytes' tables."""
     row = torch.arange(10)
-    checkpoints = Checkpoints(tmp_path, 0.0)
+    checkpoints = Checkpointer(tmp_path, 0.0)
     checkpoints.save(1, {"whole": row, "half": row[:5], "again": row}, {})
     assert require(checkpoints.newest()).tensors["half"].tolist() == [0, 1, 2, 3, 4]
 
@@ -197,7 +197,7 @@ def test_damaged_newest_falls_back_to_the_one_before_and_says_so(
 
 
 def test_nothing_is_found_where_nothing_is_whole(tmp_path: Path) -> None:
-    assert Checkpoints(tmp_path / "none", 0.0).newest() is None
+    assert Checkpointer(tmp_path / "none", 0.0).newest() is None
     checkpoints = saved(tmp_path, [1])
     next(tmp_path.iterdir()).write_bytes(b"half")
     (tmp_path / ".7-step-00000002-abc.safetensors").write_bytes(b"of a process that was killed")
@@ -227,14 +227,14 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 @pytest.mark.parametrize(("minutes", "due"), [(None, False), (0.0, True), (60.0, False)])
 def test_checkpoints_are_due_after_their_minutes(tmp_path: Path, minutes: float | None, due: bool) -> None:
-    assert Checkpoints(tmp_path, minutes).are_due() == due
+    assert Checkpointer(tmp_path, minutes).are_due() == due
 
 
 def test_deleting_takes_forgotten_ones_of_other_trainings_along(tmp_path: Path) -> None:
     for name in ("own", "recent", "forgotten"):
         saved(tmp_path / name, [1])
     os.utime(tmp_path / "forgotten", (0, 0))
-    Checkpoints(tmp_path / "own", 0.0).delete()
+    Checkpointer(tmp_path / "own", 0.0).delete()
     assert [path.name for path in tmp_path.iterdir()] == ["recent"]
 
 

@@ -15,7 +15,7 @@ from sdxl_lora.data.encoded_dataset import EncodedDataset
 from sdxl_lora.models.sdxl import load_pipeline
 from sdxl_lora.storage.repository import folder_digest
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
-from sdxl_lora.training.trainer import Training
+from sdxl_lora.training.trainer import Trainer
 from tests.support.encoded import write_encoded_dataset
 
 CPU = torch.device("cpu")
@@ -54,9 +54,9 @@ def test_dropped_captions_are_what_the_pipeline_reads_without_a_prompt(
     model: ModelConfig, dataset: EncodedDataset, unprompted: tuple[Tensor, Tensor], kind: str
 ) -> None:
     denoiser, batch = with_text_encoders(model, kind), dataset.batch([0, 1, 2])
-    captioned = torch.tensor([1.0, 0.0, 1.0])
+    caption_mask = torch.tensor([1.0, 0.0, 1.0])
     for found, whole, none in zip(
-        denoiser.conditions(batch, captioned), denoiser.conditions(batch), unprompted, strict=True
+        denoiser.conditioning(batch, caption_mask), denoiser.conditioning(batch), unprompted, strict=True
     ):
         assert torch.equal(found[[0, 2]], whole[[0, 2]])
         torch.testing.assert_close(found[1], none[0], rtol=0, atol=1e-5)
@@ -78,9 +78,9 @@ def test_empty_caption_is_embedded_anew_when_text_encoders_freeze(
     config = PARAMS.training.model_copy(
         update={**changes, "micro_batch_size": 2, "text_encoder_learning_rate": 0.1}
     )
-    training = Training(denoiser, dataset, config, seed=0)
+    training = Trainer(denoiser, dataset, config, seed=0)
     assert len(list(training)) == 2
-    after, empty = training._denoiser.empty_caption, denoiser.empty_caption
+    after, empty = training._denoiser.null_conditioning, denoiser.null_conditioning
     if empty is None:
         assert after is None
         return
@@ -89,5 +89,5 @@ def test_empty_caption_is_embedded_anew_when_text_encoders_freeze(
     dropped = torch.zeros(1)
     batch = replace(dataset[0], prompt_embeds=torch.zeros(1), pooled_prompt_embeds=torch.zeros(1))
     torch.testing.assert_close(
-        denoiser.conditions(batch, dropped), (after.prompt_embeds, after.pooled_prompt_embeds)
+        denoiser.conditioning(batch, dropped), (after.prompt_embeds, after.pooled_prompt_embeds)
     )

@@ -29,19 +29,19 @@ def previewer(tmp_path: Path) -> Previewer:
 
 
 def test_previews_of_equal_weights_are_equal_whatever_is_dropped(previewer: Previewer) -> None:
-    first = previewer.draw()
+    first = previewer.generate()
     torch.manual_seed(1)
-    assert previewer.draw() == first
+    assert previewer.generate() == first
 
 
 def test_training_goes_on_in_training_mode(previewer: Previewer) -> None:
-    previewer.draw()
+    previewer.generate()
     assert all(part.training for module in previewer._denoiser.modules for part in module.modules())
 
 
 def test_previews_show_the_adapter(previewer: Previewer) -> None:
-    before = previewer.draw()
+    before = previewer.generate()
     for module in previewer._denoiser.modules:
         for parameter in lora_parameters(module):
             parameter.data.zero_()
-    assert previewer.draw() != before
+    assert previewer.generate() != before

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from sdxl_lora.config import TrainingConfig, load_params
-from sdxl_lora.runtime.rng import generator
-from sdxl_lora.training.grad_scaler import LossScale
-from sdxl_lora.training.train_step import Engine, Group, Update
+from sdxl_lora.runtime.rng import keyed_generator
+from sdxl_lora.training.grad_scaler import GradScaler
+from sdxl_lora.training.train_step import ParameterGroup, StepResult, TrainStep
 
 CPU = torch.device("cpu")
 PEAK_RATES = (1e-2, 1e-3)
@@ -36,7 +36,7 @@ class Pairs:
 
 
 def pairs(number: int, size: int = 4) -> Pairs:
-    draws = torch.randn(2, size, 8, generator=generator("pairs", number))
+    draws = torch.randn(2, size, 8, generator=keyed_generator("pairs", number))
     return Pairs(draws[0], draws[1])
 
 
@@ -44,7 +44,7 @@ def network(device: torch.device = CPU) -> nn.Sequential:
     """Two layers with enough weights for 8-bit moments, and a third that stays frozen."""
     model = nn.Sequential(nn.Linear(8, 640), nn.SiLU(), nn.Linear(640, 8), nn.Linear(8, 8))
     for number, parameter in enumerate(model.parameters()):
-        draws = torch.randn(parameter.shape, generator=generator("weights", number))
+        draws = torch.randn(parameter.shape, generator=keyed_generator("weights", number))
         parameter.data = draws / parameter.shape[-1] ** 0.5
     model[3].requires_grad_(False)
     return model.to(device)
@@ -71,14 +71,16 @@ def with_(config: TrainingConfig, **changes: Any) -> TrainingConfig:
     return config.model_copy(update=changes)
 
 
-def make(model: nn.Sequential, config: TrainingConfig, dtype: torch.dtype = torch.float32) -> Engine[Pairs]:
+def make(
+    model: nn.Sequential, config: TrainingConfig, dtype: torch.dtype = torch.float32
+) -> TrainStep[Pairs]:
     groups = [
-        Group(list(layer.parameters()), rate)
+        ParameterGroup(list(layer.parameters()), rate)
         for layer, rate in zip((model[0], model[2]), PEAK_RATES, strict=True)
     ]
     device = next(model.parameters()).device
     model[3].to(dtype)
-    return Engine(loss_of(model), groups, config, dtype, recorded=device.type == "cuda")
+    return TrainStep(loss_of(model), groups, config, dtype, recorded=device.type == "cuda")
 
 
 def trainable(model: nn.Sequential) -> list[Parameter]:
@@ -142,7 +144,7 @@ def test_restricted_engine_goes_on_as_torch_with_the_others_frozen(
     average = copies(theirs[0])
     for step in range(20):
         if step == 10:
-            engine.restrict(1, loss_of(ours))
+            engine.freeze_groups_from(1, loss_of(ours))
             theirs[2].requires_grad_(False)
             frozen = copies(ours[2])
         batches = [pairs(2 * step), pairs(2 * step + 1)]
@@ -202,7 +204,7 @@ def test_overflow_of_fp16_is_skipped_and_the_scale_recovers(config: TrainingConf
 
 
 def test_scaled_fp16_gradient_is_the_unscaled_one(config: TrainingConfig) -> None:
-    updates: list[Update] = []
+    updates: list[StepResult] = []
     for dtype in (torch.float32, torch.float16):
         engine = make(network(), config, dtype)
         engine.accumulate(pairs(0))
@@ -214,15 +216,15 @@ def test_scaled_fp16_gradient_is_the_unscaled_one(config: TrainingConfig) -> Non
 
 
 def test_scale_doubles_after_many_good_steps_and_starts_to_count_again() -> None:
-    scale = LossScale(CPU, enabled=True)
-    for _ in range(LossScale.GROWTH_INTERVAL - 1):
+    scale = GradScaler(CPU, enabled=True)
+    for _ in range(GradScaler.GROWTH_INTERVAL - 1):
         scale.update(finite=True)
-    assert scale.value == LossScale.INITIAL
+    assert scale.value == GradScaler.INITIAL
     scale.update(finite=True)
-    assert scale.value == scale.tensor.item() == 2 * LossScale.INITIAL
+    assert scale.value == scale.tensor.item() == 2 * GradScaler.INITIAL
     scale.update(finite=False)
     scale.update(finite=True)
-    assert scale.value == LossScale.INITIAL
+    assert scale.value == GradScaler.INITIAL
 
 
 def test_parameters_are_views_of_one_tensor(config: TrainingConfig) -> None:
@@ -245,8 +247,8 @@ def test_loaded_state_goes_on_to_the_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Into an engine that has worked already: on a GPU, under the addresses that its graph knows."""
-    monkeypatch.setattr(LossScale, "INITIAL", 2.0**30)
-    monkeypatch.setattr(LossScale, "GROWTH_INTERVAL", 4)
+    monkeypatch.setattr(GradScaler, "INITIAL", 2.0**30)
+    monkeypatch.setattr(GradScaler, "GROWTH_INTERVAL", 4)
     config = with_(config, optimizer=optimizer, ema_decay=ema_decay)
     models = [network(device) for _ in range(3)]
     whole, first, second = (make(model, config, dtype) for model in models)
@@ -264,7 +266,7 @@ def test_loaded_state_goes_on_to_the_bit(
     assert all(torch.equal(a, b) for a, b in zip(trainable(models[0]), trainable(models[2]), strict=True))
 
 
-def step_of(engine: Engine[Pairs], step: int) -> Update:
+def step_of(engine: TrainStep[Pairs], step: int) -> StepResult:
     for number in (2 * step, 2 * step + 1):
         engine.accumulate(pairs(number))
     return engine.update(1 / (step + 1))
@@ -277,7 +279,7 @@ def test_recordings_of_several_shapes_take_the_memory_of_the_largest(config: Tra
         engine = make(network(device), config)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
-        engine.record(pairs(number, size) for number, size in enumerate(sizes))
+        engine.capture(pairs(number, size) for number, size in enumerate(sizes))
         torch.cuda.empty_cache()
         taken.append(torch.cuda.memory_reserved() - before)
         engine.accumulate(pairs(0, 50000))
@@ -309,7 +311,7 @@ def test_replayed_graph_is_the_eager_step_to_the_bit(config: TrainingConfig, dty
         updates = []
         for step in range(6):
             if step == 4:
-                engine.restrict(1, loss_of(model))
+                engine.freeze_groups_from(1, loss_of(model))
             engine.accumulate(pairs(2 * step))
             engine.accumulate(pairs(2 * step + 1, size=3))
             updates.append(engine.update(1.0))

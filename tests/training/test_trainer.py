@@ -12,19 +12,19 @@ from sdxl_lora.adapters.lora import add_adapters, load_lora, lora_parameters, na
 from sdxl_lora.config import LoraConfig, ModelConfig, Params, TrainingConfig, load_params
 from sdxl_lora.data.batch_sampler import batch_order
 from sdxl_lora.data.encoded_dataset import EncodedDataset
-from sdxl_lora.kernels.cuda_graph import Recorder
-from sdxl_lora.runtime.device import deterministic
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.kernels.cuda_graph import GraphedCallable
+from sdxl_lora.runtime.device import deterministic_kernels
+from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training import trainer
 from sdxl_lora.training.activation_checkpointing import find_units
-from sdxl_lora.training.batches import draw
+from sdxl_lora.training.batches import draw_noise
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser, with_captions_embedded
 from sdxl_lora.training.trainer import (
-    Report,
+    StepMetrics,
     learning_rate_factor,
     loss_curve,
-    mean_report,
-    prepare,
+    mean_metrics,
+    prepare_modules,
     summarise,
     train_lora,
 )
@@ -93,9 +93,9 @@ def adapted(model: ModelConfig, lora: LoraConfig) -> Denoiser:
 
 def trained(
     model: ModelConfig, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig
-) -> tuple[Denoiser, list[Report]]:
+) -> tuple[Denoiser, list[StepMetrics]]:
     denoiser = adapted(model, lora)
-    prepare(denoiser, config, LATENTS)
+    prepare_modules(denoiser, config, LATENTS)
     return denoiser, list(train_lora(denoiser, dataset, config, SEED))
 
 
@@ -148,7 +148,7 @@ def test_step_is_that_of_torch_alone(
         weight_decay=config.weight_decay,
     )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    order = torch.randperm(8, generator=generator(SEED, "order", 0))
+    order = torch.randperm(8, generator=keyed_generator(SEED, "order", 0))
     alphas = denoiser.noise_schedule.alphas_cumprod
     for step in range(config.steps):
         if step == text_encoder_steps:
@@ -158,8 +158,8 @@ def test_step_is_that_of_torch_alone(
         for group, rate in zip(optimizer.param_groups, [1e-2, 1e-3], strict=False):
             group["lr"] = factor * rate
         batch = dataset.batch(order[2 * step : 2 * step + 2].tolist())
-        random = draw(batch, 2 * step, 1000, config.caption_dropout, SEED)
-        prompt_embeds, pooled = denoiser.conditions(batch, random.captioned)
+        random = draw_noise(batch, 2 * step, 1000, config.caption_dropout, SEED)
+        prompt_embeds, pooled = denoiser.conditioning(batch, random.caption_mask)
         alpha = alphas[random.timesteps].view(-1, 1, 1, 1)
         prediction = unet(
             alpha.sqrt() * random.latents + (1 - alpha).sqrt() * random.noise,
@@ -202,7 +202,7 @@ def test_same_seed_same_adapter_to_the_bit(
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """A GPU that repeats itself to the bit."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    with deterministic(True):
+    with deterministic_kernels(True):
         yield torch.device("cuda")
 
 
@@ -214,11 +214,11 @@ def trained_on_gpu(
     device: torch.device,
     checkpointing: bool = False,
     recorded: bool = True,
-) -> tuple[Denoiser, list[Report]]:
+) -> tuple[Denoiser, list[StepMetrics]]:
     denoiser = load_denoiser(model, config.precision, device)
     add_adapters(denoiser.unet, denoiser.text_encoders, lora, SEED)
     units = find_units(named_parts(denoiser.unet, denoiser.text_encoders)) if checkpointing else ()
-    prepare(denoiser, config, LATENTS, units)
+    prepare_modules(denoiser, config, LATENTS, units)
     with monkeypatched_recorder(recorded):
         return denoiser, list(train_lora(denoiser, dataset, config, SEED))
 
@@ -228,8 +228,10 @@ def monkeypatched_recorder(recorded: bool) -> Iterator[None]:
     """Makes the engine run eagerly on a GPU, too, unless `recorded`."""
     with pytest.MonkeyPatch.context() as patch:
         if not recorded:
-            patch.setattr(Recorder, "knows", lambda *_: True)
-            patch.setattr(Recorder, "replay", lambda self, inputs: self._function(inputs.to(self._device)))
+            patch.setattr(GraphedCallable, "has", lambda *_: True)
+            patch.setattr(
+                GraphedCallable, "replay", lambda self, inputs: self._function(inputs.to(self._device))
+            )
         yield
 
 
@@ -278,14 +280,14 @@ def test_two_hundred_steps_follow_mixed_precision_training_as_usually_done(
     alphas, losses = denoiser.noise_schedule.alphas_cumprod, []
     for step in range(config.steps):
         indices = next(batch_order(dataset.latents_shapes, 2, SEED, step))
-        random = draw(dataset.batch(indices), 2 * step, 1000, config.caption_dropout, SEED).to(cuda)
+        random = draw_noise(dataset.batch(indices), 2 * step, 1000, config.caption_dropout, SEED).to(cuda)
         with torch.autocast("cuda", torch.float16):
-            errors = denoiser.errors(
+            errors = denoiser.per_example_mse(
                 dataset.batch(indices).to(cuda),
                 random.latents,
                 random.noise,
                 random.timesteps,
-                random.captioned,
+                random.caption_mask,
             )
         weight = (5.0 * (1 - alphas) / alphas).clamp(max=1.0)[random.timesteps]
         loss = (weight * errors).mean()
@@ -322,7 +324,7 @@ def test_loss_falls_on_examples_seen_again_and_again(
 ) -> None:
     config = with_(config, steps=24, batch_size=8, optimizer="adamw_8bit", max_grad_norm=1.0)
     _, reports = trained(model, lora, dataset, config)
-    first, last = mean_report(reports[:6]), mean_report(reports[-6:])
+    first, last = mean_metrics(reports[:6]), mean_metrics(reports[-6:])
     assert last["loss"] < 0.9 * first["loss"]
 
 
@@ -432,12 +434,12 @@ def test_missing_embeddings_name_the_stage_to_run(
     batch = dataset[0]
     bare = type(batch)(batch.latents_mean, batch.latents_std, batch.token_ids, batch.time_ids, None, None)
     with pytest.raises(ValueError, match="dvc repro encode_dataset"):
-        denoiser.conditions(bare)
+        denoiser.conditioning(bare)
 
 
 def test_draws_belong_to_positions_not_to_batches(dataset: EncodedDataset) -> None:
-    whole = draw(dataset.batch(range(4)), 10, 1000, 0.5, SEED)
-    parts = [draw(dataset.batch(pair), 10 + pair[0], 1000, 0.5, SEED) for pair in ((0, 1), (2, 3))]
+    whole = draw_noise(dataset.batch(range(4)), 10, 1000, 0.5, SEED)
+    parts = [draw_noise(dataset.batch(pair), 10 + pair[0], 1000, 0.5, SEED) for pair in ((0, 1), (2, 3))]
     assert torch.equal(whole.latents, torch.cat([part.latents for part in parts]))
     assert torch.equal(whole.noise, torch.cat([part.noise for part in parts]))
     assert torch.equal(whole.timesteps, torch.cat([part.timesteps for part in parts]))
@@ -445,13 +447,13 @@ def test_draws_belong_to_positions_not_to_batches(dataset: EncodedDataset) -> No
 
 def test_draws_have_the_distributions_they_claim(dataset: EncodedDataset) -> None:
     batch = dataset.batch([0] * 400)
-    random = draw(batch, 0, 1000, 0.25, SEED)
+    random = draw_noise(batch, 0, 1000, 0.25, SEED)
     residual = (random.latents - batch.latents_mean) / batch.latents_std
     assert residual.std().item() == pytest.approx(1, abs=0.01)
     assert random.noise.std().item() == pytest.approx(1, abs=0.01)
     assert (residual * random.noise).mean().item() == pytest.approx(0, abs=0.01)
     assert random.timesteps.float().mean().item() == pytest.approx(499.5, abs=45)
-    assert random.captioned.mean().item() == pytest.approx(0.75, abs=0.07)
+    assert random.caption_mask.mean().item() == pytest.approx(0.75, abs=0.07)
 
 
 def test_learning_rate_rises_linearly_then_falls_along_a_cosine(config: TrainingConfig) -> None:
@@ -469,7 +471,7 @@ def test_constant_schedule_stays_at_the_peak(config: TrainingConfig) -> None:
 
 
 def test_loss_curve_averages_over_windows() -> None:
-    reports = [Report(step, float(step), 1.0, 0.1, 1.0, 0.5) for step in range(1, 6)]
+    reports = [StepMetrics(step, float(step), 1.0, 0.1, 1.0, 0.5) for step in range(1, 6)]
     curve = loss_curve(reports, 2)
     assert curve["step"].tolist() == [2, 4, 5]
     assert curve["loss"].tolist() == [1.5, 3.5, 5.0]
@@ -477,7 +479,7 @@ def test_loss_curve_averages_over_windows() -> None:
 
 def test_summary_counts_what_was_trained(params: Params, lora: LoraConfig, config: TrainingConfig) -> None:
     denoiser = adapted(params.model.model_copy(update={"text_encoders": "trained"}), lora)
-    reports = [Report(step, float(step), 1.0, 0.1, 1.0, 0.5) for step in range(1, 5)]
+    reports = [StepMetrics(step, float(step), 1.0, 0.1, 1.0, 0.5) for step in range(1, 5)]
     summary = summarise(reports, denoiser, config)
     assert summary["trainable_parameters"] == sum(weight.numel() for weight in weights(denoiser)) > 0
     assert summary["final_loss"] == 4.0

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sdxl_lora.adapters.kohya import kohya_name, kohya_update, kohya_weights, product
-from sdxl_lora.adapters.lineage import WEIGHTS_FACT
-from sdxl_lora.adapters.lora import WEIGHTS, by_part, peft_header, saved_lora
+from sdxl_lora.adapters.kohya import kohya_delta, kohya_name, kohya_weights, lora_delta
+from sdxl_lora.adapters.lineage import WEIGHTS_KEY
+from sdxl_lora.adapters.lora import WEIGHTS_FILE, peft_header, saved_lora, split_by_part
 from sdxl_lora.config import ExportConfig, PredictionType
 from sdxl_lora.storage.safetensors_io import content_digest, read_header, write_tensors
 
@@ -34,20 +34,20 @@ def export_lora(
         RuntimeError: a file does not hold what was trained.
     """
     path = saved_lora(source)
-    weights, configs = load_file(path), by_part(peft_header(path))
+    weights, configs = load_file(path), split_by_part(peft_header(path))
     alphas = {part: float(config["lora_alpha"]) for part, config in configs.items()}
     renamed = kohya_weights(weights, alphas, layers_per_block)
     target.mkdir(parents=True, exist_ok=True)
-    header = {**read_header(path), **facts, WEIGHTS_FACT: content_digest(weights)}
-    write_tensors(target / WEIGHTS, weights, header)
+    header = {**read_header(path), **facts, WEIGHTS_KEY: content_digest(weights)}
+    write_tensors(target / WEIGHTS_FILE, weights, header)
     header = {
         **facts,
-        **kohya_header(configs["unet"]),
-        WEIGHTS_FACT: content_digest(renamed),
+        **_kohya_header(configs["unet"]),
+        WEIGHTS_KEY: content_digest(renamed),
         "modelspec.hash_sha256": f"0x{content_digest(renamed)}",
     }
     write_tensors(target / kohya_file(config), renamed, header)
-    check_files(path, target / WEIGHTS, target / kohya_file(config), layers_per_block)
+    check_files(path, target / WEIGHTS_FILE, target / kohya_file(config), layers_per_block)
 
 
 def check_files(trained: Path, diffusers: Path, kohya: Path, layers_per_block: int) -> None:
@@ -57,32 +57,34 @@ def check_files(trained: Path, diffusers: Path, kohya: Path, layers_per_block: i
         RuntimeError: a file adds something else to a layer, or has layers of its own.
     """
     expected, again, renamed = load_file(trained), load_file(diffusers), load_file(kohya)
-    scales, scales_again = (scales_by_part(path) for path in (trained, diffusers))
+    scales, scales_again = (_scales_by_part(path) for path in (trained, diffusers))
     layers = [key.removesuffix(".lora_A.weight") for key in expected if key.endswith(".lora_A.weight")]
     if len(again) != len(expected) or len(renamed) != 3 * len(layers):
         raise RuntimeError(f"{diffusers} or {kohya} has other layers than {trained}")
     for layer in layers:
-        update = update_of(expected, layer, scales)
+        update = _update_of(expected, layer, scales)
         for path, found in (
-            (diffusers, update_of(again, layer, scales_again)),
-            (kohya, kohya_update(renamed, kohya_name(layer, layers_per_block))),
+            (diffusers, _update_of(again, layer, scales_again)),
+            (kohya, kohya_delta(renamed, kohya_name(layer, layers_per_block))),
         ):
             if not torch.allclose(found, update, rtol=1e-6, atol=0):
                 raise RuntimeError(f"{path} does not hold what was trained: {layer} differs")
 
 
-def update_of(weights: Mapping[str, Tensor], layer: str, scales: Mapping[str, float]) -> Tensor:
+def _update_of(weights: Mapping[str, Tensor], layer: str, scales: Mapping[str, float]) -> Tensor:
     """What an adapter in diffusers' format adds to a layer's weight."""
     up, down = (weights[f"{layer}.lora_{matrix}.weight"] for matrix in "BA")
-    return scales[layer.partition(".")[0]] * product(up, down)
+    return scales[layer.partition(".")[0]] * lora_delta(up, down)
 
 
-def scales_by_part(path: Path) -> dict[str, float]:
+def _scales_by_part(path: Path) -> dict[str, float]:
     """The factor alpha / rank of each part, from a file's header."""
-    return {part: config["lora_alpha"] / config["r"] for part, config in by_part(peft_header(path)).items()}
+    return {
+        part: config["lora_alpha"] / config["r"] for part, config in split_by_part(peft_header(path)).items()
+    }
 
 
-def kohya_header(config: Mapping[str, Any]) -> dict[str, str]:
+def _kohya_header(config: Mapping[str, Any]) -> dict[str, str]:
     """What kohya's own files say of themselves, as far as tools show it.
 
     Args:

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-TENSORS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+_TENSORS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 
-OUTSIDE_BLOCKS = {
+_OUTSIDE_BLOCKS = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -24,7 +24,7 @@ OUTSIDE_BLOCKS = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-RESNET = {
+_RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
@@ -32,7 +32,7 @@ RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-BLOCK = re.compile(
+_BLOCK_PATTERN = re.compile(
     r"(?:(?P<side>down|up)_blocks\.(?P<block>\d+)|mid_block)"
     r"\.(?P<kind>resnets|attentions|downsamplers|upsamplers)\.(?P<place>\d+)\.(?P<rest>.+)"
 )
@@ -55,10 +55,10 @@ def kohya_weights(
     renamed: dict[str, Tensor] = {}
     for key, tensor in weights.items():
         layer, _, matrix = key.rpartition(".lora_")
-        if f"lora_{matrix}" not in TENSORS:
+        if f"lora_{matrix}" not in _TENSORS:
             raise ValueError(f"{key} is neither A nor B of an adapter: kohya's format has no place for it")
         name = kohya_name(layer, layers_per_block)
-        renamed[f"{name}.{TENSORS[f'lora_{matrix}']}"] = tensor
+        renamed[f"{name}.{_TENSORS[f'lora_{matrix}']}"] = tensor
         renamed[f"{name}.alpha"] = torch.tensor(alphas[key.partition(".")[0]])
     return renamed
 
@@ -71,7 +71,7 @@ def kohya_name(layer: str, layers_per_block: int) -> str:
     """
     part, _, path = layer.partition(".")
     path = original_path(path, layers_per_block) if part == "unet" else path
-    return f"{PREFIXES[part]}_{path.replace('.', '_')}"
+    return f"{_PREFIXES[part]}_{path.replace('.', '_')}"
 
 
 def original_path(layer: str, layers_per_block: int) -> str:
@@ -80,14 +80,14 @@ def original_path(layer: str, layers_per_block: int) -> str:
     Raises:
         ValueError: there is no such layer.
     """
-    if layer in OUTSIDE_BLOCKS:
-        return OUTSIDE_BLOCKS[layer]
-    match = BLOCK.fullmatch(layer)
-    if match is None or (match["kind"] == "resnets" and match["rest"] not in RESNET):
+    if layer in _OUTSIDE_BLOCKS:
+        return _OUTSIDE_BLOCKS[layer]
+    match = _BLOCK_PATTERN.fullmatch(layer)
+    if match is None or (match["kind"] == "resnets" and match["rest"] not in _RESNET):
         raise ValueError(f"{layer} is no layer of SDXL's UNet: kohya's format has no name for it")
     kind, place, rest = match["kind"], int(match["place"]), match["rest"]
     if kind == "resnets":
-        rest = RESNET[rest]
+        rest = _RESNET[rest]
     if match["side"] is None:  # resnet 0, attention 0, resnet 1
         return f"middle_block.{2 * place if kind == 'resnets' else 1}.{rest}"
     first = int(match["block"]) * (layers_per_block + 1)
@@ -99,13 +99,13 @@ def original_path(layer: str, layers_per_block: int) -> str:
     return f"input_blocks.{number}.{slot}.{'op' if kind == 'downsamplers' else rest}"
 
 
-def kohya_update(weights: Mapping[str, Tensor], name: str) -> Tensor:
+def kohya_delta(weights: Mapping[str, Tensor], name: str) -> Tensor:
     """What layer `name` of a kohya file adds to its weight: alpha / rank B A, fp32, shaped as the weight."""
-    down, up = (weights[f"{name}.{tensor}"] for tensor in TENSORS.values())
-    return weights[f"{name}.alpha"] / len(down) * product(up, down)
+    down, up = (weights[f"{name}.{tensor}"] for tensor in _TENSORS.values())
+    return weights[f"{name}.alpha"] / len(down) * lora_delta(up, down)
 
 
-def product(up: Tensor, down: Tensor) -> Tensor:
+def lora_delta(up: Tensor, down: Tensor) -> Tensor:
     """B A in fp32, shaped as the layer's weight: (out, in) or (out, in, k, k).
 
     Args:

@@ -11,12 +11,12 @@ from typing import Any
 
 from sdxl_lora.config import ModelConfig
 from sdxl_lora.runtime.dvc_lock import read_lock
-from sdxl_lora.runtime.stage import git_commit
+from sdxl_lora.runtime.git import head_commit
 from sdxl_lora.storage.repository import file_digest, public_name
 from sdxl_lora.storage.safetensors_io import read_header
 
 PREFIX = "sdxl_lora."
-WEIGHTS_FACT = f"{PREFIX}weights.sha256"
+WEIGHTS_KEY = f"{PREFIX}weights.sha256"
 """Of a file's own tensors, as they lie in it."""
 
 
@@ -38,18 +38,18 @@ def lineage(
         "data.sha256": file_digest(index),
         "base.repository": public_name(model.base),
         "base.revision": model.revision,
-        "git.commit": git_commit(),
+        "git.commit": head_commit(),
     }
     if model.vae is not None:
         facts |= {"vae.repository": public_name(model.vae), "vae.revision": str(model.vae_revision)}
     facts |= {f"{part}.sha256": digest for part, digest in weights.items()}
     if training := read_lock(lock).get("train_lora"):
         facts["dvc.train_lora"] = entry_digest(training)
-        facts["params.sha256"] = digest_of(training.get("params"))
+        facts["params.sha256"] = json_digest(training.get("params"))
     return {f"{PREFIX}{name}": fact for name, fact in facts.items() if fact}
 
 
-def facts_of(path: Path) -> dict[str, str]:
+def read_lineage(path: Path) -> dict[str, str]:
     """The facts in an adapter file's header that `lineage` found, without their prefix."""
     header = sorted(read_header(path).items())
     return {key.removeprefix(PREFIX): value for key, value in header if key.startswith(PREFIX)}
@@ -66,8 +66,8 @@ def entry_digest(entry: Mapping[str, Any]) -> str:
     Reports are left out: they hold times, which differ where nothing else does.
     """
     outs = [out for out in entry.get("outs", []) if not out["path"].startswith("data/reports/")]
-    return digest_of([entry.get("deps"), entry.get("params"), outs])
+    return json_digest([entry.get("deps"), entry.get("params"), outs])
 
 
-def digest_of(value: object) -> str:
+def json_digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

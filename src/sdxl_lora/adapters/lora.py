@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from sdxl_lora.config import LoraConfig
-from sdxl_lora.runtime.rng import generator
-from sdxl_lora.storage.atomic_io import explained_write_errors, require_safetensors
+from sdxl_lora.runtime.rng import keyed_generator
+from sdxl_lora.storage.atomic_io import explain_write_errors, require_safetensors
 from sdxl_lora.storage.safetensors_io import read_header, write_tensors
 
-ADAPTER = "default"
-WEIGHTS = "pytorch_lora_weights.safetensors"
+ADAPTER_NAME = "default"
+WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 
 
 def add_adapters(
@@ -40,17 +40,17 @@ def add_adapters(
     Raises:
         ValueError: a name in `config` matches no layer.
     """
-    add_adapter(unet, adapter_config(config, unet, config.unet_modules, "lora.unet_modules"), seed, "unet")
+    _add_adapter(unet, _adapter_config(config, unet, config.unet_modules, "lora.unet_modules"), seed, "unet")
     for number, text_encoder in enumerate(text_encoders or ()):
         names, key = config.text_encoder_modules, "lora.text_encoder_modules"
-        peft_config = adapter_config(config, text_encoder, names, key)
+        peft_config = _adapter_config(config, text_encoder, names, key)
         if number == 0:
             peft_config.layers_to_transform = list(range(text_encoder.config.num_hidden_layers - 1))
             peft_config.layers_pattern = "layers"
-        add_adapter(text_encoder, peft_config, seed, f"text_encoder_{number + 1}")
+        _add_adapter(text_encoder, peft_config, seed, f"text_encoder_{number + 1}")
 
 
-def adapter_config(config: LoraConfig, module: nn.Module, names: Sequence[str], key: str) -> PeftConfig:
+def _adapter_config(config: LoraConfig, module: nn.Module, names: Sequence[str], key: str) -> PeftConfig:
     """PEFT's configuration for the layers of `module` that `names` match, as params key `key` has them."""
     layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     for name in names:
@@ -66,12 +66,12 @@ def adapter_config(config: LoraConfig, module: nn.Module, names: Sequence[str], 
     )
 
 
-def add_adapter(module: Any, config: PeftConfig, seed: int, name: str) -> None:
+def _add_adapter(module: Any, config: PeftConfig, seed: int, name: str) -> None:
     """Adds the adapter and draws each A from a generator of its own, so that it depends on its name alone."""
-    module.add_adapter(config, adapter_name=ADAPTER)
+    module.add_adapter(config, adapter_name=ADAPTER_NAME)
     for path, parameter in module.named_parameters():
         if ".lora_A." in path:
-            draws = torch.randn(parameter.shape, generator=generator(seed, "lora", name, path))
+            draws = torch.randn(parameter.shape, generator=keyed_generator(seed, "lora", name, path))
             parameter.data = draws.div_(config.r).to(parameter.device)
         elif ".lora_B." in path:
             parameter.data = torch.zeros_like(parameter, dtype=torch.float32)
@@ -87,7 +87,7 @@ def lora_parameters(module: nn.Module) -> list[Parameter]:
 
 
 @contextmanager
-def strength(modules: Sequence[nn.Module], value: float) -> Iterator[None]:
+def adapter_strength(modules: Sequence[nn.Module], value: float) -> Iterator[None]:
     """Multiplies the adapters' updates by `value` while the block runs; at 0 they are left out altogether."""
     layers = [layer for module in modules for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
     for layer in layers:
@@ -112,12 +112,12 @@ def save_lora(
     """
     parts = named_parts(unet, text_encoders)
     layers = {f"{name}_lora_layers": adapter_weights(name, module) for name, module in parts.items()}
-    headers = {f"{name}_lora_adapter_metadata": portable_config(module) for name, module in parts.items()}
+    headers = {f"{name}_lora_adapter_metadata": _portable_config(module) for name, module in parts.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    with explained_write_errors(folder / WEIGHTS), TemporaryDirectory(dir=folder.parent) as partial:
+    with explain_write_errors(folder / WEIGHTS_FILE), TemporaryDirectory(dir=folder.parent) as partial:
         StableDiffusionXLPipeline.save_lora_weights(partial, **layers, **headers)
-        path = Path(partial, WEIGHTS)
-        write_tensors(folder / WEIGHTS, load_file(path), {**read_header(path), **(metadata or {})})
+        path = Path(partial, WEIGHTS_FILE)
+        write_tensors(folder / WEIGHTS_FILE, load_file(path), {**read_header(path), **(metadata or {})})
 
 
 def saved_lora(folder: Path) -> Path:
@@ -127,7 +127,7 @@ def saved_lora(folder: Path) -> Path:
         FileNotFoundError: it did not.
         ValueError: it is something else.
     """
-    path = folder / WEIGHTS
+    path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: run `dvc repro train_lora` first")
     require_safetensors(path)
@@ -142,7 +142,7 @@ def load_lora(folder: Path, unet: UNet2DConditionModel, text_encoders: Sequence[
         ValueError: the file's adapters are not for these modules, or not for just their layers.
     """
     path = saved_lora(folder)
-    weights, configs = by_part(load_file(path)), by_part(peft_header(path))
+    weights, configs = split_by_part(load_file(path)), split_by_part(peft_header(path))
     parts = named_parts(unet, text_encoders)
     if set(weights) != set(parts):
         raise ValueError(
@@ -150,17 +150,17 @@ def load_lora(folder: Path, unet: UNet2DConditionModel, text_encoders: Sequence[
             "set model.text_encoders as it was in training"
         )
     for name, module in parts.items():
-        module.add_adapter(PeftConfig(**configs[name]), adapter_name=ADAPTER)
+        module.add_adapter(PeftConfig(**configs[name]), adapter_name=ADAPTER_NAME)
         for parameter in lora_parameters(module):
             parameter.data = parameter.data.to(module.dtype)
-        own_names = {own_name(key, module): tensor for key, tensor in weights[name].items()}
-        known = set(get_peft_model_state_dict(module, adapter_name=ADAPTER))
+        own_names = {_module_key(key, module): tensor for key, tensor in weights[name].items()}
+        known = set(get_peft_model_state_dict(module, adapter_name=ADAPTER_NAME))
         if known != set(own_names):
             raise ValueError(
                 f"{path} does not fit the base model's {name}; in one of them alone: "
                 f"{sorted(known ^ set(own_names))[:3]}: set model.base as it was in training"
             )
-        set_peft_model_state_dict(module, own_names, ADAPTER)
+        set_peft_model_state_dict(module, own_names, ADAPTER_NAME)
         module.eval()  # PEFT adds dropout switched on
 
 
@@ -175,7 +175,7 @@ def named_parts(unet: UNet2DConditionModel, text_encoders: Sequence[Any] | None)
     return dict(zip(("unet", "text_encoder", "text_encoder_2"), (unet, *(text_encoders or ())), strict=False))
 
 
-def by_part(entries: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def split_by_part(entries: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Splits keys such as `unet.r` at their first dot."""
     parts: dict[str, dict[str, Any]] = {}
     for key, value in entries.items():
@@ -190,18 +190,18 @@ def adapter_weights(part: str, module: nn.Module) -> dict[str, Tensor]:
     Recent transformers dropped the first text encoder's `text_model.` level; files keep it.
     """
     prefix = "text_model." if part == "text_encoder" and not hasattr(module, "text_model") else ""
-    state = get_peft_model_state_dict(module, adapter_name=ADAPTER)
+    state = get_peft_model_state_dict(module, adapter_name=ADAPTER_NAME)
     return {f"{prefix}{key}": tensor.detach().float().cpu().contiguous() for key, tensor in state.items()}
 
 
-def own_name(key: str, module: nn.Module) -> str:
+def _module_key(key: str, module: nn.Module) -> str:
     """The name that `module` itself has for a file's key."""
     return key if hasattr(module, "text_model") else key.removeprefix("text_model.")
 
 
-def portable_config(module: Any) -> dict[str, Any]:
+def _portable_config(module: Any) -> dict[str, Any]:
     """PEFT's configuration as others need it: in a fixed order, without dropout and local paths."""
-    config = module.peft_config[ADAPTER]
+    config = module.peft_config[ADAPTER_NAME]
     return {
         **config.to_dict(),
         "base_model_name_or_path": None,

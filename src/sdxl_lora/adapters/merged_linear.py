@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from sdxl_lora.adapters.lora import ADAPTER
+from sdxl_lora.adapters.lora import ADAPTER_NAME
 from sdxl_lora.kernels.quantized_linear import QuantizedLinear, unpack
 
 
@@ -38,57 +38,57 @@ def project_merged(layers: Sequence[Any], inputs: Tensor) -> tuple[Tensor, ...]:
     """The same for layers that `is_mergeable` all."""
     bases = [layer.base_layer for layer in layers]
     biases = [base.bias for base in bases if base.bias is not None]
-    downs = [layer.lora_A[ADAPTER].weight for layer in layers]
-    ups = [layer.lora_B[ADAPTER].weight for layer in layers]
-    runs = neighbours(bases)
-    bias = side_by_side(biases) if biases else None
-    scale = layers[0].scaling[ADAPTER]
-    return AdaptedLinears.apply(inputs, runs, bias, scale, *downs, *ups)  # type: ignore[no-untyped-call]
+    downs = [layer.lora_A[ADAPTER_NAME].weight for layer in layers]
+    ups = [layer.lora_B[ADAPTER_NAME].weight for layer in layers]
+    runs = adjacent_runs(bases)
+    bias = cat_or_view(biases) if biases else None
+    scale = layers[0].scaling[ADAPTER_NAME]
+    return _AdaptedLinears.apply(inputs, runs, bias, scale, *downs, *ups)  # type: ignore[no-untyped-call]
 
 
-def merged_weight(layers: Sequence[nn.Linear]) -> Tensor:
+def _merged_weight(layers: Sequence[nn.Linear]) -> Tensor:
     """The weights of equal layers side by side, (n O, I); of quantised layers written out in one go."""
     if all(isinstance(layer, QuantizedLinear) for layer in layers):
         codes, scales = (
-            side_by_side([layer.get_buffer(name) for layer in layers]) for name in ("codes", "scales")
+            cat_or_view([layer.get_buffer(name) for layer in layers]) for name in ("codes", "scales")
         )
         return unpack(codes, scales, layers[0].in_features)
-    return side_by_side([layer.weight for layer in layers])
+    return cat_or_view([layer.weight for layer in layers])
 
 
 def is_mergeable(layer: nn.Module) -> bool:
-    """Whether PEFT adapts `layer` in the one way that `AdaptedLinears` knows: plain, on, without dropout."""
+    """Whether PEFT adapts `layer` in the one way that `_AdaptedLinears` knows: plain, on, without dropout."""
     return (
         isinstance(layer, LoraLinear)
         and not layer.disable_adapters
         and not layer.merged
         and not layer.lora_variant
         and type(layer.base_layer) in (nn.Linear, QuantizedLinear)
-        and isinstance(layer.lora_dropout[ADAPTER], nn.Identity)
+        and isinstance(layer.lora_dropout[ADAPTER_NAME], nn.Identity)
     )
 
 
-def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+def cat_or_view(tensors: Sequence[Tensor]) -> Tensor:
     """Equal tensors as one along their first dimension: a view where they are neighbours in memory."""
     first = tensors[0]
     if len(tensors) == 1:
         return first
-    if all(follows(tensor, before, first.numel()) for before, tensor in pairwise(tensors)):
+    if all(_is_adjacent(tensor, before, first.numel()) for before, tensor in pairwise(tensors)):
         shape = (len(tensors) * first.shape[0], *first.shape[1:])
         return first.detach().as_strided(shape, first.stride())
     return torch.cat([tensor.detach() for tensor in tensors])
 
 
-def columns_side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+def cat_columns_or_view(tensors: Sequence[Tensor]) -> Tensor:
     """Equal tensors (M, O) as one, (M, n O): a view where their rows lie as that has them."""
     (rows, width), n = tensors[0].shape, len(tensors)
-    adjoin = all(follows(tensor, before, width) for before, tensor in pairwise(tensors))
+    adjoin = all(_is_adjacent(tensor, before, width) for before, tensor in pairwise(tensors))
     if adjoin and tensors[0].stride() == (n * width, 1):
         return tensors[0].as_strided((rows, n * width), tensors[0].stride())
     return torch.cat(list(tensors), dim=1)
 
 
-def follows(tensor: Tensor, before: Tensor, distance: int) -> bool:
+def _is_adjacent(tensor: Tensor, before: Tensor, distance: int) -> bool:
     """Whether `tensor`, laid out as `before`, begins `distance` numbers behind it in the same memory."""
     return (
         tensor.storage_offset() == before.storage_offset() + distance
@@ -97,31 +97,31 @@ def follows(tensor: Tensor, before: Tensor, distance: int) -> bool:
     )
 
 
-def frozen_tensors(layer: nn.Module) -> list[Tensor]:
+def _frozen_tensors(layer: nn.Module) -> list[Tensor]:
     """What a frozen linear layer computes with: weight or codes and scales, and its bias."""
     return [*layer.parameters(), *layer.buffers()]
 
 
-def neighbours(layers: Sequence[nn.Linear]) -> list[list[nn.Linear]]:
+def adjacent_runs(layers: Sequence[nn.Linear]) -> list[list[nn.Linear]]:
     """Splits equal layers into runs whose tensors follow one another in memory."""
     runs = [[layers[0]]]
     for before, layer in pairwise(layers):
-        both = zip(frozen_tensors(layer), frozen_tensors(before), strict=True)
-        if all(follows(tensor, other, other.numel()) for tensor, other in both):
+        both = zip(_frozen_tensors(layer), _frozen_tensors(before), strict=True)
+        if all(_is_adjacent(tensor, other, other.numel()) for tensor, other in both):
             runs[-1].append(layer)
         else:
             runs.append([layer])
     return runs
 
 
-def make_neighbours(tensors: Sequence[Tensor]) -> None:
+def pack_adjacent(tensors: Sequence[Tensor]) -> None:
     """Moves equal tensors' values into one block of memory, each to its place after the one before."""
     block = torch.cat([tensor.detach() for tensor in tensors])
     for tensor, part in zip(tensors, block.chunk(len(tensors)), strict=True):
         tensor.data = part
 
 
-class AdaptedLinears(torch.autograd.Function):
+class _AdaptedLinears(torch.autograd.Function):
     """n linear layers of the same input, each with a low-rank update; gradients for input and adapters."""
 
     @staticmethod
@@ -147,11 +147,11 @@ class AdaptedLinears(torch.autograd.Function):
             y of each layer, (..., O).
         """
         n = len(adapters) // 2
-        down, up = side_by_side(adapters[:n]), stack(adapters[n:])
+        down, up = cat_or_view(adapters[:n]), _stack_or_view(adapters[n:])
         x = inputs.reshape(-1, inputs.shape[-1])
-        y = frozen_product(x, runs, bias)
-        hidden = scaled_product(x, down.T, scale)  # s x A^T, (M, n r)
-        by_layer(y, n).baddbmm_(by_layer(hidden, n), up.mT)
+        y = _frozen_product(x, runs, bias)
+        hidden = _scaled_product(x, down.T, scale)  # s x A^T, (M, n r)
+        _by_layer(y, n).baddbmm_(_by_layer(hidden, n), up.mT)
         ctx.save_for_backward(x, hidden, down, up)
         ctx.runs, ctx.scale, ctx.shape = runs, scale, inputs.shape
         return tuple(part.view(*inputs.shape[:-1], -1) for part in y.chunk(n, dim=1))
@@ -163,52 +163,52 @@ class AdaptedLinears(torch.autograd.Function):
         x, hidden, down, up = ctx.saved_tensors
         n, scale = len(gradients), ctx.scale
         dys = [gradient.reshape(len(x), -1) for gradient in gradients]
-        dy = columns_side_by_side(dys)
+        dy = cat_columns_or_view(dys)
         dhidden = torch.empty_like(hidden)
-        torch.bmm(by_layer(dy, n), up, out=by_layer(dhidden, n))
-        dup = torch.bmm(by_layer(dy, n).mT, by_layer(hidden, n))
-        ddown = scaled_product(dhidden.T, x, scale)
+        torch.bmm(_by_layer(dy, n), up, out=_by_layer(dhidden, n))
+        dup = torch.bmm(_by_layer(dy, n).mT, _by_layer(hidden, n))
+        ddown = _scaled_product(dhidden.T, x, scale)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = frozen_gradient(dy, ctx.runs).addmm_(dhidden, down, alpha=scale).view(ctx.shape)
+            dx = _frozen_gradient(dy, ctx.runs).addmm_(dhidden, down, alpha=scale).view(ctx.shape)
         return (dx, None, None, None, *ddown.chunk(n), *dup)
 
 
-def frozen_product(x: Tensor, runs: Sequence[Sequence[nn.Linear]], bias: Tensor | None) -> Tensor:
+def _frozen_product(x: Tensor, runs: Sequence[Sequence[nn.Linear]], bias: Tensor | None) -> Tensor:
     """The frozen layers' part of y, x W^T + b, (M, n O)."""
     if len(runs) == 1:
-        return linear(x, merged_weight(runs[0]), bias)
-    sizes = widths(runs)
+        return linear(x, _merged_weight(runs[0]), bias)
+    sizes = _widths(runs)
     y = x.new_empty(len(x), sum(sizes))
     for run, part in zip(runs, y.split(sizes, dim=1), strict=True):
-        torch.mm(x, merged_weight(run).T, out=part)
+        torch.mm(x, _merged_weight(run).T, out=part)
     return y if bias is None else y.add_(bias)
 
 
-def frozen_gradient(dy: Tensor, runs: Sequence[Sequence[nn.Linear]]) -> Tensor:
+def _frozen_gradient(dy: Tensor, runs: Sequence[Sequence[nn.Linear]]) -> Tensor:
     """The same part of the gradient of x, dy W, (M, I)."""
     dx = dy.new_empty(len(dy), runs[0][0].in_features)
-    for number, (run, part) in enumerate(zip(runs, dy.split(widths(runs), dim=1), strict=True)):
-        dx.addmm_(part, merged_weight(run), beta=min(number, 1))
+    for number, (run, part) in enumerate(zip(runs, dy.split(_widths(runs), dim=1), strict=True)):
+        dx.addmm_(part, _merged_weight(run), beta=min(number, 1))
     return dx
 
 
-def widths(runs: Sequence[Sequence[nn.Linear]]) -> list[int]:
+def _widths(runs: Sequence[Sequence[nn.Linear]]) -> list[int]:
     """How many features each run's layers have together."""
     return [len(run) * run[0].out_features for run in runs]
 
 
-def stack(tensors: Sequence[Tensor]) -> Tensor:
+def _stack_or_view(tensors: Sequence[Tensor]) -> Tensor:
     """(O, r) tensors as (n, O, r), a view where they are neighbours."""
-    return side_by_side(tensors).view(len(tensors), *tensors[0].shape)
+    return cat_or_view(tensors).view(len(tensors), *tensors[0].shape)
 
 
-def by_layer(tensor: Tensor, n: int) -> Tensor:
+def _by_layer(tensor: Tensor, n: int) -> Tensor:
     """(M, n k) as a view (n, M, k)."""
     return tensor.view(len(tensor), n, -1).transpose(0, 1)
 
 
-def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """The product times `scale`, in one kernel."""
     out = left.new_empty(left.shape[0], right.shape[1])
     return torch.addmm(out, left, right, beta=0, alpha=scale, out=out)

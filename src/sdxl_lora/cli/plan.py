@@ -14,16 +14,16 @@ import torch
 
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.memory.inference_forecast import fits, forecast_inference, trace_encoding, trace_sampling
-from sdxl_lora.memory.planner import Plan, Planner, shortage
-from sdxl_lora.memory.savings import economies
-from sdxl_lora.memory.training_forecast import Forecast, Workload
-from sdxl_lora.models.architecture import read_shapes
+from sdxl_lora.memory.planner import Planner, TrainingPlan, shortage
+from sdxl_lora.memory.savings import minimum_memory_with
+from sdxl_lora.memory.training_forecast import MemoryForecast, TrainingSpec
+from sdxl_lora.models.architecture import read_architecture
 from sdxl_lora.paths import PARAMS
 from sdxl_lora.runtime.device import CUDA_CONTEXT
 from sdxl_lora.storage.atomic_io import GIB
 
 CARDS = (8, 10, 12, 16, 24)
-SHOWN = 0.92
+_USABLE_SHARE = 0.92
 """Share of a card's nominal memory that it shows: 14.75 GiB of a T4's 16. ECC and the driver take some."""
 MEANINGS = {
     "weights": "the base model's",
@@ -34,7 +34,7 @@ MEANINGS = {
     "cache": "held by PyTorch and not in use",
     "workspace": "scratch memory of kernels",
 }
-BESIDE = f"""\
+_BESIDE = f"""\
 Not in it: what CUDA takes for itself ({CUDA_CONTEXT / GIB:.1f} GiB on an H100), a screen, other programs.
 Not forecast: evaluate_lora, and main memory."""
 
@@ -43,47 +43,49 @@ def plan_recipe(params: Params, saves: bool = False) -> Iterator[str]:
     """The forecast as text, piece by piece as it is made.
 
     Args:
-        saves: say what lowers each phase that is too large for a card, too: a minute of work more.
+        saves: say what lowers each phase that is too large for a card, too: a minute of spec more.
     """
-    shapes = read_shapes(params.model)
+    shapes = read_architecture(params.model)
     side = params.encoding.resolution // shapes.pixels_per_latent
     trained = params.model.text_encoders != "frozen"
-    work = Workload(shapes, trained, params.lora, params.training, torch.Size((1, 4, side, side)))
-    planner, budget = Planner(work), params.training.vram_gib
+    spec = TrainingSpec(shapes, trained, params.lora, params.training, torch.Size((1, 4, side, side)))
+    planner, budget = Planner(spec), params.training.vram_gib
     limit = inf if budget is None else budget * GIB
     plan = planner.fastest(limit)
     others = {"encode": trace_encoding(shapes, params), "sample": trace_sampling(shapes, params)}
     tight = {"train"} if plan is None else set()
     shown = planner.smallest() if plan is None else planner.exact(plan, limit)
     yield (
-        f"{shortage(work, shown)}; see the end for what lowers it." if plan is None else headline(shown, work)
+        f"{shortage(spec, shown)}; see the end for what lowers it."
+        if plan is None
+        else _headline(shown, spec)
     )
     assert shown.forecast is not None
     encode, sample = (forecast_inference(trace) for trace in others.values())
-    yield phase_table({"encode": encode, "train": shown.forecast, "sample": sample})
-    yield BESIDE
+    yield _phase_table({"encode": encode, "train": shown.forecast, "sample": sample})
+    yield _BESIDE
     saves = saves or plan is None
     yield "\nCards, with training.vram_gib set to what each leaves to PyTorch (in brackets):"
     for card in CARDS:
-        usable = card * SHOWN * GIB - CUDA_CONTEXT
+        usable = card * _USABLE_SHARE * GIB - CUDA_CONTEXT
         plan = planner.fastest(usable)
         failing = [name for name, trace in others.items() if not fits(trace, usable)]
         tight |= {*failing, *([] if plan else ["train"])}
-        yield card_line(card, usable, plan, failing, work)
+        yield _card_line(card, usable, plan, failing, spec)
     if tight and saves:
         yield "\nThe least that does, GiB (train: all blocks checkpointed), and what lowers it:"
-        for phase, name, least in economies(params, work, tight):
+        for phase, name, least in minimum_memory_with(params, spec, tight):
             yield f"  {phase:7} {name:46} {least:5.1f}"
     elif tight:
         yield "\n`python -m sdxl_lora.cli.plan --save` says what lowers each phase (a minute)."
 
 
-def headline(plan: Plan, work: Workload) -> str:
+def _headline(plan: TrainingPlan, spec: TrainingSpec) -> str:
     """The plan that params get, and how to keep it."""
-    budget, config = work.config.vram_gib, work.config
+    budget, config = spec.config.vram_gib, spec.config
     allowed = "Without training.vram_gib" if budget is None else f"Within training.vram_gib {budget:g}"
     pinned = plan.applied_to(config)
-    line = f"{allowed}: {description(plan, work)}."
+    line = f"{allowed}: {_plan_description(plan, spec)}."
     if pinned == config:
         return line
     return (
@@ -92,7 +94,7 @@ def headline(plan: Plan, work: Workload) -> str:
     )
 
 
-def phase_table(phases: Mapping[str, Forecast]) -> str:
+def _phase_table(phases: Mapping[str, MemoryForecast]) -> str:
     """Peak memory by part and phase, GiB, with what the parts are."""
     rows = [f"{'peak GPU memory, GiB':22}" + "".join(f"{name:>9}" for name in phases)]
     most = max(phases, key=lambda name: phases[name].total)
@@ -103,7 +105,9 @@ def phase_table(phases: Mapping[str, Forecast]) -> str:
     return "\n".join(rows)
 
 
-def card_line(card: int, usable: float, plan: Plan | None, failing: list[str], work: Workload) -> str:
+def _card_line(
+    card: int, usable: float, plan: TrainingPlan | None, failing: list[str], spec: TrainingSpec
+) -> str:
     """Whether the recipe fits on a card, and with which plan.
 
     Args:
@@ -111,16 +115,16 @@ def card_line(card: int, usable: float, plan: Plan | None, failing: list[str], w
         usable: bytes of it that PyTorch can have.
         failing: other phases that do not fit.
     """
-    verdicts = [f"trains {description(plan, work)}" if plan else "train does not fit"]
+    verdicts = [f"trains {_plan_description(plan, spec)}" if plan else "train does not fit"]
     verdicts += [f"{name} does not fit" for name in failing]
     return f"  {card:3} GiB ({usable / GIB:4.1f})  " + "; ".join(verdicts)
 
 
-def description(plan: Plan, work: Workload) -> str:
+def _plan_description(plan: TrainingPlan, spec: TrainingSpec) -> str:
     """A plan in words."""
     assert plan.forecast is not None
     size, total = plan.micro_batch_size, plan.forecast.total / GIB
-    words = f"{size} of {work.config.batch_size} examples at once in {total:.1f} GiB"
+    words = f"{size} of {spec.config.batch_size} examples at once in {total:.1f} GiB"
     if plan.checkpointed:
         return f"{words}, {len(plan.checkpointed)} blocks checkpointed ({plan.recomputed:+.0%} arithmetic)"
     return f"{words}, no checkpointing"

@@ -9,10 +9,10 @@ import pandas as pd
 from sdxl_lora import paths
 from sdxl_lora.storage.report_io import read_numbers
 
-Metrics = Mapping[str, Any]
+_Metrics = Mapping[str, Any]
 
 
-def comparison(metrics: Metrics) -> str:
+def comparison(metrics: _Metrics) -> str:
     """A table of every metric that has a value for the base model and for the adapter."""
     rows = {
         name.replace("_", " "): values
@@ -26,7 +26,7 @@ def comparison(metrics: Metrics) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines())
 
 
-def findings(metrics: Metrics, training: Metrics) -> dict[str, str]:
+def findings(metrics: _Metrics, training: _Metrics) -> dict[str, str]:
     """What the figures say: what was learned, what was forgotten, what it took."""
     minutes, seconds = divmod(round(training["seconds"]), 60)
     loss = metrics["held_out_loss"]
@@ -51,7 +51,7 @@ def mlflow_line(pointer: Mapping[str, object]) -> str:
     return "not reached during the run: `.venv/bin/dvc repro -sf track_run` logs these results now"
 
 
-def summary() -> str:
+def _summary() -> str:
     """What the last run found, its metrics, and the places of its results.
 
     Raises:
@@ -66,16 +66,16 @@ def summary() -> str:
         "metrics": str(paths.METRICS),
         "MLflow": mlflow_line(pointer),
     }
-    return "\n".join(["", comparison(metrics), "", *lines(findings(metrics, training)), "", *lines(places)])
+    return "\n".join(["", comparison(metrics), "", *_lines(findings(metrics, training)), "", *_lines(places)])
 
 
-def lines(facts: Mapping[str, str]) -> list[str]:
+def _lines(facts: Mapping[str, str]) -> list[str]:
     return [f"  {name:10}{fact}" for name, fact in facts.items()]
 
 
 def main() -> None:
     try:
-        print(summary())
+        print(_summary())
     except FileNotFoundError as error:
         sys.exit(f"summary: {error}")
 

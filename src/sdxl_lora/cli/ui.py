@@ -6,14 +6,14 @@ import socket
 import sys
 from pathlib import Path
 
-from sdxl_lora.runtime.stage import project_root
+from sdxl_lora.runtime.dvc_execution import project_root
 
 HOST = "127.0.0.1"
 # MLflow's job runners are of no use here, and take 2.6 GB and 13 s of its start.
 ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
-def require_free_port(port: int) -> None:
+def _require_free_port(port: int) -> None:
     """Refuses a port that cannot be listened on.
 
     Raises:
@@ -30,7 +30,7 @@ def require_free_port(port: int) -> None:
             ) from error
 
 
-def require_database(database: Path) -> None:
+def _require_database(database: Path) -> None:
     """Refuses to show a database that no run has made yet.
 
     Raises:
@@ -58,8 +58,8 @@ def main() -> None:
     port = parser.parse_args().port
     database = project_root() / "mlflow.db"
     try:
-        require_database(database)
-        require_free_port(port)
+        _require_database(database)
+        _require_free_port(port)
     except OSError as error:
         sys.exit(f"ui: {error}")
     print(f"{address(port)} (stop it with Ctrl-C)", flush=True)

@@ -11,7 +11,7 @@ Size = tuple[int, int]
 
 LEAST_STEP = 32
 """What SDXL's sides are multiples of: its VAE halves them three times, its UNet twice more."""
-SDXL_RESOLUTION = 1024
+_SDXL_RESOLUTION = 1024
 SDXL_TALL_SIZES: tuple[Size, ...] = (
     (512, 2048), (512, 1984), (512, 1920), (512, 1856), (576, 1792), (576, 1728), (576, 1664),
     (640, 1600), (640, 1536), (704, 1472), (704, 1408), (704, 1344), (768, 1344), (768, 1280),
@@ -22,7 +22,7 @@ SDXL_WIDE_SIZES: tuple[Size, ...] = (
     (1344, 768), (1408, 704), (1472, 704), (1536, 640), (1600, 640), (1664, 576), (1728, 576),
     (1792, 576), (1856, 512), (1920, 512), (1984, 512), (2048, 512),
 )  # fmt: skip
-SDXL_SIZES = (*SDXL_TALL_SIZES, (SDXL_RESOLUTION, SDXL_RESOLUTION), *SDXL_WIDE_SIZES)
+SDXL_SIZES = (*SDXL_TALL_SIZES, (_SDXL_RESOLUTION, _SDXL_RESOLUTION), *SDXL_WIDE_SIZES)
 """The 40 that SDXL was trained on (Podell et al. 2023, arXiv:2307.01952, appendix I). 1344 x 704 is not among
 them, though 704 x 1344 is."""
 
@@ -40,9 +40,9 @@ def bucket_sizes(resolution: int, aspect_ratios: AspectRatios) -> tuple[Size, ..
     square = (resolution, resolution)
     if aspect_ratios == "square":
         return (square,)
-    if resolution == SDXL_RESOLUTION:
+    if resolution == _SDXL_RESOLUTION:
         return SDXL_SIZES
-    step = LEAST_STEP if resolution < SDXL_RESOLUTION else 2 * LEAST_STEP
+    step = LEAST_STEP if resolution < _SDXL_RESOLUTION else 2 * LEAST_STEP
     long_sides = range(resolution + step, 2 * resolution + 1, step)
     wide = [(side, resolution**2 // side // step * step) for side in long_sides]
     return (*((height, width) for width, height in reversed(wide)), square, *wide)

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 
 
 def batch_order(buckets: Sequence[Hashable], size: int, seed: int, first: int = 0) -> Iterator[list[int]]:
@@ -24,10 +24,10 @@ def batch_order(buckets: Sequence[Hashable], size: int, seed: int, first: int = 
         size: examples of a batch.
         seed: key of the shuffles.
     """
-    epoch, skipped = epoch_of_batch(Counter(buckets), size, first)
-    waiting = left_waiting(buckets, size, seed, epoch)
+    epoch, skipped = _epoch_of_batch(Counter(buckets), size, first)
+    waiting = _carried_over(buckets, size, seed, epoch)
     while True:
-        for example in shuffled(len(buckets), seed, epoch):
+        for example in _shuffled(len(buckets), seed, epoch):
             batch = waiting[buckets[example]]
             batch.append(example)
             if len(batch) < size:
@@ -40,7 +40,7 @@ def batch_order(buckets: Sequence[Hashable], size: int, seed: int, first: int = 
         epoch += 1
 
 
-def epoch_of_batch(members: Counter[Hashable], size: int, number: int) -> tuple[int, int]:
+def _epoch_of_batch(members: Counter[Hashable], size: int, number: int) -> tuple[int, int]:
     """The epoch in which batch `number` is completed, and how many of that epoch are completed before it."""
 
     def batches_before(epoch: int) -> int:
@@ -51,18 +51,18 @@ def epoch_of_batch(members: Counter[Hashable], size: int, number: int) -> tuple[
     return epoch, number - batches_before(epoch)
 
 
-def left_waiting(buckets: Sequence[Hashable], size: int, seed: int, epoch: int) -> dict[Hashable, list[int]]:
+def _carried_over(buckets: Sequence[Hashable], size: int, seed: int, epoch: int) -> dict[Hashable, list[int]]:
     """Examples of each bucket that are in no batch yet when an epoch begins, in the order of their coming."""
     members = Counter(buckets)
     waiting: dict[Hashable, list[int]] = {bucket: [] for bucket in members}
     numbers = {bucket: epoch * count % size for bucket, count in members.items()}
     epochs_back = max(-(-number // members[bucket]) for bucket, number in numbers.items())
     for past in range(epoch - epochs_back, epoch):
-        for example in shuffled(len(buckets), seed, past):
+        for example in _shuffled(len(buckets), seed, past):
             waiting[buckets[example]].append(example)
     return {bucket: came[len(came) - numbers[bucket] :] for bucket, came in waiting.items()}
 
 
-def shuffled(num_examples: int, seed: int, epoch: int) -> list[int]:
-    order: list[int] = torch.randperm(num_examples, generator=generator(seed, "order", epoch)).tolist()
+def _shuffled(num_examples: int, seed: int, epoch: int) -> list[int]:
+    order: list[int] = torch.randperm(num_examples, generator=keyed_generator(seed, "order", epoch)).tolist()
     return order

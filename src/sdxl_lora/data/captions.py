@@ -16,7 +16,7 @@ import pandas as pd
 
 from sdxl_lora.config import CaptionsConfig
 
-Rule = Callable[[str], str]
+_Rule = Callable[[str], str]
 
 
 def repair_unicode(caption: str) -> str:
@@ -41,12 +41,12 @@ def remove_artefacts(caption: str, artefacts: Sequence[str]) -> str:
     if not artefacts:
         return caption
     words = "|".join(re.escape(artefact) for artefact in sorted(artefacts, key=len, reverse=True))
-    caption = re.sub(rf"\b(an?)\s+(?:(?:{words})\s+)+(\w)", with_article, caption, flags=re.IGNORECASE)
+    caption = re.sub(rf"\b(an?)\s+(?:(?:{words})\s+)+(\w)", _with_article, caption, flags=re.IGNORECASE)
     caption = re.sub(rf"(?:\b(?:an?|the)\s+)?\b(?:{words})\W*$", "", caption, flags=re.IGNORECASE)
     return re.sub(rf"\b(?:{words})\b[\s,]*", "", caption, flags=re.IGNORECASE)
 
 
-def with_article(match: re.Match[str]) -> str:
+def _with_article(match: re.Match[str]) -> str:
     """`a` or `an` as the first letter of the word that follows wants it, capitalised as it was."""
     article = "an" if match[2].lower() in "aeiou" else "a"
     return f"{article.capitalize() if match[1][0].isupper() else article} {match[2]}"
@@ -104,7 +104,7 @@ class CaptionsReport:
 
 
 @dataclass(frozen=True)
-class DuplicateCaption:
+class _DuplicateCaption:
     """A caption that several images have."""
 
     caption: str
@@ -139,13 +139,13 @@ def clean_captions(
         ValueError: no caption is left.
     """
     report = CaptionsReport()
-    rules = caption_rules(config)
-    cleaned = [apply_rules(caption, rules) for caption in frame["caption"]]
+    rules = _caption_rules(config)
+    cleaned = [_apply_rules(caption, rules) for caption in frame["caption"]]
     finals = [add_trigger(text, config.trigger) if config.trigger else text for text, _ in cleaned]
     tokens = count_tokens(finals)
     kept: list[bool] = []
     for row, (text, applied), count in zip(frame.to_dict("records"), cleaned, tokens, strict=True):
-        reason = rejection(text, count, config)
+        reason = _rejection(text, count, config)
         kept.append(reason is None)
         if reason is not None:
             report.rejections.append({"image": row["image"], "caption": row["caption"], "reason": reason})
@@ -166,7 +166,7 @@ def clean_captions(
     return frame.assign(caption=finals)[kept], report
 
 
-def caption_rules(config: CaptionsConfig) -> dict[str, Rule]:
+def _caption_rules(config: CaptionsConfig) -> dict[str, _Rule]:
     """The rules in their order, by name."""
     return {
         "unicode": repair_unicode,
@@ -177,7 +177,7 @@ def caption_rules(config: CaptionsConfig) -> dict[str, Rule]:
     }
 
 
-def apply_rules(caption: str, rules: dict[str, Rule]) -> tuple[str, list[str]]:
+def _apply_rules(caption: str, rules: dict[str, _Rule]) -> tuple[str, list[str]]:
     """The caption after all rules, and the names of those that changed it."""
     applied = []
     for name, rule in rules.items():
@@ -188,7 +188,7 @@ def apply_rules(caption: str, rules: dict[str, Rule]) -> tuple[str, list[str]]:
     return caption, applied
 
 
-def rejection(caption: str, tokens: int, config: CaptionsConfig) -> str | None:
+def _rejection(caption: str, tokens: int, config: CaptionsConfig) -> str | None:
     """Why a clean caption, without its trigger, is not worth training on; None if it is."""
     words = len(caption.split())
     if words == 0:
@@ -200,12 +200,12 @@ def rejection(caption: str, tokens: int, config: CaptionsConfig) -> str | None:
     return None
 
 
-def duplicate_captions(kept: Sequence[tuple[str, str]]) -> list[DuplicateCaption]:
+def duplicate_captions(kept: Sequence[tuple[str, str]]) -> list[_DuplicateCaption]:
     """Captions that several images have, the most frequent first."""
     images: dict[str, list[str]] = {}
     for image, caption in kept:
         images.setdefault(caption, []).append(image)
-    repeated = [DuplicateCaption(caption, names) for caption, names in images.items() if len(names) > 1]
+    repeated = [_DuplicateCaption(caption, names) for caption, names in images.items() if len(names) > 1]
     return sorted(repeated, key=lambda duplicate: -len(duplicate.images))
 
 
@@ -216,7 +216,7 @@ def frequent_phrases(captions: Iterable[str], most: int) -> list[tuple[str, int]
     """
     counts: Counter[tuple[str, ...]] = Counter()
     for caption in captions:
-        counts.update(set(phrases(re.findall(r"[\w'-]+", caption.lower()))))
+        counts.update(set(_phrases(re.findall(r"[\w'-]+", caption.lower()))))
     repeated = {phrase: count for phrase, count in counts.items() if count > 1}
     contained = {
         part
@@ -228,7 +228,7 @@ def frequent_phrases(captions: Iterable[str], most: int) -> list[tuple[str, int]
     return [(" ".join(phrase), repeated[phrase]) for phrase in frequent[:most]]
 
 
-def phrases(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def _phrases(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """All runs of two to five words."""
     for length in range(2, 6):
         for start in range(len(words) - length + 1):

@@ -21,15 +21,21 @@ from huggingface_hub import metadata_load
 from sdxl_lora.config import DownloadConfig
 from sdxl_lora.paths import RAW_CAPTIONS, RAW_IMAGES, RAW_SOURCE
 from sdxl_lora.storage.atomic_io import require_disk_space, write_bytes, write_text
-from sdxl_lora.storage.hub_client import download_size, resolve_commit
-from sdxl_lora.storage.repository import is_folder, open_folder, open_repository
+from sdxl_lora.storage.hub_client import download_size, resolve_hub_revision
+from sdxl_lora.storage.repository import is_local_folder, open_folder, open_repository
 
-KEY = "download.repository"
-CARD = "README.md"
-METADATA_FILES = ("metadata.jsonl", "metadata.csv")
-HUB_FILES = (CARD, "*.parquet")
-PARQUET_BRANCH = "refs/convert/parquet"  # where the Hub keeps its own conversion of every public data set
-SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"}
+_KEY = "download.repository"
+_CARD_FILE = "README.md"
+_METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+HUB_FILES = (_CARD_FILE, "*.parquet")
+_PARQUET_BRANCH = "refs/convert/parquet"  # where the Hub keeps its own conversion of every public data set
+_IMAGE_SUFFIXES = {
+    b"\x89PNG": ".png",
+    b"\xff\xd8\xff": ".jpg",
+    b"RIFF": ".webp",
+    b"GIF8": ".gif",
+    b"BM": ".bmp",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +49,7 @@ class RawExample:
 
 
 @dataclass(frozen=True)
-class Source:
+class _Source:
     """A data set that has been found, with its examples still to be read."""
 
     repository: str
@@ -59,7 +65,7 @@ class Source:
     examples: Iterator[RawExample]
 
 
-def open_source(config: DownloadConfig) -> Source:
+def open_source(config: DownloadConfig) -> _Source:
     """Finds the data set that `config` names, downloading it if need be.
 
     Raises:
@@ -69,10 +75,10 @@ def open_source(config: DownloadConfig) -> Source:
         ValueError: a column or split is missing, or a folder's content is not what its revision pins.
         OSError: the disk has too little space.
     """
-    return open_local_source(config) if is_folder(config.repository) else open_hub_source(config)
+    return _open_local_source(config) if is_local_folder(config.repository) else _open_hub_source(config)
 
 
-def download_dataset(source: Source, folder: Path) -> Iterator[RawExample]:
+def download_dataset(source: _Source, folder: Path) -> Iterator[RawExample]:
     """Writes images/, captions.jsonl (a line each) and source.json, yielding each example once it is written.
 
     They appear as `folder` once all are there; an interrupted download leaves nothing.
@@ -91,22 +97,22 @@ def download_dataset(source: Source, folder: Path) -> Iterator[RawExample]:
         number = 0
         for number, example in enumerate(source.examples, start=1):
             digest = hashlib.sha256(example.image).hexdigest()
-            name = f"{number - 1:05d}-{digest[:12]}{suffix(example.image)}"
+            name = f"{number - 1:05d}-{digest[:12]}{_image_suffix(example.image)}"
             write_bytes(images / name, example.image)
             for caption in example.captions:
                 line = {"id": digest, "image": name, "caption": caption}
                 lines.append(json.dumps(line, ensure_ascii=False) + "\n")
             yield example
         if number == 0:
-            raise ValueError(f"{KEY}: {source.repository} has no example")
+            raise ValueError(f"{_KEY}: {source.repository} has no example")
         write_text(complete / RAW_CAPTIONS.name, "".join(lines))
-        write_text(complete / RAW_SOURCE.name, provenance(source, number))
+        write_text(complete / RAW_SOURCE.name, _provenance(source, number))
         if folder.exists():
             folder.replace(Path(scratch) / "previous")
         complete.replace(folder)
 
 
-def provenance(source: Source, num_examples: int) -> str:
+def _provenance(source: _Source, num_examples: int) -> str:
     """Content of source.json. Of a folder outside the project it gives only the name: the path is private."""
     repository = source.repository
     record = {
@@ -119,10 +125,10 @@ def provenance(source: Source, num_examples: int) -> str:
     return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
 
 
-def open_hub_source(config: DownloadConfig) -> Source:
+def _open_hub_source(config: DownloadConfig) -> _Source:
     """A data set on the Hub: the split's parquet files, in the Hub's cache, read row by row."""
     repository = config.repository
-    commit = resolve_commit(repository, config.revision, KEY, "dataset")
+    commit = resolve_hub_revision(repository, config.revision, _KEY, "dataset")
     if commit != config.revision:
         logger.warning(
             "download.revision is %r, which may mean another commit tomorrow. Today it is %s: to "
@@ -130,35 +136,35 @@ def open_hub_source(config: DownloadConfig) -> Source:
             config.revision,
             commit,
         )
-    require_disk_space(RAW_IMAGES.parent, 2 * download_size(repository, commit, KEY, HUB_FILES, "dataset"))
-    snapshot = open_repository(repository, commit, KEY, HUB_FILES, "dataset")
+    require_disk_space(RAW_IMAGES.parent, 2 * download_size(repository, commit, _KEY, HUB_FILES, "dataset"))
+    snapshot = open_repository(repository, commit, _KEY, HUB_FILES, "dataset")
     files = list(snapshot.rglob("*.parquet"))
     if not files:
         raise ValueError(
-            f"{KEY}: {repository} at revision {config.revision} has no parquet file, and nothing else is "
-            f"read. The Hub converts public data sets itself: set download.revision to {PARQUET_BRANCH}"
+            f"{_KEY}: {repository} at revision {config.revision} has no parquet file, and nothing else is "
+            f"read. The Hub converts public data sets itself: set download.revision to {_PARQUET_BRANCH}"
         )
     try:
         dataset = datasets.load_dataset(str(snapshot), split=config.split, streaming=True).decode(False)
     except ValueError as error:
         raise ValueError(
-            f"{KEY}: {repository} has no data that download.split = {config.split!r} selects: {error}"
+            f"{_KEY}: {repository} has no data that download.split = {config.split!r} selects: {error}"
         ) from error
-    require_columns(dataset.column_names, config)
+    _require_columns(dataset.column_names, config)
     splits = dataset.info.splits or {}
     total = splits[config.split].num_examples if config.split in splits else None
-    return Source(
+    return _Source(
         repository=repository,
         requested_revision=config.revision,
         revision=commit,
-        licence=licence(snapshot),
+        licence=_licence(snapshot),
         num_bytes=sum(file.stat().st_size for file in files),
         num_examples=total and min(total, config.max_examples or total),
-        examples=hub_examples(islice(dataset, config.max_examples), config),
+        examples=_hub_examples(islice(dataset, config.max_examples), config),
     )
 
 
-def hub_examples(rows: Iterable[dict[str, Any]], config: DownloadConfig) -> Iterator[RawExample]:
+def _hub_examples(rows: Iterable[dict[str, Any]], config: DownloadConfig) -> Iterator[RawExample]:
     for number, row in enumerate(rows):
         image = row[config.image_column]
         content = image.get("bytes") if isinstance(image, dict) else image
@@ -167,39 +173,39 @@ def hub_examples(rows: Iterable[dict[str, Any]], config: DownloadConfig) -> Iter
                 f"download.image_column: row {number} of {config.repository} has no image bytes in "
                 f"{config.image_column!r} (it has {type(content).__name__}); images must lie in the file"
             )
-        yield RawExample(content, captions_of(row, number, config))
+        yield RawExample(content, _captions_of(row, number, config))
 
 
-def open_local_source(config: DownloadConfig) -> Source:
+def _open_local_source(config: DownloadConfig) -> _Source:
     """A folder of images with a table of their captions, as `datasets` calls an imagefolder."""
     if config.split != "train":
         raise ValueError(f"download.split is {config.split!r}, but a folder has only `train`")
-    folder = open_folder(config.repository, config.revision, KEY)
-    rows = read_metadata(folder, config)[: config.max_examples]
-    paths = [image_file(folder, row, number, config) for number, row in enumerate(rows)]
-    captions = [captions_of(row, number, config) for number, row in enumerate(rows)]
-    return Source(
+    folder = open_folder(config.repository, config.revision, _KEY)
+    rows = _read_metadata(folder, config)[: config.max_examples]
+    paths = [_image_file(folder, row, number, config) for number, row in enumerate(rows)]
+    captions = [_captions_of(row, number, config) for number, row in enumerate(rows)]
+    return _Source(
         repository=config.repository,
         requested_revision=config.revision,
         revision=config.revision,
-        licence=licence(folder),
+        licence=_licence(folder),
         num_bytes=sum(path.stat().st_size for path in paths),
         num_examples=len(rows),
         examples=(RawExample(path.read_bytes(), own) for path, own in zip(paths, captions, strict=True)),
     )
 
 
-def read_metadata(folder: Path, config: DownloadConfig) -> list[dict[str, Any]]:
+def _read_metadata(folder: Path, config: DownloadConfig) -> list[dict[str, Any]]:
     """The rows of the table that gives each image of a folder its caption.
 
     Raises:
         FileNotFoundError: there is no such table.
         ValueError: it cannot be read, or lacks a column.
     """
-    path = next((folder / name for name in METADATA_FILES if (folder / name).is_file()), None)
+    path = next((folder / name for name in _METADATA_FILES if (folder / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(
-            f"{KEY}: {config.repository} has neither {' nor '.join(METADATA_FILES)}: write one, with "
+            f"{_KEY}: {config.repository} has neither {' nor '.join(_METADATA_FILES)}: write one, with "
             f"{config.image_column!r} and {config.caption_column!r} of each image"
         )
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -207,14 +213,14 @@ def read_metadata(folder: Path, config: DownloadConfig) -> list[dict[str, Any]]:
             rows = list(csv.DictReader(file))
         else:
             rows = [
-                parse_line(line, f"{path}:{number}") for number, line in enumerate(file, 1) if line.strip()
+                _parse_line(line, f"{path}:{number}") for number, line in enumerate(file, 1) if line.strip()
             ]
     for row in rows:
-        require_columns(list(row), config)
+        _require_columns(list(row), config)
     return rows
 
 
-def parse_line(line: str, place: str) -> dict[str, Any]:
+def _parse_line(line: str, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -224,7 +230,7 @@ def parse_line(line: str, place: str) -> dict[str, Any]:
     return row
 
 
-def image_file(folder: Path, row: dict[str, Any], number: int, config: DownloadConfig) -> Path:
+def _image_file(folder: Path, row: dict[str, Any], number: int, config: DownloadConfig) -> Path:
     """The image that a row of the metadata names.
 
     Raises:
@@ -241,16 +247,16 @@ def image_file(folder: Path, row: dict[str, Any], number: int, config: DownloadC
         outside, found = not path.resolve().is_relative_to(folder.resolve()), path.is_file()
     except (OSError, ValueError) as error:  # too long, or with a NUL
         raise ValueError(
-            f"{KEY}: row {number} of {folder} names {name[:99]!r}, as no file can be called"
+            f"{_KEY}: row {number} of {folder} names {name[:99]!r}, as no file can be called"
         ) from error
     if hidden or outside:
-        raise ValueError(f"{KEY}: {name!r} in the metadata of {folder} is hidden or leads out of the folder")
+        raise ValueError(f"{_KEY}: {name!r} in the metadata of {folder} is hidden or leads out of the folder")
     if not found:
-        raise FileNotFoundError(f"{KEY}: {folder} has no {name!r}, which its metadata names")
+        raise FileNotFoundError(f"{_KEY}: {folder} has no {name!r}, which its metadata names")
     return path
 
 
-def captions_of(row: dict[str, Any], number: int, config: DownloadConfig) -> list[str]:
+def _captions_of(row: dict[str, Any], number: int, config: DownloadConfig) -> list[str]:
     """The captions of a row: one or a list of them, empty where it is null."""
     value = row[config.caption_column]
     captions = (value or [""]) if isinstance(value, list) else [value]
@@ -263,7 +269,7 @@ def captions_of(row: dict[str, Any], number: int, config: DownloadConfig) -> lis
     return [caption or "" for caption in captions]
 
 
-def require_columns(columns: Iterable[str] | None, config: DownloadConfig) -> None:
+def _require_columns(columns: Iterable[str] | None, config: DownloadConfig) -> None:
     known = list(columns or ())
     for key in ("image_column", "caption_column"):
         column = getattr(config, key)
@@ -273,13 +279,13 @@ def require_columns(columns: Iterable[str] | None, config: DownloadConfig) -> No
             )
 
 
-def licence(folder: Path) -> str | list[str] | None:
+def _licence(folder: Path) -> str | list[str] | None:
     """The licence in the header of the data set's card; None if it names none."""
-    card = folder / CARD
+    card = folder / _CARD_FILE
     header = metadata_load(card) if card.is_file() else None
     return (header or {}).get("license")
 
 
-def suffix(image: bytes) -> str:
+def _image_suffix(image: bytes) -> str:
     """The usual ending for an image file's content; `.img` for what is not known."""
-    return next((ending for magic, ending in SUFFIXES.items() if image.startswith(magic)), ".img")
+    return next((ending for magic, ending in _IMAGE_SUFFIXES.items() if image.startswith(magic)), ".img")

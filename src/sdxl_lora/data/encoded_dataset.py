@@ -23,9 +23,9 @@ from sdxl_lora.storage.repository import DIGEST_PREFIX
 
 Split = Literal["train", "held_out"]
 INDEX = "index.jsonl"
-OF_IMAGE = ("latents_mean", "latents_std", "time_ids")
+_OF_IMAGE = ("latents_mean", "latents_std", "time_ids")
 """What a mirrored image has of its own. Its caption's tensors are those of the image as it is."""
-OF_CAPTION = ("token_ids", "prompt_embeds", "pooled_prompt_embeds")
+_OF_CAPTION = ("token_ids", "prompt_embeds", "pooled_prompt_embeds")
 """What a further caption of an image has of its own."""
 FLIPPED, MORE = "flipped.", "more."
 """Before the names of what a shard holds of mirrored images, and of further captions."""
@@ -105,7 +105,7 @@ class Batch:
 
     def digest(self) -> str:
         """A hash of names, types, shapes and bits of all tensors."""
-        return tensors_digest(self.tensors())
+        return _tensors_digest(self.tensors())
 
     @classmethod
     def cat(cls, batches: Sequence[Self]) -> Self:
@@ -114,7 +114,7 @@ class Batch:
         return cls(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
 
-def tensors_digest(tensors: Mapping[str, Tensor | None]) -> str:
+def _tensors_digest(tensors: Mapping[str, Tensor | None]) -> str:
     """A hash of names, types, shapes and bits; None is left out."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
@@ -126,7 +126,7 @@ def tensors_digest(tensors: Mapping[str, Tensor | None]) -> str:
 
 def text_digest(batch: Batch) -> str:
     """A hash of what a caption was encoded to."""
-    return tensors_digest({name: getattr(batch, name) for name in OF_CAPTION})
+    return _tensors_digest({name: getattr(batch, name) for name in _OF_CAPTION})
 
 
 class EncodedDataset:
@@ -172,12 +172,12 @@ class EncodedDataset:
         """
         example, (flipped, caption) = self.examples[index], variant
         prefix = FLIPPED if flipped else ""
-        names = {name: (prefix if name in OF_IMAGE else "") + name for name in (*OF_IMAGE, *OF_CAPTION)}
+        names = {name: (prefix if name in _OF_IMAGE else "") + name for name in (*_OF_IMAGE, *_OF_CAPTION)}
         batch = Batch(**self._read(example.shard, names, example.row))
         expected = example.flipped_digest if flipped else example.digest
         genuine = not expected or batch.digest() == expected
         if caption > 0:
-            names = {name: MORE + name for name in OF_CAPTION}
+            names = {name: MORE + name for name in _OF_CAPTION}
             batch = replace(batch, **self._read(example.shard, names, example.more_row + caption - 1))
             genuine = genuine and text_digest(batch) == example.more_digests[caption - 1]
         if not genuine:
@@ -266,9 +266,9 @@ def write_shard(
     """
     stored = batch.tensors()
     if flipped is not None:
-        stored |= {FLIPPED + key: getattr(flipped, key) for key in OF_IMAGE}
+        stored |= {FLIPPED + key: getattr(flipped, key) for key in _OF_IMAGE}
     if more is not None:
-        stored |= {MORE + key: getattr(more, key) for key in OF_CAPTION}
+        stored |= {MORE + key: getattr(more, key) for key in _OF_CAPTION}
     tensors = {key: tensor.contiguous() for key, tensor in stored.items() if tensor is not None}
     write_bytes(folder / name, save(tensors))
 

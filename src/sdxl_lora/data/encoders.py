@@ -84,7 +84,7 @@ def embed_captions(text_encoders: TextEncoders, token_ids: Tensor) -> tuple[Tens
     return embed_tokens(text_encoders, to_device(token_ids, text_encoders[0].device))
 
 
-def filled_up(rows: Tensor, size: int) -> Tensor:
+def pad_rows(rows: Tensor, size: int) -> Tensor:
     """`rows`, (B, ...), B <= size, and copies of the last one behind them, (size, ...)."""
     missing = size - len(rows)
     return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows

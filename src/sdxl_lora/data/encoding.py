@@ -13,8 +13,8 @@ from sdxl_lora.config import EncodingConfig
 from sdxl_lora.data.encoding_report import EncodingReport
 from sdxl_lora.data.image_loader import CaptionedImage
 from sdxl_lora.data.images import BadImageError
-from sdxl_lora.data.latent_cache import Entries
-from sdxl_lora.data.shard_writer import write_dataset
+from sdxl_lora.data.latent_cache import LatentCache
+from sdxl_lora.data.shard_writer import write_shards
 from sdxl_lora.data.splits import (
     refuse_empty_split,
     split_by_content,
@@ -22,16 +22,16 @@ from sdxl_lora.data.splits import (
     without_duplicates,
     without_leakage,
 )
-from sdxl_lora.runtime.distributed import processes
+from sdxl_lora.runtime.distributed import distributed_state
 from sdxl_lora.storage.atomic_io import require_disk_space
 
 
 @dataclass(frozen=True)
-class Share:
+class RankShare:
     """What one of several processes, counted from 0, does of a job."""
 
     rank: int
-    processes: int
+    num_processes: int
 
     @property
     def is_first(self) -> bool:
@@ -42,28 +42,28 @@ class Share:
 
         It finds them done, or does them; so it waits for nobody, and there is no barrier to time out at.
         """
-        own = list(rows[self.rank :: self.processes])
+        own = list(rows[self.rank :: self.num_processes])
         if not self.is_first:
             return own
-        return own + [row for number, row in enumerate(rows) if number % self.processes][::-1]
+        return own + [row for number, row in enumerate(rows) if number % self.num_processes][::-1]
 
 
-WHOLE = Share(0, 1)
+_SINGLE_RANK = RankShare(0, 1)
 
 
-def own_share() -> Share:
+def rank_share() -> RankShare:
     """This process's."""
-    state = processes()
-    return Share(state.process_index, state.num_processes)
+    state = distributed_state()
+    return RankShare(state.process_index, state.num_processes)
 
 
 def encode_dataset(
     rows: Sequence[CaptionedImage],
-    entries: Entries,
+    entries: LatentCache,
     config: EncodingConfig,
     folder: Path,
     report: EncodingReport,
-    share: Share = WHOLE,
+    share: RankShare = _SINGLE_RANK,
 ) -> Iterator[int]:
     """Writes the encoded data set into `folder`, yielding the number of images done since the last time.
 
@@ -92,10 +92,10 @@ def encode_dataset(
     if config.near_duplicate_bits is not None:
         sides["held_out"] = without_leakage(sides, entries, config.near_duplicate_bits, report)
         refuse_empty_split(sides, report, len(rows))
-    write_dataset(sides, entries, config, folder, report)
+    write_shards(sides, entries, config, folder, report)
 
 
-def read_captions(path: Path) -> list[CaptionedImage]:
+def read_captioned_images(path: Path) -> list[CaptionedImage]:
     """The images whose captions clean_captions kept, in their order. Equal captions of an image are one.
 
     Raises:

@@ -7,12 +7,12 @@ from sdxl_lora.data.aspect_ratio_buckets import Size, share_kept
 from sdxl_lora.data.encoded_dataset import Batch, Example
 from sdxl_lora.data.image_loader import CaptionedImage
 
-LEAST_KEPT = 0.5
+_LEAST_KEPT = 0.5
 """Share of an image's area below which it is reported that the rest is cut off."""
 
 
 @dataclass(frozen=True)
-class Finding:
+class ImageFinding:
     """Something about an image that whoever collected it should know."""
 
     image: str
@@ -26,7 +26,7 @@ class Finding:
 class EncodingReport:
     """What became of the images."""
 
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[ImageFinding] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list)
     """Width and height of each example's image, pixels."""
@@ -53,8 +53,8 @@ class EncodingReport:
         factor = max(target_height / height, target_width / width)
         if factor > 1:
             detail = f"{width} x {height}, enlarged {factor:.2f} times"
-            self.findings.append(Finding(row.image, "upscaled", False, detail))
+            self.findings.append(ImageFinding(row.image, "upscaled", False, detail))
         kept = share_kept((width, height), (target_width, target_height))
-        if kept < LEAST_KEPT:
+        if kept < _LEAST_KEPT:
             detail = f"{width} x {height}, of which {1 - kept:.0%} are cut off"
-            self.findings.append(Finding(row.image, "cropped", False, detail))
+            self.findings.append(ImageFinding(row.image, "cropped", False, detail))

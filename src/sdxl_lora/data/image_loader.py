@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from sdxl_lora.config import EncodingConfig
 from sdxl_lora.data.aspect_ratio_buckets import bucket_sizes, nearest_size
 from sdxl_lora.data.images import BadImageError, TimeIds, decode_image, fingerprint, resize_and_crop, to_bytes
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 
-MOST_WORKERS = 8
+_MAX_WORKERS = 8
 FEW_IMAGES = 64  # not worth a worker's start
 
 
@@ -48,7 +48,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Picture:
+class DecodedImage:
     """What is made of an image."""
 
     views: tuple[View, ...]
@@ -57,10 +57,10 @@ class Picture:
     """Perceptual hash, packed bits, uint8, (24,)."""
 
 
-Outcome = Picture | BadImageError | OSError | None
+_DecodeResult = DecodedImage | BadImageError | OSError | None
 
 
-class Pictures(Dataset[Outcome]):
+class ImageDataset(Dataset[_DecodeResult]):
     """Decodes row by row. What goes wrong is an outcome too: exceptions lose their kind between processes."""
 
     def __init__(
@@ -75,7 +75,7 @@ class Pictures(Dataset[Outcome]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> Outcome:
+    def __getitem__(self, index: int) -> _DecodeResult:
         row = self._rows[index]
         if not self._needed(row):
             return None
@@ -84,17 +84,17 @@ class Pictures(Dataset[Outcome]):
         except (BadImageError, OSError) as error:
             return error
 
-    def decode(self, row: CaptionedImage) -> Picture:
+    def decode(self, row: CaptionedImage) -> DecodedImage:
         content = (self._folder / row.image).read_bytes()
         if hashlib.sha256(content).hexdigest() != row.id:
             raise BadImageError(
                 "changed", "not the file that was downloaded: run `dvc repro download_dataset`"
             )
         image = decode_image(content)
-        views = [self.view(image, generator("crop", row.id))]
+        views = [self.view(image, keyed_generator("crop", row.id))]
         if self._config.flip:
-            views.append(self.view(ImageOps.mirror(image), generator("crop", row.id, "flipped")))
-        return Picture(tuple(views), fingerprint(image))
+            views.append(self.view(ImageOps.mirror(image), keyed_generator("crop", row.id, "flipped")))
+        return DecodedImage(tuple(views), fingerprint(image))
 
     def view(self, image: Image.Image, random: torch.Generator) -> View:
         """The part of an image that the model is shown. A mirrored image is one like any other."""
@@ -104,12 +104,12 @@ class Pictures(Dataset[Outcome]):
         return View(to_bytes(part), time_ids)
 
 
-def decode_pictures(
+def decode_images(
     rows: Sequence[CaptionedImage],
     folder: Path,
     config: EncodingConfig,
     needed: Callable[[CaptionedImage], bool],
-) -> Iterator[Picture | BadImageError | None]:
+) -> Iterator[DecodedImage | BadImageError | None]:
     """The picture of each row in order, or why there is none; None for rows that are not needed.
 
     Raises:
@@ -117,14 +117,14 @@ def decode_pictures(
     """
     if not rows:
         return
-    workers = min(MOST_WORKERS, len(os.sched_getaffinity(0))) if len(rows) >= FEW_IMAGES else 0
-    pictures = Pictures(rows, folder, config, needed)
-    for outcome in DataLoader(pictures, batch_size=None, num_workers=workers, collate_fn=as_it_is):
+    workers = min(_MAX_WORKERS, len(os.sched_getaffinity(0))) if len(rows) >= FEW_IMAGES else 0
+    pictures = ImageDataset(rows, folder, config, needed)
+    for outcome in DataLoader(pictures, batch_size=None, num_workers=workers, collate_fn=_keep_as_is):
         if isinstance(outcome, OSError):
             raise outcome
         yield outcome
 
 
-def as_it_is(outcome: Any) -> Any:
+def _keep_as_is(outcome: Any) -> Any:
     """Keeps the loader from looking into what it loads."""
     return outcome

@@ -11,22 +11,22 @@ import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-Crop = Literal["center", "random"]
-Fault = Literal[
+_Crop = Literal["center", "random"]
+_ImageFault = Literal[
     "empty", "not_an_image", "damaged", "too_many_pixels", "unknown_white", "bad_colour_profile", "changed"
 ]
 TimeIds = tuple[int, int, int, int, int, int]
 
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is opened. Pillow knows more, and would start Ghostscript for some of it."""
-HASH_SIDE = 8
-FINGERPRINT_BITS = 3 * HASH_SIDE**2
+_HASH_SIDE = 8
+FINGERPRINT_BITS = 3 * _HASH_SIDE**2
 
 
 class BadImageError(ValueError):
     """A file that cannot become a picture, and why."""
 
-    def __init__(self, fault: Fault, reason: str) -> None:
+    def __init__(self, fault: _ImageFault, reason: str) -> None:
         super().__init__(fault, reason)
         self.fault = fault
         self.reason = reason
@@ -47,21 +47,21 @@ def decode_image(content: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
                 image.seek(0)
                 image.load()
-                return on_white(in_srgb(in_eight_bits(ImageOps.exif_transpose(image))))
+                return _on_white(_in_srgb(_in_eight_bits(ImageOps.exif_transpose(image))))
     except BadImageError:
         raise
     except UnidentifiedImageError as error:
-        raise BadImageError("not_an_image", f"none of {', '.join(FORMATS)}") from error
+        raise BadImageError("not_an_image", f"none of {', '.join(_FORMATS)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImageError("too_many_pixels", str(error)) from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:  # what Pillow's decoders raise
         raise BadImageError("damaged", str(error)) from error
 
 
-def in_eight_bits(image: Image.Image) -> Image.Image:
+def _in_eight_bits(image: Image.Image) -> Image.Image:
     """Greys of 16 bits as 8; Pillow's own conversion clips them at 255.
 
     Raises:
@@ -78,7 +78,7 @@ def in_eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def in_srgb(image: Image.Image) -> Image.Image:
+def _in_srgb(image: Image.Image) -> Image.Image:
     """Colours as the embedded ICC profile means them, as RGB with or without alpha; without a profile as is.
 
     Raises:
@@ -95,7 +95,7 @@ def in_srgb(image: Image.Image) -> Image.Image:
     colours = image.convert(image.mode.removesuffix("A")) if alpha else image
     try:
         embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        converted = ImageCms.profileToProfile(colours, embedded, srgb(), outputMode="RGB")
+        converted = ImageCms.profileToProfile(colours, embedded, _srgb(), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError) as error:
         raise BadImageError("bad_colour_profile", f"its colour profile does not fit it: {error}") from error
     assert converted is not None  # None is for conversions in place
@@ -105,11 +105,11 @@ def in_srgb(image: Image.Image) -> Image.Image:
 
 
 @cache
-def srgb() -> ImageCms.ImageCmsProfile:
+def _srgb() -> ImageCms.ImageCmsProfile:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
-def on_white(image: Image.Image) -> Image.Image:
+def _on_white(image: Image.Image) -> Image.Image:
     """`image` as RGB, its transparent parts white."""
     if not image.has_transparency_data:
         return image.convert("RGB")
@@ -119,7 +119,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def resize_and_crop(
-    image: Image.Image, size: tuple[int, int], crop: Crop, generator: torch.Generator
+    image: Image.Image, size: tuple[int, int], crop: _Crop, generator: torch.Generator
 ) -> tuple[Image.Image, TimeIds]:
     """The part that the model is shown, and SDXL's size conditions (Podell et al. 2023, section 2.2).
 
@@ -173,6 +173,6 @@ def fingerprint(image: Image.Image) -> Tensor:
     The perceptual hash (`imagehash.phash`: signs of low frequencies) of each colour: of greys alone, a euro
     and a yen banknote would pass for one picture.
     """
-    small = image.resize((4 * HASH_SIDE, 4 * HASH_SIDE), Image.Resampling.LANCZOS)
-    bits = [imagehash.phash(channel, HASH_SIDE).hash for channel in small.split()]
+    small = image.resize((4 * _HASH_SIDE, 4 * _HASH_SIDE), Image.Resampling.LANCZOS)
+    bits = [imagehash.phash(channel, _HASH_SIDE).hash for channel in small.split()]
     return torch.from_numpy(np.packbits(np.concatenate(bits, axis=None)))

@@ -24,20 +24,20 @@ from sdxl_lora.data.encoders import (
     Encoders,
     embed_captions,
     encode_images,
-    filled_up,
+    pad_rows,
     weights_digest,
 )
-from sdxl_lora.data.image_loader import CaptionedImage, Picture, View, decode_pictures
+from sdxl_lora.data.image_loader import CaptionedImage, DecodedImage, View, decode_images
 from sdxl_lora.data.images import BadImageError
 from sdxl_lora.models.sdxl import DTYPES
 from sdxl_lora.models.tokenizers import tokenize
-from sdxl_lora.runtime.device import machine
-from sdxl_lora.runtime.transfers import fetch, to_device
-from sdxl_lora.storage.content_store import Store, content_key
+from sdxl_lora.runtime.device import compute_fingerprint
+from sdxl_lora.runtime.transfers import copy_to_host_async, to_device
+from sdxl_lora.storage.content_store import ContentStore, content_key
 from sdxl_lora.storage.repository import file_digest
 
 PACKAGE = Path(__file__).parents[1]
-CODE_OF_PICTURES = ("data/images",)
+_CODE_OF_PICTURES = ("data/images",)
 """Modules that say what an entry of this kind holds: if one changes, it is made again."""
 CODE_OF_LATENTS = (
     "data/aspect_ratio_buckets",
@@ -49,15 +49,15 @@ CODE_OF_LATENTS = (
     "kernels/triton/group_norm",
     "models/fused",
 )
-CODE_OF_TEXTS = ("data/encoders", "models/sdxl")
-IMAGE_LIBRARIES = ("pillow", "imagehash", "numpy")
-LAYER = "penultimate"
-IN_FLIGHT = 2
+_CODE_OF_TEXTS = ("data/encoders", "models/sdxl")
+_IMAGE_LIBRARIES = ("pillow", "imagehash", "numpy")
+_LAYER = "penultimate"
+_IN_FLIGHT = 2
 """Batches that a GPU is left with while what came before them is written: it never waits for the next."""
 
 
 @dataclass(frozen=True)
-class Job:
+class _EncodeJob:
     """A view that is still to be encoded."""
 
     row: CaptionedImage
@@ -65,10 +65,10 @@ class Job:
     view: View
 
 
-class Entries:
+class LatentCache:
     """The store as one configuration of models and params sees it."""
 
-    def __init__(self, store: Store, encoders: Encoders, config: EncodingConfig, images: Path) -> None:
+    def __init__(self, store: ContentStore, encoders: Encoders, config: EncodingConfig, images: Path) -> None:
         """Knows the store's keys.
 
         Args:
@@ -76,23 +76,23 @@ class Entries:
         """
         self._store, self._encoders, self._config, self._images = store, encoders, config, images
         self._device = encoders.vae.device
-        self._of_picture = {"code": code_version(CODE_OF_PICTURES, IMAGE_LIBRARIES)}
+        self._of_picture = {"code": _code_version(_CODE_OF_PICTURES, _IMAGE_LIBRARIES)}
         self._of_latents = {
             **config.model_dump(
                 include={"resolution", "aspect_ratios", "crop", "vae_precision", "vae_tile", "batch_size"}
             ),
             "vae": weights_digest(encoders.vae),
-            "machine": machine(self._device),
-            "code": code_version(CODE_OF_LATENTS, (*IMAGE_LIBRARIES, "torch", "diffusers")),
+            "machine": compute_fingerprint(self._device),
+            "code": _code_version(CODE_OF_LATENTS, (*_IMAGE_LIBRARIES, "torch", "diffusers")),
         }
         self._of_text: dict[str, Any] | None = None
         if encoders.text_encoders is not None:
             self._of_text = {
                 **config.model_dump(include={"text_precision", "batch_size"}),
                 "encoders": [weights_digest(encoder) for encoder in encoders.text_encoders],
-                "layer": LAYER,
-                "machine": machine(self._device),
-                "code": code_version(CODE_OF_TEXTS, ("torch", "transformers")),
+                "layer": _LAYER,
+                "machine": compute_fingerprint(self._device),
+                "code": _code_version(_CODE_OF_TEXTS, ("torch", "transformers")),
             }
 
     def encode(self, rows: Sequence[CaptionedImage]) -> Iterator[tuple[CaptionedImage, BadImageError | None]]:
@@ -105,11 +105,11 @@ class Entries:
             ValueError: latents are not finite, or a batch does not fit into the GPU's memory.
             OSError: an image file is missing.
         """
-        waiting: dict[torch.Size, list[Job]] = defaultdict(list)
+        waiting: dict[torch.Size, list[_EncodeJob]] = defaultdict(list)
         captions: list[Tensor] = []
         unwritten: deque[Callable[[], None]] = deque()
         lacking = [row for row in rows if self._lacks_picture(row)]
-        decoded = decode_pictures(lacking, self._images, self._config, self._lacks_picture)
+        decoded = decode_images(lacking, self._images, self._config, self._lacks_picture)
         expected = {row.id for row in lacking}
         for row in rows:
             picture = next(decoded) if row.id in expected else None
@@ -128,7 +128,7 @@ class Entries:
                 if len(captions) == self._config.batch_size:
                     unwritten.append(self._embed(captions))
                     captions = []
-            while len(unwritten) > IN_FLIGHT:
+            while len(unwritten) > _IN_FLIGHT:
                 unwritten.popleft()()
             yield row, None
         unwritten.extend(map(self._encode, waiting.values()))
@@ -179,21 +179,21 @@ class Entries:
         assert entry is not None, key
         return entry
 
-    def _lacking_latents(self, row: CaptionedImage, picture: Picture) -> list[Job]:
+    def _lacking_latents(self, row: CaptionedImage, picture: DecodedImage) -> list[_EncodeJob]:
         """What of a picture is still to be encoded; what is known of it without that, is put down."""
         self._store.put(self._picture_key(row), {"fingerprint": picture.fingerprint})
-        jobs = [Job(row, bool(number), view) for number, view in enumerate(picture.views)]
+        jobs = [_EncodeJob(row, bool(number), view) for number, view in enumerate(picture.views)]
         return [job for job in jobs if self._latents_key(row, job.flipped) not in self._store]
 
-    def _encode(self, jobs: Sequence[Job]) -> Callable[[], None]:
+    def _encode(self, jobs: Sequence[_EncodeJob]) -> Callable[[], None]:
         """Begins to encode the jobs; what it returns puts their latents into the store."""
-        with explained_memory_errors(self._config):
+        with _explain_out_of_memory(self._config):
             levels = torch.stack([to_device(job.view.levels, self._device) for job in jobs])
-            mean, std = encode_images(self._encoders.vae, filled_up(levels, self._config.batch_size))
+            mean, std = encode_images(self._encoders.vae, pad_rows(levels, self._config.batch_size))
             finite = (mean.isfinite() & std.isfinite()).flatten(1).all(1)
-        return partial(self._put_latents, jobs, fetch(mean, std, finite))
+        return partial(self._put_latents, jobs, copy_to_host_async(mean, std, finite))
 
-    def _put_latents(self, jobs: Sequence[Job], fetched: Callable[[], tuple[Tensor, ...]]) -> None:
+    def _put_latents(self, jobs: Sequence[_EncodeJob], fetched: Callable[[], tuple[Tensor, ...]]) -> None:
         mean, std, finite = fetched()
         for number, job in enumerate(jobs):
             part = slice(number, number + 1)
@@ -212,10 +212,10 @@ class Entries:
     def _embed(self, captions: Sequence[Tensor]) -> Callable[[], None]:
         """Begins to embed captions, given as token ids; what it returns puts them into the store."""
         assert self._encoders.text_encoders is not None
-        token_ids = filled_up(torch.cat(list(captions)), self._config.batch_size)
-        with explained_memory_errors(self._config):
+        token_ids = pad_rows(torch.cat(list(captions)), self._config.batch_size)
+        with _explain_out_of_memory(self._config):
             embeds = embed_captions(self._encoders.text_encoders, token_ids)
-        return partial(self._put_texts, captions, fetch(*embeds))
+        return partial(self._put_texts, captions, copy_to_host_async(*embeds))
 
     def _put_texts(self, captions: Sequence[Tensor], fetched: Callable[[], tuple[Tensor, ...]]) -> None:
         prompt_embeds, pooled = fetched()
@@ -246,14 +246,14 @@ class Entries:
         return content_key("text", token_ids=token_ids.tolist(), **self._of_text)
 
 
-def code_version(modules: Sequence[str], libraries: Sequence[str]) -> dict[str, str]:
+def _code_version(modules: Sequence[str], libraries: Sequence[str]) -> dict[str, str]:
     """The source of our modules, as a hash, and the versions of the libraries that they call."""
     sources = {module: file_digest(PACKAGE / f"{module}.py") for module in modules}
     return sources | {library: version(library) for library in libraries}
 
 
 @contextmanager
-def explained_memory_errors(config: EncodingConfig) -> Iterator[None]:
+def _explain_out_of_memory(config: EncodingConfig) -> Iterator[None]:
     """Turns a full GPU into an error that names the keys to lower."""
     try:
         yield

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROWS_AT_ONCE = 256
-NONE = np.iinfo(np.uint16).max
+NO_MATCH = np.iinfo(np.uint16).max
 
 
 def nearest_earlier(
@@ -19,12 +19,12 @@ def nearest_earlier(
         stop: look among the first `stop` rows only; None: among all.
 
     Returns:
-        Numbers of the nearest rows, the first of equals, (N,), and distances, (N,); `NONE` where there is no
-        row to compare with.
+        Numbers of the nearest rows, the first of equals, (N,), and distances, (N,); `NO_MATCH`
+        where there is no row to compare with.
     """
     words = np.ascontiguousarray(fingerprints).view(np.uint64)
     nearest = np.zeros(len(words), dtype=np.int64)
-    least = np.full(len(words), NONE, dtype=np.uint16)
+    least = np.full(len(words), NO_MATCH, dtype=np.uint16)
     for start in range(0, len(words), ROWS_AT_ONCE):
         block = words[start : start + ROWS_AT_ONCE]
         others = words[: min(start + len(block), len(words) if stop is None else stop)]
@@ -32,7 +32,7 @@ def nearest_earlier(
         for word in range(words.shape[1]):
             distances += np.bitwise_count(block[:, word, None] ^ others[None, :, word])
         later = np.arange(len(others))[None, :] >= np.arange(start, start + len(block))[:, None]
-        distances[later] = NONE
+        distances[later] = NO_MATCH
         if distances.size:
             rows = slice(start, start + len(block))
             nearest[rows], least[rows] = distances.argmin(axis=1), distances.min(axis=1)

@@ -18,12 +18,12 @@ from sdxl_lora.data.encoded_dataset import (
 )
 from sdxl_lora.data.encoding_report import EncodingReport
 from sdxl_lora.data.image_loader import CaptionedImage
-from sdxl_lora.data.latent_cache import Entries
+from sdxl_lora.data.latent_cache import LatentCache
 
 
-def write_dataset(
+def write_shards(
     sides: dict[Split, list[CaptionedImage]],
-    entries: Entries,
+    entries: LatentCache,
     config: EncodingConfig,
     folder: Path,
     report: EncodingReport,
@@ -34,9 +34,9 @@ def write_dataset(
     partial.mkdir(parents=True)
     for split, members in sides.items():
         written: dict[str, Example] = {}
-        for number, rows in enumerate(shards_of_one_size(members, entries, config)):
+        for number, rows in enumerate(_shards_of_one_size(members, entries, config)):
             shard = f"{split}-{number:05d}.safetensors"
-            examples = [Encoded(row, entries, config.flip) for row in rows]
+            examples = [_EncodedRow(row, entries, config.flip) for row in rows]
             flipped = [batch for example in examples for batch in example.flipped]
             more_captions = [batch for example in examples for batch in example.captioned_otherwise]
             write_shard(
@@ -57,10 +57,10 @@ def write_dataset(
     partial.replace(folder)
 
 
-class Encoded:
+class _EncodedRow:
     """All that was encoded of a row: each a batch of one."""
 
-    def __init__(self, row: CaptionedImage, entries: Entries, flip: bool) -> None:
+    def __init__(self, row: CaptionedImage, entries: LatentCache, flip: bool) -> None:
         self._row = row
         self.first = entries.example(row)
         """The image as it is with its first caption."""
@@ -87,8 +87,8 @@ class Encoded:
         )
 
 
-def shards_of_one_size(
-    rows: Sequence[CaptionedImage], entries: Entries, config: EncodingConfig
+def _shards_of_one_size(
+    rows: Sequence[CaptionedImage], entries: LatentCache, config: EncodingConfig
 ) -> Iterator[list[CaptionedImage]]:
     """The rows of each shard, size by size, in the order of the data set within each."""
     by_size: dict[Size, list[CaptionedImage]] = defaultdict(list)

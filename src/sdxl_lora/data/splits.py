@@ -9,10 +9,10 @@ import numpy as np
 
 from sdxl_lora.config import EncodingConfig
 from sdxl_lora.data.encoded_dataset import Split
-from sdxl_lora.data.encoding_report import EncodingReport, Finding
+from sdxl_lora.data.encoding_report import EncodingReport, ImageFinding
 from sdxl_lora.data.image_loader import CaptionedImage
 from sdxl_lora.data.images import FINGERPRINT_BITS, BadImageError
-from sdxl_lora.data.latent_cache import Entries
+from sdxl_lora.data.latent_cache import LatentCache
 from sdxl_lora.data.near_duplicates import nearest_earlier
 
 
@@ -22,7 +22,7 @@ def without_duplicates(rows: Sequence[CaptionedImage], report: EncodingReport) -
     for row in rows:
         if row.id in first:
             detail = f"same file as {first[row.id].image}"
-            report.findings.append(Finding(row.image, "duplicate", True, detail))
+            report.findings.append(ImageFinding(row.image, "duplicate", True, detail))
         else:
             first[row.id] = row
     return list(first.values())
@@ -39,7 +39,9 @@ def without_bad_images(
     Raises:
         ValueError: there are others, and encoding.strict is true; names them all.
     """
-    bad = [Finding(r.image, faults[r.id].fault, True, faults[r.id].reason) for r in rows if r.id in faults]
+    bad = [
+        ImageFinding(r.image, faults[r.id].fault, True, faults[r.id].reason) for r in rows if r.id in faults
+    ]
     if bad and config.strict:
         lines = "".join(f"  {finding.image}: {finding.detail} ({finding.kind})\n" for finding in bad)
         raise ValueError(
@@ -80,7 +82,7 @@ def refuse_empty_split(
 
 
 def without_leakage(
-    sides: dict[Split, list[CaptionedImage]], entries: Entries, bits: int, report: EncodingReport
+    sides: dict[Split, list[CaptionedImage]], entries: LatentCache, bits: int, report: EncodingReport
 ) -> list[CaptionedImage]:
     """The held-out rows whose picture is not nearly a training one; near duplicates go into `report`."""
     rows = [*sides["train"], *sides["held_out"]]
@@ -95,7 +97,7 @@ def without_leakage(
         if distance[number] <= bits:
             detail = f"{distance[number]} of {FINGERPRINT_BITS} bits from {rows[other[number]].image}"
             kind = "leakage" if leaks else "near_duplicate"
-            report.findings.append(Finding(row.image, kind, leaks, detail))
+            report.findings.append(ImageFinding(row.image, kind, leaks, detail))
         if number >= num_train and not leaks:
             kept.append(row)
     return kept

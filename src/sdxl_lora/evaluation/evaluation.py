@@ -12,22 +12,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdxl_lora.adapters.lora import strength
+from sdxl_lora.adapters.lora import adapter_strength
 from sdxl_lora.config import EvaluationConfig
 from sdxl_lora.data.encoded_dataset import EncodedDataset
 from sdxl_lora.data.images import decode_image
 from sdxl_lora.evaluation.clip import ImageTextScorer
-from sdxl_lora.evaluation.memorization import Match, copied_share, copy_threshold, matches
+from sdxl_lora.evaluation.memorization import Match, copied_share, copy_threshold, nearest_training_images
 from sdxl_lora.evaluation.metrics import interval, resamples
 from sdxl_lora.evaluation.sample_metrics import as_numbers, interval_rows, measure, sample_metrics
 from sdxl_lora.inference.samples import Sample
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training.denoiser import Denoiser
 
 LOSS_COLUMNS = ("timestep", "base", "adapter", "change_percent", "change_percent_low", "change_percent_high")
 
 
-Job = tuple[int, int, int]
+_LossMeasurement = tuple[int, int, int]
 """Example index, timestep, and number of the noise, of an error to be measured."""
 
 
@@ -47,30 +47,34 @@ def held_out_errors(
     denoiser: Denoiser, dataset: EncodedDataset, config: EvaluationConfig
 ) -> Iterator[list[HeldOutError]]:
     """Unweighted denoising errors of held-out examples with and without the adapter, a batch at a time."""
-    for batch_jobs in batches_of_one_size(held_out_jobs(dataset, config), dataset, config.batch_size):
+    for batch_jobs in _batches_of_one_size(held_out_jobs(dataset, config), dataset, config.batch_size):
         batch = dataset.batch([index for index, _, _ in batch_jobs]).to(denoiser.device)
         timesteps = torch.tensor([timestep for _, timestep, _ in batch_jobs], device=denoiser.device)
         keys = [(dataset.examples[index].id, timestep, number) for index, timestep, number in batch_jobs]
         latents = batch.latents_mean.float()
-        noise = torch.stack([evaluation_noise(latents.shape[1:], config.seed, *key) for key in keys])
+        noise = torch.stack([_evaluation_noise(latents.shape[1:], config.seed, *key) for key in keys])
         errors = {}
         for name, value in (("base", 0.0), ("adapter", 1.0)):
-            with strength(denoiser.modules, value):
-                errors[name] = denoiser.errors(batch, latents, noise.to(denoiser.device), timesteps).tolist()
+            with adapter_strength(denoiser.modules, value):
+                errors[name] = denoiser.per_example_mse(
+                    batch, latents, noise.to(denoiser.device), timesteps
+                ).tolist()
         ids = [example for example, _, _ in keys]
         columns = zip(ids, timesteps.tolist(), errors["base"], errors["adapter"], strict=True)
         yield [HeldOutError(*column) for column in columns]
 
 
-def held_out_jobs(dataset: EncodedDataset, config: EvaluationConfig) -> list[Job]:
+def held_out_jobs(dataset: EncodedDataset, config: EvaluationConfig) -> list[_LossMeasurement]:
     """Every error that is to be measured."""
     num_examples = min(len(dataset), config.max_examples or len(dataset))
     return list(product(range(num_examples), config.timesteps, range(config.noises)))
 
 
-def batches_of_one_size(jobs: Sequence[Job], dataset: EncodedDataset, most: int) -> Iterator[list[Job]]:
+def _batches_of_one_size(
+    jobs: Sequence[_LossMeasurement], dataset: EncodedDataset, most: int
+) -> Iterator[list[_LossMeasurement]]:
     """The jobs in batches of at most `most`, with latents of one size each."""
-    by_size: dict[torch.Size, list[Job]] = defaultdict(list)
+    by_size: dict[torch.Size, list[_LossMeasurement]] = defaultdict(list)
     for job in jobs:
         by_size[dataset.latents_shapes[job[0]]].append(job)
     for alike in by_size.values():
@@ -78,9 +82,9 @@ def batches_of_one_size(jobs: Sequence[Job], dataset: EncodedDataset, most: int)
             yield alike[start : start + most]
 
 
-def evaluation_noise(shape: torch.Size, seed: int, example: str, timestep: int, number: int) -> Tensor:
+def _evaluation_noise(shape: torch.Size, seed: int, example: str, timestep: int, number: int) -> Tensor:
     """Standard normal noise for one example at one timestep, on the CPU."""
-    return torch.randn(shape, generator=generator(seed, "evaluation", example, timestep, number))
+    return torch.randn(shape, generator=keyed_generator(seed, "evaluation", example, timestep, number))
 
 
 def held_out_loss(errors: Sequence[HeldOutError], config: EvaluationConfig) -> dict[str, float]:
@@ -88,11 +92,11 @@ def held_out_loss(errors: Sequence[HeldOutError], config: EvaluationConfig) -> d
 
     The bootstrap (Efron & Tibshirani 1993) resamples examples, not draws: an example's draws are alike.
     """
-    means = example_means(errors)
+    means = _example_means(errors)
     key = (config.seed, "bootstrap", "held_out_loss")
-    indices = resamples(len(means), config.resamples, generator(*key))
+    indices = resamples(len(means), config.resamples, keyed_generator(*key))
     base, adapter = means.mean(0).tolist()
-    drawn = change_percent(*means[indices].mean(1).unbind(-1))
+    drawn = _change_percent(*means[indices].mean(1).unbind(-1))
     low, high = interval(drawn, config.confidence)
     return {
         "base": base,
@@ -103,11 +107,11 @@ def held_out_loss(errors: Sequence[HeldOutError], config: EvaluationConfig) -> d
     }
 
 
-def change_percent(base: Tensor, adapter: Tensor) -> Tensor:
+def _change_percent(base: Tensor, adapter: Tensor) -> Tensor:
     return 100 * (adapter / base - 1)
 
 
-def example_means(errors: Sequence[HeldOutError]) -> Tensor:
+def _example_means(errors: Sequence[HeldOutError]) -> Tensor:
     """Mean error of each example with base model and adapter, fp64, (N, 2)."""
     by_example: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for error in errors:
@@ -126,7 +130,7 @@ def loss_by_timestep(errors: Sequence[HeldOutError], config: EvaluationConfig) -
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageSets:
     """Samples and the real images that they are held against, on disk."""
 
     samples: Path
@@ -140,7 +144,7 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class _SampleEvaluation:
     """What the samples are worth."""
 
     figures: dict[str, object]
@@ -153,8 +157,8 @@ class Verdict:
 
 
 def evaluate_samples(
-    samples: Sequence[Sample], pictures: Pictures, scorer: ImageTextScorer, config: EvaluationConfig
-) -> Verdict:
+    samples: Sequence[Sample], pictures: ImageSets, scorer: ImageTextScorer, config: EvaluationConfig
+) -> _SampleEvaluation:
     """Scores the samples and holds them against the data set's images.
 
     Raises:
@@ -168,7 +172,7 @@ def evaluate_samples(
         for names in (pictures.held_out, pictures.training)
     )
     threshold = copy_threshold(held_out, training, config.copy_quantile)
-    found = matches(samples, features, pictures.training, training, threshold)
+    found = nearest_training_images(samples, features, pictures.training, training, threshold)
     figures: dict[str, object] = {"copy_threshold": threshold}
     intervals = []
     for origin in dict.fromkeys(sample.origin for sample in samples):
@@ -179,4 +183,4 @@ def evaluate_samples(
         numbers = {**as_numbers(measurements), "copied": copied_share([found[row] for row in rows])}
         figures |= numbers if origin == "free" else {f"{origin}_captions": numbers}
         intervals += interval_rows(measurements, origin)
-    return Verdict(figures, intervals, found)
+    return _SampleEvaluation(figures, intervals, found)

@@ -26,7 +26,7 @@ class Gate:
     """Why it failed; empty if it passed."""
 
 
-def judge(metrics: Mapping[str, Any], config: GatesConfig) -> list[Gate]:
+def evaluate_gates(metrics: Mapping[str, Any], config: GatesConfig) -> list[Gate]:
     """Every demand that `config` makes, held against the figures of `metrics.json`.
 
     A demand on something that was not measured fails.
@@ -42,13 +42,13 @@ def judge(metrics: Mapping[str, Any], config: GatesConfig) -> list[Gate]:
     limits = config.model_dump()
     assert set(limits) == {name for name, _, _ in demands}, "every key of evaluation.gates is judged"
     return [
-        gate(name, ".".join(figure), figure_at(metrics, figure), bound, limits[name])
+        _gate(name, ".".join(figure), _figure_at(metrics, figure), bound, limits[name])
         for name, bound, figure in demands
         if limits[name] is not None
     ]
 
 
-def gate(name: str, figure: str, value: float | None, bound: str, limit: float) -> Gate:
+def _gate(name: str, figure: str, value: float | None, bound: str, limit: float) -> Gate:
     if value is None:
         return Gate(name, figure, None, limit, False, f"{figure} was not measured")
     passed = value <= limit if bound == "at_most" else value >= limit
@@ -57,7 +57,7 @@ def gate(name: str, figure: str, value: float | None, bound: str, limit: float) 
     return Gate(name, figure, value, limit, passed, reason)
 
 
-def figure_at(metrics: Mapping[str, Any], keys: tuple[str, ...]) -> float | None:
+def _figure_at(metrics: Mapping[str, Any], keys: tuple[str, ...]) -> float | None:
     """The figure under these keys; None if there is none."""
     for key in keys:
         if key not in metrics:
@@ -67,7 +67,7 @@ def figure_at(metrics: Mapping[str, Any], keys: tuple[str, ...]) -> float | None
     return float(value)
 
 
-def verdict(gates: list[Gate]) -> dict[str, int]:
+def gate_verdict(gates: list[Gate]) -> dict[str, int]:
     """1 for what passed and 0 for what failed, by gate and in all."""
     return {"all": int(all(gate.passed for gate in gates)), **{gate.name: int(gate.passed) for gate in gates}}
 

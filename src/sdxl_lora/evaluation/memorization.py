@@ -42,7 +42,7 @@ def copy_threshold(held_out_features: Tensor, training_features: Tensor, quantil
     return similarities.double().quantile(quantile).item()
 
 
-def matches(
+def nearest_training_images(
     samples: Sequence[Sample],
     features: Tensor,
     training_images: Sequence[str],

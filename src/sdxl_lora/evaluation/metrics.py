@@ -6,8 +6,8 @@ Features are what CLIP (Radford et al. 2021, arXiv:2103.00020) makes of images a
 import torch
 from torch import Tensor
 
-CMMD_SIGMA = 10.0
-CMMD_SCALE = 1000.0
+_CMMD_SIGMA = 10.0
+_CMMD_SCALE = 1000.0
 
 
 def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def cmmd(within_first: Tensor, within_second: Tensor, across: Tensor) -> Tensor:
         within_second: the same for the second set, (N, N).
         across: `gaussian_kernel` of each pair across, (M, N).
     """
-    return CMMD_SCALE * (within_first.nanmean() + within_second.nanmean() - 2 * across.mean())
+    return _CMMD_SCALE * (within_first.nanmean() + within_second.nanmean() - 2 * across.mean())
 
 
 def gaussian_kernel(first: Tensor, second: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def gaussian_kernel(first: Tensor, second: Tensor) -> Tensor:
         first: (M, D), each of length 1.
         second: (N, D), each of length 1.
     """
-    return torch.exp(-torch.cdist(first.double(), second.double()).square() / (2 * CMMD_SIGMA**2))
+    return torch.exp(-torch.cdist(first.double(), second.double()).square() / (2 * _CMMD_SIGMA**2))
 
 
 def pairs(matrix: Tensor) -> Tensor:

@@ -24,13 +24,13 @@ from sdxl_lora.evaluation.metrics import (
     zero_shot_probability,
 )
 from sdxl_lora.inference.samples import Origin, Sample, strength_name
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.rng import keyed_generator
 
 INTERVAL_COLUMNS = ("origin", "metric", "strength", "value", "low", "high")
-FEWEST_PICTURES = 3
+_FEWEST_PICTURES = 3
 """Behind a distance or a diversity: two are one pair, whose interval would be a point."""
 
-Statistic = Callable[[Tensor], Tensor]
+_Statistic = Callable[[Tensor], Tensor]
 """A figure of the samples at these indices, (N,): a scalar."""
 
 
@@ -41,12 +41,12 @@ class Metric:
     name: str
     num_samples: int
     """At each strength."""
-    statistics: dict[str, Statistic] = field(default_factory=dict)
+    statistics: dict[str, _Statistic] = field(default_factory=dict)
     """By strength."""
 
 
 @dataclass(frozen=True)
-class Measurement:
+class _Measurement:
     """A metric's values, and what the bootstrap says of them."""
 
     name: str
@@ -58,9 +58,11 @@ class Measurement:
     """Adapter minus base model, and the ends of its interval; None if one of them was not sampled."""
 
 
-def measure(metric: Metric, config: EvaluationConfig) -> Measurement:
+def measure(metric: Metric, config: EvaluationConfig) -> _Measurement:
     """The metric of all samples, with bootstrap intervals (Efron & Tibshirani 1993)."""
-    draws = resamples(metric.num_samples, config.resamples, generator(config.seed, "bootstrap", metric.name))
+    draws = resamples(
+        metric.num_samples, config.resamples, keyed_generator(config.seed, "bootstrap", metric.name)
+    )
     everyone = torch.arange(metric.num_samples)
     values = {name: statistic(everyone).item() for name, statistic in metric.statistics.items()}
     drawn = {
@@ -72,10 +74,10 @@ def measure(metric: Metric, config: EvaluationConfig) -> Measurement:
     if {"base", "adapter"} <= values.keys():
         ends = interval(drawn["adapter"] - drawn["base"], config.confidence)
         change = (values["adapter"] - values["base"], *ends)
-    return Measurement(metric.name, values, intervals, change)
+    return _Measurement(metric.name, values, intervals, change)
 
 
-def as_numbers(measurements: Sequence[Measurement]) -> dict[str, object]:
+def as_numbers(measurements: Sequence[_Measurement]) -> dict[str, object]:
     """Values under their names, and in `change` what the adapter changes, with the ends of its interval."""
     values = {m.name: m.values for m in measurements}
     numbers: dict[str, object] = {**values}
@@ -87,7 +89,7 @@ def as_numbers(measurements: Sequence[Measurement]) -> dict[str, object]:
     return numbers
 
 
-def interval_rows(measurements: Sequence[Measurement], origin: Origin) -> list[dict[str, object]]:
+def interval_rows(measurements: Sequence[_Measurement], origin: Origin) -> list[dict[str, object]]:
     """A row with INTERVAL_COLUMNS for each metric and strength, of samples with prompts of one origin."""
     return [
         {
@@ -125,7 +127,7 @@ def sample_metrics(
     """
     found: dict[str, Metric] = {}
 
-    def add(name: str, strength: str, num_samples: int, statistic: Statistic) -> None:
+    def add(name: str, strength: str, num_samples: int, statistic: _Statistic) -> None:
         metric = found.setdefault(name, Metric(name, num_samples))
         assert metric.num_samples == num_samples, "every strength draws the same prompts and seeds"
         metric.statistics[strength] = statistic
@@ -142,34 +144,34 @@ def sample_metrics(
             if chosen:
                 hits = retrieval_hits(images[chosen], texts[chosen], [prompts[n] for n in chosen])
                 add(name, strength, len(chosen), mean_of(hits))
-        for name, values in style_probabilities(prompts, images, scorer, style).items():
+        for name, values in _style_probabilities(prompts, images, scorer, style).items():
             add(name, strength, len(values), mean_of(values))
         in_style = images[trained]
-        if len(in_style) >= FEWEST_PICTURES and len(held_out_features) > 1:
-            distance = distance_to(in_style, held_out_features)
+        if len(in_style) >= _FEWEST_PICTURES and len(held_out_features) > 1:
+            distance = _distance_to(in_style, held_out_features)
             add("style_distance", strength, len(in_style), distance)
-        if len(images) >= FEWEST_PICTURES:
-            add("diversity", strength, len(images), diversity_of(images))
+        if len(images) >= _FEWEST_PICTURES:
+            add("diversity", strength, len(images), _diversity_of(images))
     return list(found.values())
 
 
-def mean_of(values: Tensor) -> Statistic:
+def mean_of(values: Tensor) -> _Statistic:
     return lambda indices: values[indices].mean()
 
 
-def diversity_of(images: Tensor) -> Statistic:
+def _diversity_of(images: Tensor) -> _Statistic:
     similarities = pairs(images @ images.T)
     return lambda indices: diversity(similarities[indices][:, indices])
 
 
-def distance_to(images: Tensor, held_out: Tensor) -> Statistic:
+def _distance_to(images: Tensor, held_out: Tensor) -> _Statistic:
     """CMMD to the held-out images, which are taken as they are: not resampled."""
     within, across = pairs(gaussian_kernel(images, images)), gaussian_kernel(images, held_out)
     within_held_out = pairs(gaussian_kernel(held_out, held_out))
     return lambda indices: cmmd(within[indices][:, indices], within_held_out, across[indices])
 
 
-def style_probabilities(
+def _style_probabilities(
     prompts: Sequence[str], images: Tensor, scorer: ImageTextScorer, style: StyleConfig | None
 ) -> Mapping[str, Tensor]:
     """Probability of the style that each prompt asks for, apart for the trained style and the others."""

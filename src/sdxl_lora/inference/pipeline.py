@@ -15,14 +15,14 @@ from PIL.Image import Image
 from torch import Tensor
 
 from sdxl_lora.config import AttentionBackend, SamplingConfig
-from sdxl_lora.kernels.attention import usual_attention
-from sdxl_lora.kernels.cuda_graph import Recorder
-from sdxl_lora.models.fused import attention_shapes, fuse, fuse_unet, fuse_vae
+from sdxl_lora.kernels.attention import default_attention
+from sdxl_lora.kernels.cuda_graph import GraphedCallable
+from sdxl_lora.models.fused import attention_shapes, fuse_modules, fuse_unet, fuse_vae
 from sdxl_lora.models.sdxl import TextEncoders, predict
 
 
 @dataclass(frozen=True)
-class UNetInputs:
+class _UNetInputs:
     """What the pipeline gives the UNet at each step; shapes as in `sdxl.predict`, but for the timestep."""
 
     noisy_latents: Tensor
@@ -40,36 +40,36 @@ class UNetInputs:
         return list(vars(self).values())
 
 
-def prepare(pipeline: StableDiffusionXLPipeline, config: SamplingConfig) -> None:
+def prepare_pipeline(pipeline: StableDiffusionXLPipeline, config: SamplingConfig) -> None:
     """Makes the pipeline fast on a GPU; on a CPU, where nothing is gained, it stays as it is."""
     if pipeline.device.type == "cpu":
         return
     side = config.resolution // pipeline.vae_scale_factor
     shapes = attention_shapes(pipeline.unet, 1, side, side)
-    backend = usual_attention(shapes, pipeline.unet.dtype, pipeline.device)
-    fuse_all(pipeline.unet, (pipeline.text_encoder, pipeline.text_encoder_2), pipeline.vae, backend)
+    backend = default_attention(shapes, pipeline.unet.dtype, pipeline.device)
+    fuse_pipeline(pipeline.unet, (pipeline.text_encoder, pipeline.text_encoder_2), pipeline.vae, backend)
 
 
-def fuse_all(
+def fuse_pipeline(
     unet: UNet2DConditionModel, text_encoders: TextEncoders, vae: AutoencoderKL, backend: AttentionBackend
 ) -> None:
     """Gives a pipeline's modules the classes of `fused`, in channels_last on a GPU."""
     fuse_unet(unet, backend)
     for text_encoder in text_encoders:
-        fuse(text_encoder)
+        fuse_modules(text_encoder)
     fuse_vae(vae)
 
 
 @contextmanager
-def recorded(unet: UNet2DConditionModel) -> Iterator[None]:
+def use_cuda_graph(unet: UNet2DConditionModel) -> Iterator[None]:
     """Replays the UNet's kernels as a CUDA graph while the block runs; on a CPU it runs as ever.
 
     Whatever steers it but its inputs, an adapter's strength above all, must stay as it is in the block.
     """
-    call: Callable[[UNetInputs], Tensor] = partial(call_unet, unet.forward)
+    call: Callable[[_UNetInputs], Tensor] = partial(_call_unet, unet.forward)
     if unet.device.type == "cuda":
-        call = Recorder(call, unet.device)
-    unet.forward = partial(forward, call)
+        call = GraphedCallable(call, unet.device)
+    unet.forward = partial(_unet_forward, call)
     try:
         yield
     finally:
@@ -78,8 +78,8 @@ def recorded(unet: UNet2DConditionModel) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def forward(
-    call: Callable[[UNetInputs], Tensor],
+def _unet_forward(
+    call: Callable[[_UNetInputs], Tensor],
     sample: Tensor,
     timestep: Tensor,
     encoder_hidden_states: Tensor,
@@ -88,17 +88,17 @@ def forward(
 ) -> tuple[Tensor]:
     """The UNet's forward as diffusers' pipeline calls it."""
     conditions = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
-    prediction = call(UNetInputs(sample, timestep, encoder_hidden_states, *conditions))
+    prediction = call(_UNetInputs(sample, timestep, encoder_hidden_states, *conditions))
     return (prediction.clone(),)  # schedulers may keep it, and a replay overwrites its own
 
 
-def call_unet(unet: Callable[..., Any], inputs: UNetInputs) -> Tensor:
+def _call_unet(unet: Callable[..., Any], inputs: _UNetInputs) -> Tensor:
     """The prediction, (B, 4, H/8, W/8)."""
     return predict(unet, *inputs.tensors())
 
 
 @torch.no_grad()
-def draw(
+def generate_images(
     pipeline: StableDiffusionXLPipeline, config: SamplingConfig, prompts: Sequence[str], noise: Tensor
 ) -> list[Image]:
     """One image a prompt, from `noise`, (B, 4, H/8, W/8)."""

@@ -10,8 +10,8 @@ from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Generator
 
-from sdxl_lora.runtime.rng import generator
-from sdxl_lora.storage.atomic_io import write_text, written_whole
+from sdxl_lora.runtime.rng import keyed_generator
+from sdxl_lora.storage.atomic_io import atomic_write, write_text
 
 Origin = Literal["free", "training", "held_out"]
 """Where a prompt comes from: params, the caption of a training image, or that of a held-out one."""
@@ -56,14 +56,14 @@ def sample_file(number: int, seed: int, strength: float) -> str:
     return f"strength-{strength:g}/{number:02d}-seed-{seed}.png"
 
 
-def prompt_number(file: str) -> int:
+def _prompt_number(file: str) -> int:
     """The place of the prompt that a file of `sample_file` was drawn from."""
     return int(Path(file).name.split("-")[0])
 
 
 def sample_generator(number: int, seed: int) -> Generator:
     """Of the noise that the prompt at place `number` is drawn from."""
-    return generator("sample", number, seed)
+    return keyed_generator("sample", number, seed)
 
 
 def save_sample(folder: Path, sample: Sample, image: Image, settings: Mapping[str, object]) -> None:
@@ -72,11 +72,11 @@ def save_sample(folder: Path, sample: Sample, image: Image, settings: Mapping[st
     With the adapter and the base model that is enough for diffusers to draw it again. Its `latents` are
     standard normal draws on the CPU, (1, 4, H/8, W/8), by a torch.Generator with the seed `noise_seed`.
     """
-    seed = sample_generator(prompt_number(sample.file), sample.seed).initial_seed()
+    seed = sample_generator(_prompt_number(sample.file), sample.seed).initial_seed()
     info = PngInfo()
     parameters = {**asdict(sample), "noise_seed": seed, **settings}
     info.add_itxt("parameters", json.dumps(parameters, ensure_ascii=False))
-    with written_whole(folder / sample.file) as partial:
+    with atomic_write(folder / sample.file) as partial:
         image.save(partial, pnginfo=info)
 
 

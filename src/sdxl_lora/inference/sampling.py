@@ -15,14 +15,14 @@ from PIL import ImageDraw, ImageFont
 from PIL.Image import Image, Resampling
 from torch import Tensor, nn
 
-from sdxl_lora.adapters.lora import ADAPTER, saved_lora, strength
+from sdxl_lora.adapters.lora import ADAPTER_NAME, adapter_strength, saved_lora
 from sdxl_lora.config import ModelConfig, SamplingConfig
 from sdxl_lora.data.encoded_dataset import EncodedDataset, Split
-from sdxl_lora.inference.pipeline import draw, recorded
+from sdxl_lora.inference.pipeline import generate_images, use_cuda_graph
 from sdxl_lora.inference.samples import Origin, Prompt, Sample, sample_file, sample_generator, strength_name
 from sdxl_lora.storage.repository import public_name
 
-MARGIN = 8  # pixels between the pictures of a grid
+_GRID_MARGIN = 8  # pixels between the pictures of a grid
 SMALLEST_CELL, LARGEST_CELL = 192, 384  # pixels a side that a picture takes in the grid
 
 
@@ -44,20 +44,20 @@ def sample_images(
     prompts = [*(Prompt(text, "free") for text in config.prompts), *captions]
     jobs = [(number, prompt, seed) for number, prompt in enumerate(prompts) for seed in config.seeds]
     for value in config.strengths:
-        with strength(adapted_modules(pipeline), value), recorded(pipeline.unet):
+        with adapter_strength(adapted_modules(pipeline), value), use_cuda_graph(pipeline.unet):
             for start in range(0, len(jobs), config.batch_size):
                 batch = jobs[start : start + config.batch_size]
                 texts = [prompt.text for _, prompt, _ in batch]
                 noise = [initial_noise(pipeline, config, number, seed) for number, _, seed in batch]
-                with explained_memory_errors(config):
-                    images = draw(pipeline, config, texts, torch.stack(noise))
+                with _explain_out_of_memory(config):
+                    images = generate_images(pipeline, config, texts, torch.stack(noise))
                 for (number, prompt, seed), image in zip(batch, images, strict=True):
                     file = sample_file(number, seed, value)
                     yield Sample(file, prompt.text, seed, value, prompt.origin), image
 
 
 @contextmanager
-def explained_memory_errors(config: SamplingConfig) -> Iterator[None]:
+def _explain_out_of_memory(config: SamplingConfig) -> Iterator[None]:
     """Turns a full GPU into an error that names the key to lower."""
     try:
         yield
@@ -108,7 +108,7 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
         FileNotFoundError: nothing was saved in `folder`.
     """
     path = saved_lora(folder)  # diffusers would look for a missing file on the Hub
-    pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=ADAPTER)
+    pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=ADAPTER_NAME)
     for module in adapted_modules(pipeline):
         module.eval()  # adapters arrive in training mode
 
@@ -126,7 +126,7 @@ def initial_noise(
     return torch.randn(shape, generator=sample_generator(number, seed))
 
 
-def grid(pictures: Sequence[tuple[Sample, Image]]) -> Image:
+def image_grid(pictures: Sequence[tuple[Sample, Image]]) -> Image:
     """All pictures with their prompts: a row for each prompt and seed, a column for each strength.
 
     Rows of captions say of which images.
@@ -135,27 +135,27 @@ def grid(pictures: Sequence[tuple[Sample, Image]]) -> Image:
     rows = list(dict.fromkeys((sample.origin, sample.prompt, sample.seed) for sample, _ in pictures))
     side = min(max(pictures[0][1].width, SMALLEST_CELL), LARGEST_CELL)
     font = ImageFont.load_default(size=side // 12)
-    line = side // 12 + MARGIN
-    step_x, step_y = side + MARGIN, side + line + MARGIN
-    sheet = Images.new("RGB", (MARGIN + step_x * len(strengths), line + step_y * len(rows)), "white")
+    line = side // 12 + _GRID_MARGIN
+    step_x, step_y = side + _GRID_MARGIN, side + line + _GRID_MARGIN
+    sheet = Images.new("RGB", (_GRID_MARGIN + step_x * len(strengths), line + step_y * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     for column, value in enumerate(strengths):
-        pen.text((MARGIN + column * step_x, MARGIN // 2), strength_name(value), "black", font)
+        pen.text((_GRID_MARGIN + column * step_x, _GRID_MARGIN // 2), strength_name(value), "black", font)
     for row, (origin, prompt, seed) in enumerate(rows):
         source = "" if origin == "free" else f"{origin.replace('_', '-')}: "
-        label = shortened(f"{source}{prompt} (seed {seed})", sheet.width - 2 * MARGIN, font)
-        pen.text((MARGIN, line + row * step_y), label, "dimgray", font)
+        label = _shortened(f"{source}{prompt} (seed {seed})", sheet.width - 2 * _GRID_MARGIN, font)
+        pen.text((_GRID_MARGIN, line + row * step_y), label, "dimgray", font)
     for sample, image in pictures:
         column, row = (
             strengths.index(sample.strength),
             rows.index((sample.origin, sample.prompt, sample.seed)),
         )
-        place = (MARGIN + column * step_x, 2 * line + row * step_y)
+        place = (_GRID_MARGIN + column * step_x, 2 * line + row * step_y)
         sheet.paste(image.resize((side, side), Resampling.LANCZOS), place)
     return sheet
 
 
-def shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """`text`, cut so that it is at most `width` pixels wide."""
     if font.getlength(text) <= width:
         return text

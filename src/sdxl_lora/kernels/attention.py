@@ -14,19 +14,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from sdxl_lora.config import Attention, AttentionBackend
-from sdxl_lora.kernels.attention_ops import few_keys_attention, flash_attention, suits_few_keys
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.kernels.attention_ops import flash_attention, short_kv_attention, supports_short_kv
+from sdxl_lora.runtime.rng import keyed_generator
 
-KERNELS = {
+_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-CANDIDATES: tuple[AttentionBackend, ...] = ("cudnn", "triton", "flash", "efficient", "xformers")
-TOLERANCE = 0.02  # relative error of outputs and gradients; bf16 alone makes 0.005
-REPEATS = 10
-GRACE = 1.05  # on `triton`: its gradients spare the merged projections a copy, 6 % of attention on an H100
+_CANDIDATES: tuple[AttentionBackend, ...] = ("cudnn", "triton", "flash", "efficient", "xformers")
+_TOLERANCE = 0.02  # relative error of outputs and gradients; bf16 alone makes 0.005
+_REPEATS = 10
+_TRITON_PREFERENCE = (
+    1.05  # on `triton`: its gradients spare the merged projections a copy, 6 % of attention on an H100
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackend)
     Raises:
         RuntimeError: the backend cannot run on this device, or with these shapes.
     """
-    if backend != "math" and suits_few_keys(query, key):
-        return few_keys_attention(query, key, value)
+    if backend != "math" and supports_short_kv(query, key):
+        return short_kv_attention(query, key, value)
     if backend == "triton":
         return flash_attention(query, key, value)
     if backend == "xformers":
@@ -69,7 +71,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackend)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if backend == "sdpa":
         return scaled_dot_product_attention(query, key, value).transpose(1, 2)
-    with sdpa_kernel(KERNELS[backend]):
+    with sdpa_kernel(_KERNELS[backend]):
         return scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
@@ -85,13 +87,15 @@ def choose_attention(
     """
     if device.type == "meta":  # nothing to measure; all fused kernels keep the same
         return "math" if asked == "math" else "sdpa"
-    candidates = CANDIDATES if asked == "auto" else (asked,)
+    candidates = _CANDIDATES if asked == "auto" else (asked,)
     if device.type != "cuda" and asked == "auto":
         return "sdpa"
-    faults = {backend: find_fault(backend, shapes, dtype, device) for backend in candidates}
+    faults = {backend: unusable_because(backend, shapes, dtype, device) for backend in candidates}
     able = [backend for backend, reason in faults.items() if reason is None]
     if len(able) > 1:
-        return fastest({backend: milliseconds(shapes, dtype, device, backend) for backend in able})
+        return fastest_backend(
+            {backend: _time_milliseconds(shapes, dtype, device, backend) for backend in able}
+        )
     if able:
         return able[0]
     if asked == "auto":
@@ -103,13 +107,13 @@ def choose_attention(
     )
 
 
-def fastest(times: Mapping[AttentionBackend, float]) -> AttentionBackend:
+def fastest_backend(times: Mapping[AttentionBackend, float]) -> AttentionBackend:
     """The backend that takes the least time, with some grace for the one that saves time elsewhere."""
     least = min(times, key=times.__getitem__)
-    return "triton" if times.get("triton", inf) <= GRACE * times[least] else least
+    return "triton" if times.get("triton", inf) <= _TRITON_PREFERENCE * times[least] else least
 
 
-def usual_attention(
+def default_attention(
     shapes: Sequence[AttentionShape], dtype: torch.dtype, device: torch.device
 ) -> AttentionBackend:
     """The backend that is usually the fastest of those that can serve, without a measurement.
@@ -118,39 +122,39 @@ def usual_attention(
     """
     if device.type != "cuda":
         return "sdpa"
-    able = (backend for backend in CANDIDATES if find_fault(backend, shapes, dtype, device) is None)
+    able = (backend for backend in _CANDIDATES if unusable_because(backend, shapes, dtype, device) is None)
     return next(able, "sdpa")
 
 
-def find_fault(
+def unusable_because(
     backend: AttentionBackend, shapes: Sequence[AttentionShape], dtype: torch.dtype, device: torch.device
 ) -> str | None:
     """Why `backend` cannot serve, None if it can: it fails, or differs from plain arithmetic in fp32."""
     for shape in shapes:
         small = replace(shape, batch=1, heads=1)
-        exact = passes(draws(small, torch.float32, device), "math")
+        exact = forward_backward(random_qkv(small, torch.float32, device), "math")
         try:
-            ours = passes(draws(small, dtype, device), backend)
+            ours = forward_backward(random_qkv(small, dtype, device), backend)
         except (ImportError, NotImplementedError, RuntimeError) as error:
             return str(error).strip().partition("\n")[0]
         error_ = max(float((a.float() - b).norm() / b.norm()) for a, b in zip(ours, exact, strict=True))
-        if not error_ < TOLERANCE:
+        if not error_ < _TOLERANCE:
             return f"its numbers are off by {error_:.1%}"
     return None
 
 
-def milliseconds(
+def _time_milliseconds(
     shapes: Sequence[AttentionShape], dtype: torch.dtype, device: torch.device, backend: AttentionBackend
 ) -> float:
     """Time of a forward and backward pass of all `shapes` on a GPU."""
     total = 0.0
     for shape in shapes:
-        run = partial(passes, draws(shape, dtype, device), backend)
-        total += shape.count * fastest_replay(run, device)
+        run = partial(forward_backward, random_qkv(shape, dtype, device), backend)
+        total += shape.count * _fastest_replay(run, device)
     return total
 
 
-def fastest_replay(function: Callable[[], object], device: torch.device) -> float:
+def _fastest_replay(function: Callable[[], object], device: torch.device) -> float:
     """Least time of the function's kernels, milliseconds, replayed as a graph to leave out their launches."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -161,7 +165,7 @@ def fastest_replay(function: Callable[[], object], device: torch.device) -> floa
     with torch.cuda.graph(graph):
         function()
     times = []
-    for _ in range(REPEATS):
+    for _ in range(_REPEATS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
@@ -171,18 +175,18 @@ def fastest_replay(function: Callable[[], object], device: torch.device) -> floa
     return min(times)
 
 
-def draws(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+def random_qkv(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """Query, key, value and the output's gradient, standard normal."""
     lengths = (shape.queries, shape.keys, shape.keys, shape.queries)
-    random = generator("attention")
+    random = keyed_generator("attention")
     return tuple(
         torch.randn(shape.batch, length, shape.heads, shape.width, generator=random).to(device, dtype)
         for length in lengths
     )
 
 
-def passes(tensors: Sequence[Tensor], backend: AttentionBackend) -> tuple[Tensor, ...]:
-    """The output and the gradients of query, key and value, from what `draws` returns."""
+def forward_backward(tensors: Sequence[Tensor], backend: AttentionBackend) -> tuple[Tensor, ...]:
+    """The output and the gradients of query, key and value, from what `random_qkv` returns."""
     query, key, value = (tensor.detach().requires_grad_() for tensor in tensors[:3])
     output = attend(query, key, value, backend)
     return (output.detach(), *torch.autograd.grad(output, (query, key, value), tensors[3]))

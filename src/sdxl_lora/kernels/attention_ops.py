@@ -11,24 +11,24 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-MOST_KEYS = 128  # whose scores with a tile of queries a program can hold
-WIDTHS = (16, 32, 64)  # of a head: what tensor cores take and a program can hold
-ARCHITECTURE = (8, 0)  # of GPUs from Ampere on; before, Triton has no tensor cores
+_MAX_KEYS = 128  # whose scores with a tile of queries a program can hold
+_HEAD_DIMS = (16, 32, 64)  # of a head: what tensor cores take and a program can hold
+_MIN_CAPABILITY = (8, 0)  # of GPUs from Ampere on; before, Triton has no tensor cores
 
 
-def can_run(device: torch.device) -> bool:
+def supports_triton(device: torch.device) -> bool:
     """Whether a device can run these kernels: a GPU, whose place `meta` takes in forecasts."""
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= ARCHITECTURE
+        return torch.cuda.get_device_capability(device) >= _MIN_CAPABILITY
     return device.type == "meta"
 
 
-def suits_few_keys(query: Tensor, key: Tensor) -> bool:
-    """Whether `few_keys_attention` takes these."""
-    return key.shape[1] <= MOST_KEYS and query.shape[-1] in WIDTHS and can_run(query.device)
+def supports_short_kv(query: Tensor, key: Tensor) -> bool:
+    """Whether `short_kv_attention` takes these."""
+    return key.shape[1] <= _MAX_KEYS and query.shape[-1] in _HEAD_DIMS and supports_triton(query.device)
 
 
-def few_keys_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:
+def short_kv_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:
     """softmax(Q K^T / sqrt(D)) V where there are few keys, as to a caption's tokens.
 
     A row of scores is a part of one tile, so that nothing is kept for the gradient but what was given: the
@@ -44,7 +44,7 @@ def few_keys_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool =
     Returns:
         (B, L, H, D).
     """
-    return few_keys(*rows_of_neighbours(query, key, value), causal)
+    return _short_kv_forward(*_contiguous_last_dim(query, key, value), causal)
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -64,14 +64,18 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Raises:
         RuntimeError: the heads' width is not one that it takes, or the GPU is none that it takes.
     """
-    if query.shape[-1] not in WIDTHS:
-        raise RuntimeError(f"it takes heads of width {', '.join(map(str, WIDTHS))}, not {query.shape[-1]}")
-    if not can_run(query.device):
-        raise RuntimeError(f"it needs an NVIDIA GPU of compute capability {'.'.join(map(str, ARCHITECTURE))}")
-    return flash(*rows_of_neighbours(query, key, value))[0]
+    if query.shape[-1] not in _HEAD_DIMS:
+        raise RuntimeError(
+            f"it takes heads of width {', '.join(map(str, _HEAD_DIMS))}, not {query.shape[-1]}"
+        )
+    if not supports_triton(query.device):
+        raise RuntimeError(
+            f"it needs an NVIDIA GPU of compute capability {'.'.join(map(str, _MIN_CAPABILITY))}"
+        )
+    return _flash_forward(*_contiguous_last_dim(query, key, value))[0]
 
 
-def rows_of_neighbours(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _contiguous_last_dim(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, copied where a row's numbers are no neighbours in memory."""
     return tuple(tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors)
 
@@ -80,14 +84,14 @@ def rows_of_neighbours(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 @torch.library.custom_op("sdxl_lora::few_keys", mutates_args=())
-def few_keys(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+def _short_kv_forward(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
     from sdxl_lora.kernels.triton import short_kv_attention
 
-    return short_kv_attention.few_keys(query, key, value, causal)
+    return short_kv_attention.launch_short_kv_forward(query, key, value, causal)
 
 
 @torch.library.custom_op("sdxl_lora::few_keys_gradient", mutates_args=("dquery", "dkey", "dvalue"))
-def few_keys_gradient(
+def _short_kv_backward(
     doutput: Tensor,
     query: Tensor,
     key: Tensor,
@@ -99,19 +103,19 @@ def few_keys_gradient(
 ) -> None:
     from sdxl_lora.kernels.triton import short_kv_attention
 
-    short_kv_attention.few_keys_gradient(doutput, query, key, value, dquery, dkey, dvalue, causal)
+    short_kv_attention.launch_short_kv_backward(doutput, query, key, value, dquery, dkey, dvalue, causal)
 
 
 @torch.library.custom_op("sdxl_lora::flash", mutates_args=())
-def flash(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _flash_forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """The output, and the logarithm to base 2 of each row's sum of exponentials, (B, H, L)."""
     from sdxl_lora.kernels.triton import flash_attention
 
-    return flash_attention.flash(query, key, value)
+    return flash_attention.launch_flash_forward(query, key, value)
 
 
 @torch.library.custom_op("sdxl_lora::flash_gradient", mutates_args=("dquery", "dkey", "dvalue"))
-def flash_gradient(
+def _flash_backward(
     doutput: Tensor,
     query: Tensor,
     key: Tensor,
@@ -124,21 +128,21 @@ def flash_gradient(
 ) -> None:
     from sdxl_lora.kernels.triton import flash_attention
 
-    flash_attention.flash_gradient(doutput, query, key, value, output, log_sums, dquery, dkey, dvalue)
+    flash_attention.launch_flash_backward(doutput, query, key, value, output, log_sums, dquery, dkey, dvalue)
 
 
-@few_keys.register_fake
+@_short_kv_forward.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
     return query.new_empty(query.shape)
 
 
-@flash.register_fake
+@_flash_forward.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     batch, num_queries, num_heads, _ = query.shape
     return query.new_empty(query.shape), query.new_empty(batch, num_heads, num_queries, dtype=torch.float32)
 
 
-def empty_gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _empty_gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Room for gradients of tensors (B, L, H, D): in one block, (B, L, n, H, D), for n of the same length.
 
     Their order in it is the tensors' own in memory.
@@ -153,45 +157,45 @@ def empty_gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [gradients[place] for place in range(len(tensors))]
 
 
-def save_few_keys(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _short_kv_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.causal = inputs
     ctx.save_for_backward(*tensors)
 
 
-def differentiate_few_keys(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, ...]:
+def _short_kv_autograd(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    gradients = empty_gradients(tensors)
-    few_keys_gradient(*rows_of_neighbours(doutput), *tensors, *gradients, ctx.causal)
+    gradients = _empty_gradients(tensors)
+    _short_kv_backward(*_contiguous_last_dim(doutput), *tensors, *gradients, ctx.causal)
     return *gradients, None
 
 
-def save_flash(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+def _flash_setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, *output)
 
 
-def differentiate_flash(ctx: Any, doutput: Tensor, _: None) -> tuple[Tensor, ...]:
+def _flash_autograd(ctx: Any, doutput: Tensor, _: None) -> tuple[Tensor, ...]:
     tensors = ctx.saved_tensors
-    gradients = empty_gradients(tensors[:3])
-    flash_gradient(*rows_of_neighbours(doutput), *tensors, *gradients)
+    gradients = _empty_gradients(tensors[:3])
+    _flash_backward(*_contiguous_last_dim(doutput), *tensors, *gradients)
     return tuple(gradients)
 
 
-few_keys.register_autograd(differentiate_few_keys, setup_context=save_few_keys)
-flash.register_autograd(differentiate_flash, setup_context=save_flash)
+_short_kv_forward.register_autograd(_short_kv_autograd, setup_context=_short_kv_setup_context)
+_flash_forward.register_autograd(_flash_autograd, setup_context=_flash_setup_context)
 
 
-def count_flops(query: torch.Size, key: torch.Size, num_products: int) -> int:
+def _count_flops(query: torch.Size, key: torch.Size, num_products: int) -> int:
     """As PyTorch counts those of its own attention: with masked halves, without what is computed twice."""
     batch, num_queries, num_heads, width = query
     return num_products * 2 * batch * num_heads * num_queries * key[1] * width
 
 
 @register_flop_formula([torch.ops.sdxl_lora.few_keys, torch.ops.sdxl_lora.flash])
-def count_attention(query: torch.Size, key: torch.Size, *_: Any, **kwargs: Any) -> int:
-    return count_flops(query, key, 2)
+def _count_attention(query: torch.Size, key: torch.Size, *_: Any, **kwargs: Any) -> int:
+    return _count_flops(query, key, 2)
 
 
 @register_flop_formula([torch.ops.sdxl_lora.few_keys_gradient, torch.ops.sdxl_lora.flash_gradient])
-def count_gradient(doutput: torch.Size, query: torch.Size, key: torch.Size, *_: Any, **kwargs: Any) -> int:
-    return count_flops(query, key, 5)
+def _count_gradient(doutput: torch.Size, query: torch.Size, key: torch.Size, *_: Any, **kwargs: Any) -> int:
+    return _count_flops(query, key, 5)

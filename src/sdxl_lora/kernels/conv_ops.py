@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from sdxl_lora.kernels.transformer_ops import is_fused
+from sdxl_lora.kernels.transformer_ops import uses_triton
 
 
 def group_norm(
@@ -35,15 +35,15 @@ def group_norm(
         x, for whoever else reads it, as its gradient then takes no sum of its own; and the result, shaped and
         laid out as x.
     """
-    if is_fused(x):
+    if uses_triton(x):
         x = x.contiguous(memory_format=torch.channels_last)
-        return GroupNorm.apply(x, shift, weight, bias, num_groups, eps, silu)  # type: ignore[no-untyped-call]
+        return _GroupNorm.apply(x, shift, weight, bias, num_groups, eps, silu)  # type: ignore[no-untyped-call]
     shifted = x if shift is None else x + shift[:, :, None, None]
     y = functional.group_norm(shifted, num_groups, weight, bias, eps)
     return x, functional.silu(y) if silu else y
 
 
-class GroupNorm(torch.autograd.Function):
+class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -55,7 +55,7 @@ class GroupNorm(torch.autograd.Function):
         eps: float,
         silu: bool,
     ) -> tuple[Tensor, Tensor]:
-        y, mean, rstd = fused_group_norm(x, shift, weight, bias, num_groups, eps, silu)
+        y, mean, rstd = _group_norm_forward_op(x, shift, weight, bias, num_groups, eps, silu)
         ctx.save_for_backward(x, shift, mean, rstd, weight, bias)
         ctx.silu = silu
         ctx.set_materialize_grads(False)
@@ -65,7 +65,7 @@ class GroupNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dx_beside: Tensor | None, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, shift, *rest = ctx.saved_tensors
-        dx, dshift = group_norm_gradient(dx_beside, dy, x, shift, *rest, ctx.silu)
+        dx, dshift = _group_norm_backward_op(dx_beside, dy, x, shift, *rest, ctx.silu)
         return (dx, None if shift is None else dshift, *[None] * 5)
 
 
@@ -79,9 +79,9 @@ def residual_sum(residual: Tensor, update: Tensor, bias: Tensor | None) -> Tenso
     """
     if bias is None:
         return residual + update
-    if is_fused(residual):
+    if uses_triton(residual):
         images = (image.contiguous(memory_format=torch.channels_last) for image in (residual, update))
-        return fused_residual_sum(*images, bias)
+        return _residual_sum_op(*images, bias)
     return residual + update + bias[:, None, None]
 
 
@@ -95,10 +95,10 @@ def frozen_conv2d(
         weight: frozen, (O, C, K, K).
         bias: frozen, (O,).
     """
-    return FrozenConv2d.apply(x, weight, bias, stride, padding)  # type: ignore[no-untyped-call]
+    return _FrozenConv2d.apply(x, weight, bias, stride, padding)  # type: ignore[no-untyped-call]
 
 
-class FrozenConv2d(torch.autograd.Function):
+class _FrozenConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -112,11 +112,11 @@ class FrozenConv2d(torch.autograd.Function):
         ctx.shape, ctx.options = x.shape, (stride, padding)
         channels_last = x.is_contiguous(memory_format=torch.channels_last)
         ctx.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        if bias is None or not (channels_last and is_fused(x)):
+        if bias is None or not (channels_last and uses_triton(x)):
             return functional.conv2d(x, weight, bias, stride, padding)
         y = functional.conv2d(x, weight, None, stride, padding)
         y = y.contiguous(memory_format=torch.channels_last)  # not every kernel gives what it takes
-        add_bias(y, bias)  # cuDNN leaves it to PyTorch, which takes twice the time
+        _add_bias_op(y, bias)  # cuDNN leaves it to PyTorch, which takes twice the time
         return y
 
     @staticmethod
@@ -134,17 +134,17 @@ class FrozenConv2d(torch.autograd.Function):
 
 
 @torch.library.custom_op("sdxl_lora::group_norm", mutates_args=())
-def fused_group_norm(
+def _group_norm_forward_op(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, and the mean and reciprocal standard deviation of each group, (N, G)."""
     from sdxl_lora.kernels.triton import group_norm
 
-    return group_norm.group_norm(x, shift, weight, bias, num_groups, eps, silu)
+    return group_norm.launch_group_norm_forward(x, shift, weight, bias, num_groups, eps, silu)
 
 
 @torch.library.custom_op("sdxl_lora::group_norm_gradient", mutates_args=())
-def group_norm_gradient(
+def _group_norm_backward_op(
     dx_beside: Tensor | None,
     dy: Tensor,
     x: Tensor,
@@ -161,27 +161,27 @@ def group_norm_gradient(
     dy = dy.contiguous(memory_format=torch.channels_last)
     if dx_beside is not None:
         dx_beside = dx_beside.contiguous(memory_format=torch.channels_last)
-    return group_norm.group_norm_gradient(dx_beside, dy, x, shift, mean, rstd, weight, bias, silu)
+    return group_norm.launch_group_norm_backward(dx_beside, dy, x, shift, mean, rstd, weight, bias, silu)
 
 
 @torch.library.custom_op("sdxl_lora::residual_sum", mutates_args=())
-def fused_residual_sum(residual: Tensor, update: Tensor, bias: Tensor) -> Tensor:
+def _residual_sum_op(residual: Tensor, update: Tensor, bias: Tensor) -> Tensor:
     from sdxl_lora.kernels.triton import group_norm
 
     total = torch.empty_like(residual)
-    group_norm.add_bias(residual, update, bias, total)
+    group_norm.launch_add_bias(residual, update, bias, total)
     return total
 
 
 @torch.library.custom_op("sdxl_lora::add_bias", mutates_args=("y",))
-def add_bias(y: Tensor, bias: Tensor) -> None:
+def _add_bias_op(y: Tensor, bias: Tensor) -> None:
     """Adds a bias, (C,), to an image in channels_last, (N, C, H, W), in place."""
     from sdxl_lora.kernels.triton import group_norm
 
-    group_norm.add_bias(None, y, bias, y)
+    group_norm.launch_add_bias(None, y, bias, y)
 
 
-@fused_group_norm.register_fake
+@_group_norm_forward_op.register_fake
 def _(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,7 +189,7 @@ def _(
     return torch.empty_like(x), mean, torch.empty_like(mean)
 
 
-@group_norm_gradient.register_fake
+@_group_norm_backward_op.register_fake
 def _(
     dx_beside: Tensor | None,
     dy: Tensor,
@@ -204,18 +204,18 @@ def _(
     return torch.empty_like(x), x.new_empty(0) if shift is None else torch.empty_like(shift)
 
 
-@fused_residual_sum.register_fake
+@_residual_sum_op.register_fake
 def _(residual: Tensor, update: Tensor, bias: Tensor) -> Tensor:
     return torch.empty_like(residual)
 
 
-@add_bias.register_fake
+@_add_bias_op.register_fake
 def _(y: Tensor, bias: Tensor) -> None:
     return None
 
 
-def differentiate_residual_sum(ctx: Any, dtotal: Tensor) -> tuple[Tensor, Tensor, None]:
+def _residual_sum_autograd(ctx: Any, dtotal: Tensor) -> tuple[Tensor, Tensor, None]:
     return dtotal, dtotal, None
 
 
-fused_residual_sum.register_autograd(differentiate_residual_sum)
+_residual_sum_op.register_autograd(_residual_sum_autograd)

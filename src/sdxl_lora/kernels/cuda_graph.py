@@ -9,10 +9,10 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-WARMUP_CALLS = 3  # cuBLAS and cuDNN allocate and choose in these; a recording may do neither
+_WARMUP_CALLS = 3  # cuBLAS and cuDNN allocate and choose in these; a recording may do neither
 
 
-class Tensors(Protocol):
+class _Tensors(Protocol):
     """Anything made of tensors."""
 
     def tensors(self) -> list[Tensor]: ...
@@ -22,34 +22,34 @@ class Tensors(Protocol):
         ...
 
 
-Inputs = TypeVar("Inputs", bound=Tensors)
-Output = TypeVar("Output")
+Inputs = TypeVar("Inputs", bound=_Tensors)
+_Output = TypeVar("_Output")
 
 
-class Recorder(Generic[Inputs, Output]):
+class GraphedCallable(Generic[Inputs, _Output]):
     """Calls `function` by replaying what it did the first time that it met inputs of these shapes.
 
     The function must do the same kernels on the same addresses each time: it may not wait for the GPU, look
     at a value, or draw random numbers.
     """
 
-    def __init__(self, function: Callable[[Inputs], Output], device: torch.device) -> None:
+    def __init__(self, function: Callable[[Inputs], _Output], device: torch.device) -> None:
         self._function = function
         self._device = device
         self._pool: Any = None
-        self._recordings: dict[tuple[torch.Size, ...], tuple[Inputs, torch.cuda.CUDAGraph, Output]] = {}
+        self._recordings: dict[tuple[torch.Size, ...], tuple[Inputs, torch.cuda.CUDAGraph, _Output]] = {}
 
-    def __call__(self, inputs: Inputs) -> Output:
+    def __call__(self, inputs: Inputs) -> _Output:
         """Replays, after a recording where these shapes are new."""
-        if not self.knows(inputs):
-            self.record(inputs)
+        if not self.has(inputs):
+            self.capture(inputs)
         return self.replay(inputs)
 
-    def knows(self, inputs: Inputs) -> bool:
+    def has(self, inputs: Inputs) -> bool:
         """Whether inputs of these shapes can be replayed."""
-        return shapes(inputs) in self._recordings
+        return _input_shapes(inputs) in self._recordings
 
-    def record(self, *several: Inputs) -> None:
+    def capture(self, *several: Inputs) -> None:
         """Calls the function a few times with each for nothing, then records each without calling it.
 
         All recordings take their memory from one pool, as only one is replayed at a time. With the largest
@@ -57,23 +57,23 @@ class Recorder(Generic[Inputs, Output]):
         memory that a recording took is no longer there for calls.
         """
         statics = [inputs.to(self._device) for inputs in several]
-        stream = warmup_stream(self._device)
+        stream = _warmup_stream(self._device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for static in statics:
-                for _ in range(WARMUP_CALLS):
+                for _ in range(_WARMUP_CALLS):
                     self._function(static)
         torch.cuda.current_stream().wait_stream(stream)
         for static in statics:
             graph = torch.cuda.CUDAGraph()
-            with undisturbed(), torch.cuda.graph(graph, pool=self._pool):
+            with _exclusive_capture(), torch.cuda.graph(graph, pool=self._pool):
                 output = self._function(static)
             self._pool = graph.pool()
-            self._recordings[shapes(static)] = (static, graph, output)
+            self._recordings[_input_shapes(static)] = (static, graph, output)
 
-    def replay(self, inputs: Inputs) -> Output:
+    def replay(self, inputs: Inputs) -> _Output:
         """Does with `inputs` what was recorded. Its result has its values until the next replay."""
-        static, graph, output = self._recordings[shapes(inputs)]
+        static, graph, output = self._recordings[_input_shapes(inputs)]
         for buffer, tensor in zip(static.tensors(), inputs.tensors(), strict=True):
             buffer.copy_(tensor)
         graph.replay()
@@ -81,13 +81,13 @@ class Recorder(Generic[Inputs, Output]):
 
 
 @cache
-def warmup_stream(device: torch.device) -> torch.cuda.Stream:
+def _warmup_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all recordings: cuBLAS keeps 32 MiB for every stream that it has ever served."""
     return torch.cuda.Stream(device)
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def _exclusive_capture() -> Iterator[None]:
     """Keeps the garbage collector away: what it destroys on the GPU, an older graph say, ends a recording."""
     gc.collect()
     enabled = gc.isenabled()
@@ -99,5 +99,5 @@ def undisturbed() -> Iterator[None]:
             gc.enable()
 
 
-def shapes(inputs: Tensors) -> tuple[torch.Size, ...]:
+def _input_shapes(inputs: _Tensors) -> tuple[torch.Size, ...]:
     return tuple(tensor.shape for tensor in inputs.tensors())

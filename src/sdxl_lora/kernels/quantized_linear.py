@@ -15,9 +15,9 @@ from torch.nn.functional import linear
 
 from sdxl_lora.config import Quantization
 
-BLOCK = 64
+NF4_BLOCK_SIZE = 64
 """Weights that share a scale."""
-INT8_LEVELS = 127
+_INT8_LEVELS = 127
 """On each side of 0."""
 
 
@@ -29,18 +29,22 @@ def quantize(module: Any, quantization: Quantization, device: torch.device) -> A
     """
     if quantization != "none":
         for layer in module.modules():
-            if is_quantizable(layer):
-                quantize_layer(layer, quantization, device)
+            if _is_quantizable(layer):
+                _quantize_layer(layer, quantization, device)
     return module.to(device)
 
 
-def is_quantizable(layer: nn.Module) -> bool:
-    return type(layer) is nn.Linear and not layer.weight.requires_grad and layer.weight.numel() % BLOCK == 0
+def _is_quantizable(layer: nn.Module) -> bool:
+    return (
+        type(layer) is nn.Linear
+        and not layer.weight.requires_grad
+        and layer.weight.numel() % NF4_BLOCK_SIZE == 0
+    )
 
 
-def quantize_layer(layer: Any, quantization: Quantization, device: torch.device) -> None:
+def _quantize_layer(layer: Any, quantization: Quantization, device: torch.device) -> None:
     """Makes a linear layer a `QuantizedLinear`, in place; its bias stays where it is."""
-    pack = pack_int8 if quantization == "int8" else pack_nf4
+    pack = _pack_int8 if quantization == "int8" else _pack_nf4
     codes, scales = pack(layer.weight.detach().to(device))
     del layer.weight
     layer.__class__ = QuantizedLinear
@@ -48,17 +52,17 @@ def quantize_layer(layer: Any, quantization: Quantization, device: torch.device)
     layer.register_buffer("scales", scales)
 
 
-def pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes, int8, (O I,), and scales in the weight's own precision, (O I / 64,)."""
-    blocks = weight.float().reshape(-1, BLOCK)
-    scales = (blocks.abs().amax(dim=1) / INT8_LEVELS).to(weight.dtype)
+    blocks = weight.float().reshape(-1, NF4_BLOCK_SIZE)
+    scales = (blocks.abs().amax(dim=1) / _INT8_LEVELS).to(weight.dtype)
     levels = blocks / scales[:, None]  # 0 / 0 in a block of zeros, where any level will do
-    return levels.round_().clamp_(-INT8_LEVELS, INT8_LEVELS).to(torch.int8).flatten(), scales
+    return levels.round_().clamp_(-_INT8_LEVELS, _INT8_LEVELS).to(torch.int8).flatten(), scales
 
 
-def pack_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _pack_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes, two in a byte, uint8, (O I / 2,), and scales in the weight's own precision, (O I / 64,)."""
-    codes, state = quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+    codes, state = quantize_4bit(weight, blocksize=NF4_BLOCK_SIZE, quant_type="nf4")
     return codes.flatten(), state.absmax.to(weight.dtype)
 
 
@@ -68,10 +72,10 @@ def unpack(codes: Tensor, scales: Tensor, in_features: int) -> Tensor:
     Waits for nothing and depends on no value, so that a CUDA graph may record it.
     """
     if codes.dtype == torch.int8:
-        return (codes.view(-1, BLOCK) * scales[:, None]).view(-1, in_features)
+        return (codes.view(-1, NF4_BLOCK_SIZE) * scales[:, None]).view(-1, in_features)
     # Flat: for a matrix, bitsandbytes' CPU kernel takes it that no block runs on into the next row.
-    shape = (scales.numel() * BLOCK,)
-    state = QuantState(scales.float(), shape, blocksize=BLOCK, quant_type="nf4", dtype=scales.dtype)
+    shape = (scales.numel() * NF4_BLOCK_SIZE,)
+    state = QuantState(scales.float(), shape, blocksize=NF4_BLOCK_SIZE, quant_type="nf4", dtype=scales.dtype)
     return dequantize_4bit(codes, state).view(-1, in_features)
 
 
@@ -87,10 +91,10 @@ class QuantizedLinear(nn.Linear):
         return unpack(self.codes, self.scales, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        return FrozenLinear.apply(input, lambda: self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return _FrozenLinear.apply(input, lambda: self.weight, self.bias)  # type: ignore[no-untyped-call]
 
 
-class FrozenLinear(torch.autograd.Function):
+class _FrozenLinear(torch.autograd.Function):
     """y = x W^T + b. W is made anew for the gradient of x, so that none is kept until then."""
 
     @staticmethod

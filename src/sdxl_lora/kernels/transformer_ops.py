@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
-def is_fused(x: Tensor) -> bool:
+def uses_triton(x: Tensor) -> bool:
     """Whether a Triton kernel does the work: on a GPU, whose place tensors without data take in forecasts."""
     return x.device.type in ("cuda", "meta")
 
@@ -26,8 +26,8 @@ def geglu(x: Tensor) -> Tensor:
     Returns:
         (..., D).
     """
-    if is_fused(x):
-        return fused_geglu(x.contiguous())
+    if uses_triton(x):
+        return _geglu_forward_op(x.contiguous())
     hidden, gate = x.chunk(2, dim=-1)
     return hidden * functional.gelu(gate)
 
@@ -46,8 +46,8 @@ def add_norm(
     Returns:
         residual + update, and that normalised.
     """
-    if is_fused(residual):
-        return fused_add_norm(residual.contiguous(), update.contiguous(), weight, bias, eps)[:2]
+    if uses_triton(residual):
+        return _add_norm_forward_op(residual.contiguous(), update.contiguous(), weight, bias, eps)[:2]
     total = residual + update
     return total, functional.layer_norm(total, weight.shape, weight, bias, eps)
 
@@ -63,12 +63,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
     Returns:
         x, for whoever else reads it, as its gradient then takes no sum of its own; and x normalised.
     """
-    if is_fused(x):
-        return LayerNorm.apply(x.contiguous(), weight, bias, eps)  # type: ignore[no-untyped-call]
+    if uses_triton(x):
+        return _LayerNorm.apply(x.contiguous(), weight, bias, eps)  # type: ignore[no-untyped-call]
     return x, functional.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-class LayerNorm(torch.autograd.Function):
+class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
@@ -78,56 +78,58 @@ class LayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx_beside: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return add_norm_gradient(dx_beside, dy, *ctx.saved_tensors), None, None, None
+        return _add_norm_backward_op(dx_beside, dy, *ctx.saved_tensors), None, None, None
 
 
 # Triton is imported where it runs: PyTorch's builds for CPUs come without it.
 
 
 @torch.library.custom_op("sdxl_lora::geglu", mutates_args=())
-def fused_geglu(x: Tensor) -> Tensor:
+def _geglu_forward_op(x: Tensor) -> Tensor:
     from sdxl_lora.kernels.triton import geglu_layer_norm
 
-    return geglu_layer_norm.geglu(x)
+    return geglu_layer_norm.launch_geglu_forward(x)
 
 
 @torch.library.custom_op("sdxl_lora::geglu_gradient", mutates_args=())
-def geglu_gradient(dy: Tensor, x: Tensor) -> Tensor:
+def _geglu_backward_op(dy: Tensor, x: Tensor) -> Tensor:
     from sdxl_lora.kernels.triton import geglu_layer_norm
 
-    return geglu_layer_norm.geglu_gradient(dy.contiguous(), x)
+    return geglu_layer_norm.launch_geglu_backward(dy.contiguous(), x)
 
 
 @torch.library.custom_op("sdxl_lora::add_norm", mutates_args=())
-def fused_add_norm(
+def _add_norm_forward_op(
     residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum, the result, and the mean and reciprocal standard deviation of each row."""
     from sdxl_lora.kernels.triton import geglu_layer_norm
 
-    return geglu_layer_norm.add_norm(residual, update, weight, bias, eps)
+    return geglu_layer_norm.launch_add_norm_forward(residual, update, weight, bias, eps)
 
 
 @torch.library.custom_op("sdxl_lora::add_norm_gradient", mutates_args=())
-def add_norm_gradient(
+def _add_norm_backward_op(
     dtotal: Tensor, dy: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
 ) -> Tensor:
     from sdxl_lora.kernels.triton import geglu_layer_norm
 
-    return geglu_layer_norm.add_norm_gradient(dtotal.contiguous(), dy.contiguous(), total, mean, rstd, weight)
+    return geglu_layer_norm.launch_add_norm_backward(
+        dtotal.contiguous(), dy.contiguous(), total, mean, rstd, weight
+    )
 
 
-@fused_geglu.register_fake
+@_geglu_forward_op.register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
-@geglu_gradient.register_fake
+@_geglu_backward_op.register_fake
 def _(dy: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-@fused_add_norm.register_fake
+@_add_norm_forward_op.register_fake
 def _(
     residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -135,31 +137,31 @@ def _(
     return torch.empty_like(residual), torch.empty_like(residual), mean, torch.empty_like(mean)
 
 
-@add_norm_gradient.register_fake
+@_add_norm_backward_op.register_fake
 def _(dtotal: Tensor, dy: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     return torch.empty_like(total)
 
 
-def save_geglu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+def _geglu_setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(inputs[0])
 
 
-def differentiate_geglu(ctx: Any, dy: Tensor) -> Tensor:
-    return geglu_gradient(dy, *ctx.saved_tensors)
+def _geglu_autograd(ctx: Any, dy: Tensor) -> Tensor:
+    return _geglu_backward_op(dy, *ctx.saved_tensors)
 
 
-fused_geglu.register_autograd(differentiate_geglu, setup_context=save_geglu)
+_geglu_forward_op.register_autograd(_geglu_autograd, setup_context=_geglu_setup_context)
 
 
-def save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _add_norm_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     total, _, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(total, mean, rstd, inputs[2])
 
 
-def differentiate_add_norm(ctx: Any, dtotal: Tensor, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    dx = add_norm_gradient(dtotal, dy, *ctx.saved_tensors)
+def _add_norm_autograd(ctx: Any, dtotal: Tensor, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    dx = _add_norm_backward_op(dtotal, dy, *ctx.saved_tensors)
     return dx, dx, None, None, None
 
 
-fused_add_norm.register_autograd(differentiate_add_norm, setup_context=save_add_norm)
+_add_norm_forward_op.register_autograd(_add_norm_autograd, setup_context=_add_norm_setup_context)

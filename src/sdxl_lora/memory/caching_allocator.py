@@ -10,16 +10,16 @@ from math import inf
 from typing import Self
 
 MIB = 2**20
-ROUNDING = 512
-SMALL_REQUEST = MIB  # up to here requests share segments of SMALL_SEGMENT, with each other alone
-SMALL_SEGMENT = 2 * MIB
-LARGE_REQUEST = 10 * MIB  # below it requests share segments of LARGE_SEGMENT, above it they get their own
-LARGE_SEGMENT = 20 * MIB
-SEGMENT_ROUNDING = 2 * MIB
+_ROUNDING = 512
+_SMALL_REQUEST = MIB  # up to here requests share segments of SMALL_SEGMENT, with each other alone
+_SMALL_SEGMENT = 2 * MIB
+_LARGE_REQUEST = 10 * MIB  # below it requests share segments of LARGE_SEGMENT, above it they get their own
+_LARGE_SEGMENT = 20 * MIB
+_SEGMENT_ROUNDING = 2 * MIB
 
 
 @dataclass(eq=False, slots=True)
-class Block:
+class _Block:
     """A stretch of a segment."""
 
     place: int
@@ -49,12 +49,12 @@ class CachingAllocator:
         """Bytes taken from the GPU."""
         self.peak_allocated = 0
         self.peak_reserved = 0
-        self._blocks: dict[Hashable, Block] = {}
+        self._blocks: dict[Hashable, _Block] = {}
         self._free: dict[bool, list[tuple[int, int]]] = {
             True: [],
             False: [],
         }  # by small: (size, place), sorted
-        self._free_blocks: dict[int, Block] = {}
+        self._free_blocks: dict[int, _Block] = {}
         self._next_place = 0
 
     def allocate(self, key: Hashable, size: int) -> None:
@@ -63,14 +63,14 @@ class CachingAllocator:
         Raises:
             MemoryError: none does, and there is no room below the limit for another segment.
         """
-        size = max(ROUNDING, rounded(size, ROUNDING))
-        small = size <= SMALL_REQUEST
+        size = max(_ROUNDING, _rounded(size, _ROUNDING))
+        small = size <= _SMALL_REQUEST
         candidates = self._free[small]
         index = bisect_left(candidates, (size, 0))
         block = self._take(candidates[index]) if index < len(candidates) else self._new_segment(size, small)
         rest = block.size - size
-        if rest >= ROUNDING if small else rest > SMALL_REQUEST:
-            remainder = Block(block.place + size, rest, small, before=block, after=block.after)
+        if rest >= _ROUNDING if small else rest > _SMALL_REQUEST:
+            remainder = _Block(block.place + size, rest, small, before=block, after=block.after)
             if block.after is not None:
                 block.after.before = remainder
             block.after, block.size = remainder, size
@@ -85,9 +85,9 @@ class CachingAllocator:
         block = self._blocks.pop(key)
         self.allocated -= block.size
         if block.before is not None and block.before.free:
-            block = join(self._take((block.before.size, block.before.place)), block)
+            block = _merge_free_blocks(self._take((block.before.size, block.before.place)), block)
         if block.after is not None and block.after.free:
-            block = join(block, self._take((block.after.size, block.after.place)))
+            block = _merge_free_blocks(block, self._take((block.after.size, block.after.place)))
         self._give(block)
 
     def empty_cache(self) -> None:
@@ -97,45 +97,45 @@ class CachingAllocator:
                 self._take((block.size, block.place))
                 self.reserved -= block.size
 
-    def _new_segment(self, size: int, small: bool) -> Block:
-        size = segment_size(size)
+    def _new_segment(self, size: int, small: bool) -> _Block:
+        size = _segment_size(size)
         if self.reserved + size > self.limit:
             self.empty_cache()
         if self.reserved + size > self.limit:
             raise MemoryError(f"{self.reserved + size} bytes are needed, {self.limit} are allowed")
-        block = Block(self._next_place, size, small)
+        block = _Block(self._next_place, size, small)
         self._next_place += size + 1
         self.reserved += size
         self.peak_reserved = max(self.peak_reserved, self.reserved)
         return block
 
-    def _give(self, block: Block) -> None:
+    def _give(self, block: _Block) -> None:
         block.free = True
         insort(self._free[block.small], (block.size, block.place))
         self._free_blocks[block.place] = block
 
-    def _take(self, entry: tuple[int, int]) -> Block:
+    def _take(self, entry: tuple[int, int]) -> _Block:
         block = self._free_blocks.pop(entry[1])
         candidates = self._free[block.small]
         del candidates[bisect_left(candidates, entry)]
         return block
 
 
-def rounded(size: int, multiple: int) -> int:
+def _rounded(size: int, multiple: int) -> int:
     """`size`, up to the next multiple."""
     return -(-size // multiple) * multiple
 
 
-def segment_size(size: int) -> int:
+def _segment_size(size: int) -> int:
     """Bytes that the GPU is asked for when `size`, a multiple of 512, fits nowhere."""
-    if size <= SMALL_REQUEST:
-        return SMALL_SEGMENT
-    if size < LARGE_REQUEST:
-        return LARGE_SEGMENT
-    return rounded(size, SEGMENT_ROUNDING)
+    if size <= _SMALL_REQUEST:
+        return _SMALL_SEGMENT
+    if size < _LARGE_REQUEST:
+        return _LARGE_SEGMENT
+    return _rounded(size, _SEGMENT_ROUNDING)
 
 
-def join(first: Block, second: Block) -> Block:
+def _merge_free_blocks(first: _Block, second: _Block) -> _Block:
     """Two free neighbours as one block, in place of `first`."""
     first.size += second.size
     first.after = second.after

@@ -11,21 +11,21 @@ from torch import Tensor, nn
 from sdxl_lora.adapters.lora import add_adapters, lora_parameters
 from sdxl_lora.config import Params, SamplingConfig
 from sdxl_lora.data.encoders import embed_captions, encode_images, tile_vae
-from sdxl_lora.inference.pipeline import fuse_all
+from sdxl_lora.inference.pipeline import fuse_pipeline
 from sdxl_lora.memory.caching_allocator import MIB, CachingAllocator
 from sdxl_lora.memory.trace import Event, MemoryTrace
 from sdxl_lora.memory.training_forecast import (
     CUBLAS_WORKSPACE,
     META,
-    Forecast,
+    MemoryForecast,
     live_bytes,
-    replay,
+    replay_events,
 )
-from sdxl_lora.models.architecture import Shapes
+from sdxl_lora.models.architecture import SDXLArchitecture
 from sdxl_lora.models.fused import fuse_vae
 from sdxl_lora.models.sdxl import DTYPES, embed_tokens, predict
 
-RECORDED_SCRATCH = 3 * CUBLAS_WORKSPACE + 224 * MIB
+_RECORDED_SCRATCH = 3 * CUBLAS_WORKSPACE + 224 * MIB
 """What kernels take for themselves where a UNet is recorded: cuBLAS on each of three streams, and the rest as
 measured: pictures took 10.85 and 10.90 GiB on an H100, forecast 10.75. (The VAE's decoder had diffusers' own
 blocks then, which are forecast to take 0.7 GiB more than those of `fused`.)"""
@@ -70,22 +70,22 @@ def trace_inference(
     return InferenceTrace(events[:loaded], events[loaded:start], events[start:], num_adapters)
 
 
-def forecast_inference(trace: InferenceTrace, budget: float = inf) -> Forecast:
+def forecast_inference(trace: InferenceTrace, budget: float = inf) -> MemoryForecast:
     """Peak memory of a run without training.
 
     Raises:
         MemoryError: `budget` bytes do not do.
     """
-    workspace = RECORDED_SCRATCH if trace.recorded else CUBLAS_WORKSPACE
+    workspace = _RECORDED_SCRATCH if trace.recorded else CUBLAS_WORKSPACE
     allocator = CachingAllocator(budget - workspace)
-    replay(trace.loaded, allocator)
+    replay_events(trace.loaded, allocator)
     held = allocator.allocated
     graph = CachingAllocator()
-    replay(trace.recorded, graph)
+    replay_events(trace.recorded, graph)
     allocator.limit -= graph.reserved
     if allocator.reserved > allocator.limit:
         raise MemoryError(f"a recorded pass takes {allocator.reserved + graph.reserved} bytes")
-    replay(trace.run, allocator)
+    replay_events(trace.run, allocator)
     parts = {
         "weights": live_bytes(trace.loaded) - trace.adapters,
         "adapters": trace.adapters,
@@ -94,7 +94,7 @@ def forecast_inference(trace: InferenceTrace, budget: float = inf) -> Forecast:
         "previews": 0,
     }
     cache = allocator.peak_reserved + graph.reserved - sum(parts.values())
-    return Forecast(**parts, cache=cache, workspace=workspace)
+    return MemoryForecast(**parts, cache=cache, workspace=workspace)
 
 
 def fits(trace: InferenceTrace, budget: float) -> bool:
@@ -106,7 +106,7 @@ def fits(trace: InferenceTrace, budget: float) -> bool:
     return True
 
 
-def trace_encoding(shapes: Shapes, params: Params) -> InferenceTrace:
+def trace_encoding(shapes: SDXLArchitecture, params: Params) -> InferenceTrace:
     """What the stage encode_dataset takes for one batch."""
     config = params.encoding
     vae = shapes.make_vae(config.vae_precision, META)
@@ -125,7 +125,7 @@ def trace_encoding(shapes: Shapes, params: Params) -> InferenceTrace:
     return trace_inference([vae, *(text_encoders or ())], [], run)
 
 
-def trace_sampling(shapes: Shapes, params: Params) -> InferenceTrace:
+def trace_sampling(shapes: SDXLArchitecture, params: Params) -> InferenceTrace:
     """What the stage sample_images takes for one batch: text, a recorded UNet, the VAE."""
     config = params.sampling
     unet = shapes.make_unet(config.precision, META)
@@ -137,7 +137,7 @@ def trace_sampling(shapes: Shapes, params: Params) -> InferenceTrace:
     for parameter in adapters:
         parameter.data = parameter.data.to(DTYPES[config.precision])
 
-    fuse_all(unet, text_encoders, vae, "sdpa")  # all fused attentions take the same
+    fuse_pipeline(unet, text_encoders, vae, "sdpa")  # all fused attentions take the same
     size = config.batch_size * (2 if config.guidance_scale > 1 else 1)  # with and without the prompt
     side = config.resolution // shapes.pixels_per_latent
 
@@ -148,11 +148,11 @@ def trace_sampling(shapes: Shapes, params: Params) -> InferenceTrace:
         latents = torch.empty(config.batch_size, 4, side, side, dtype=vae.dtype, device=META)
         torch.cat([vae.decode(latent[None]).sample for latent in latents])
 
-    denoise = partial(denoised, shapes, unet, config, size)
+    denoise = partial(_denoised, shapes, unet, config, size)
     return trace_inference([unet, *text_encoders, vae], adapters, run, recorded=denoise)
 
 
-def denoised(shapes: Shapes, unet: nn.Module, config: SamplingConfig, size: int) -> Tensor:
+def _denoised(shapes: SDXLArchitecture, unet: nn.Module, config: SamplingConfig, size: int) -> Tensor:
     """What the UNet makes of a batch of `size`."""
     dtype, side = DTYPES[config.precision], config.resolution // shapes.pixels_per_latent
     width, pooled_width = shapes.embedding_widths

@@ -18,14 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-FUSED_KERNELS = (
+_FUSED_KERNELS = (
     torch.backends.cuda.flash_sdp_enabled,
     torch.backends.cuda.mem_efficient_sdp_enabled,
     torch.backends.cuda.cudnn_sdp_enabled,
 )
 
-PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
-SCRATCH: dict[Any, Callable[..., Tensor]] = {
+_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
+_SCRATCH_EVENT: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten._safe_softmax.default: lambda scores, *_: torch.empty_like(scores, dtype=torch.bool),
     torch.ops.aten._softmax_backward_data.default: lambda gradient, *_: torch.empty_like(gradient),
 }
@@ -33,7 +33,7 @@ SCRATCH: dict[Any, Callable[..., Tensor]] = {
 infinite (`_safe_softmax`, ATen/native/transformers/attention.cpp), and the gradient times the probabilities
 (`softmax_backward_cuda_out`, ATen/native/cuda/SoftMax.cu)."""
 
-EventKind = Literal["allocate", "free", "workspace", "enter", "leave", "backward"]
+_EventKind = Literal["allocate", "free", "workspace", "enter", "leave", "backward"]
 
 
 class Event(NamedTuple):
@@ -43,7 +43,7 @@ class Event(NamedTuple):
     once in the backward pass, which autograd runs in a thread of its own.
     """
 
-    kind: EventKind
+    kind: _EventKind
     key: int
     """Number of the allocation or the boundary's unit; of a workspace 1 in the backward pass, else 0."""
     size: int
@@ -73,7 +73,7 @@ class MemoryTrace(TorchDispatchMode):
         self._attention = ExitStack()
 
     def __enter__(self) -> Self:
-        self._attention.enter_context(gpu_attention())
+        self._attention.enter_context(_gpu_attention())
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -90,22 +90,22 @@ class MemoryTrace(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if leaves_meta(func, args, kwargs):
+        if _leaves_meta(func, args, kwargs):
             return torch.empty_like(args[0], device=kwargs["device"], dtype=kwargs.get("dtype"))
-        if func.overloadpacket in PRODUCTS:
+        if func.overloadpacket in _PRODUCTS:
             self._take_workspace()
         result = func(*args, **kwargs)
-        if func is torch.ops.aten.convolution.default and is_channels_last(*args[:2]):
+        if func is torch.ops.aten.convolution.default and _is_channels_last(*args[:2]):
             result = result.contiguous(memory_format=torch.channels_last)  # as cuDNN; `meta` forgets it
         if func.overloadpacket in flop_registry:
             flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
             self.total_flops += flops
             if self._unit is not None:
                 self.flops[self._unit] += flops
-        if not returns_its_argument(func):
+        if not _returns_its_argument(func):
             self.hold([leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)])
-        if func in SCRATCH:
-            self.hold([SCRATCH[func](*args)])  # freed at once
+        if func in _SCRATCH_EVENT:
+            self.hold([_SCRATCH_EVENT[func](*args)])  # freed at once
         return result
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
@@ -172,17 +172,17 @@ class MemoryTrace(TorchDispatchMode):
 
 
 @cache
-def returns_its_argument(func: Any) -> bool:
+def _returns_its_argument(func: Any) -> bool:
     """Whether the result lies in an argument's memory: views, and changes in place."""
     return any(result.alias_info is not None for result in func._schema.returns)
 
 
-def is_channels_last(*tensors: Tensor) -> bool:
+def _is_channels_last(*tensors: Tensor) -> bool:
     """Whether a convolution of these images and weights is done in channels_last: one of them asks for it."""
     return any(suggest_memory_format(tensor) == torch.channels_last for tensor in tensors)
 
 
-def leaves_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _leaves_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether this copies a tensor without data to where there must be some."""
     device = kwargs.get("device")
     copies = func is torch.ops.aten._to_copy.default and args[0].device.type == "meta"
@@ -190,18 +190,18 @@ def leaves_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
 
 
 @contextmanager
-def gpu_attention() -> Iterator[None]:
+def _gpu_attention() -> Iterator[None]:
     """Attention on `meta` as a GPU does it, by a kernel that keeps no (length, length) matrix.
 
     PyTorch chooses among its kernels by device, and for `meta` falls back on plain arithmetic. All the fused
     ones keep the same: the output, and a log-sum-exp for each row.
     """
     with torch.library._scoped_library("aten", "IMPL") as library:
-        library.impl("scaled_dot_product_attention", fused_attention, "AutogradMeta")
+        library.impl("scaled_dot_product_attention", _fused_attention, "AutogradMeta")
         yield
 
 
-def fused_attention(
+def _fused_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -215,7 +215,7 @@ def fused_attention(
 
     By plain arithmetic where the caller switched the fused kernels off (`torch.nn.attention.sdpa_kernel`).
     """
-    if not any(enabled() for enabled in FUSED_KERNELS):  # type: ignore[no-untyped-call]
+    if not any(enabled() for enabled in _FUSED_KERNELS):  # type: ignore[no-untyped-call]
         options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, attn_mask, **options)[0]
     if attn_mask is not None:

@@ -16,31 +16,31 @@ from sdxl_lora.data.encoded_dataset import Batch
 from sdxl_lora.kernels.quantized_linear import quantize
 from sdxl_lora.memory.caching_allocator import MIB, CachingAllocator
 from sdxl_lora.memory.trace import Event, MemoryTrace
-from sdxl_lora.models.architecture import Shapes
+from sdxl_lora.models.architecture import SDXLArchitecture
 from sdxl_lora.models.sdxl import DTYPES, NoiseSchedule, predict
 from sdxl_lora.storage.atomic_io import GIB
 from sdxl_lora.training.activation_checkpointing import find_units
-from sdxl_lora.training.batches import Draws, Examples
+from sdxl_lora.training.batches import NoiseDraws, TrainingBatch
 from sdxl_lora.training.denoiser import Denoiser
-from sdxl_lora.training.trainer import has_dropout, make_engine, prepare
+from sdxl_lora.training.trainer import has_dropout, make_train_step, prepare_modules
 
 META = torch.device("meta")
-NUM_TIMESTEPS = 1000
+_NUM_TIMESTEPS = 1000
 
 CUBLAS_WORKSPACE = 32 * MIB
 """What cuBLAS keeps for each thread on each stream: CUBLAS_WORKSPACE_CONFIG is :4096:8, eight times 4 MiB."""
-THREADS = 2
+_THREADS = 2
 """The one of the forward pass and autograd's own."""
-KERNEL_SCRATCH = 64 * MIB
+_KERNEL_SCRATCH = 64 * MIB
 """What other kernels take for themselves and no trace sees. Measured peaks were above the rest of a forecast
 by -0.05 to 0.04 GiB in seven configurations of 5 to 22 GiB on an H100."""
 
 
 @dataclass(frozen=True)
-class Workload:
+class TrainingSpec:
     """What is trained, and on what."""
 
-    shapes: Shapes
+    shapes: SDXLArchitecture
     trains_text_encoders: bool
     lora: LoraConfig
     config: TrainingConfig
@@ -49,7 +49,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class MemoryForecast:
     """Peak GPU memory that PyTorch reserves in one phase, by part, bytes. CUDA's own context is not in it."""
 
     weights: int
@@ -77,7 +77,7 @@ class Forecast:
 
 
 @dataclass(frozen=True)
-class Unit:
+class _Unit:
     """A unit that may be checkpointed."""
 
     name: str
@@ -111,20 +111,20 @@ class TrainingTrace:
     """Whether a CUDA graph keeps the step's memory to itself."""
     flops: int
     """Floating point operations of the pass: matrix products, convolutions, attention."""
-    units: tuple[Unit, ...]
+    units: tuple[_Unit, ...]
     """Those that checkpointing frees something of, the most bytes per recomputed operation first."""
 
 
-class Rehearsal:
+class MetaTrainingRun:
     """Training on a model without weights: everything that allocates, in the order in which it does."""
 
-    def __init__(self, work: Workload, checkpointed: Iterable[str] = ()) -> None:
+    def __init__(self, work: TrainingSpec, checkpointed: Iterable[str] = ()) -> None:
         """Loads, adapts and prepares the model.
 
         Args:
             checkpointed: names of units that really are.
         """
-        self._work = work
+        self._spec = work
         self._trace = MemoryTrace(META)
         self._denoiser = denoiser = make_denoiser(work)
         with self._trace:
@@ -132,8 +132,8 @@ class Rehearsal:
                 self._trace.hold([*module.parameters(), *module.buffers()])
             self._weights = live_bytes(self._trace.events)
             add_adapters(denoiser.unet, denoiser.text_encoders, work.lora, seed=0)
-            prepare(denoiser, work.config, work.latents, checkpointed)
-            self._engine = make_engine(denoiser, work.config)
+            prepare_modules(denoiser, work.config, work.latents, checkpointed)
+            self._engine = make_train_step(denoiser, work.config)
         for module in denoiser.modules:
             module.train()
         self._units = find_units(named_parts(denoiser.unet, denoiser.text_encoders))
@@ -143,7 +143,7 @@ class Rehearsal:
         """A forward and backward pass."""
         start = len(self._trace.events)
         with self._trace, self._trace.watching(self._units.values()):
-            self._engine.accumulate(make_examples(self._work, micro_batch_size))
+            self._engine.accumulate(make_examples(self._spec, micro_batch_size))
         events = self._trace.events[start:]
         trainable = [p for module in self._denoiser.modules for p in lora_parameters(module)]
         num_parameters = sum(parameter.numel() for parameter in trainable)
@@ -153,11 +153,11 @@ class Rehearsal:
             outputs=self._trace.outputs,
             weights=self._weights,
             adapters=live_bytes(self._setup) - self._weights,
-            optimizer=optimizer_bytes(num_parameters, self._work.config),
-            update=num_parameters * 4 if self._work.config.optimizer == "adamw" else 0,
+            optimizer=optimizer_bytes(num_parameters, self._spec.config),
+            update=num_parameters * 4 if self._spec.config.optimizer == "adamw" else 0,
             recorded=not has_dropout(self._denoiser),
             flops=self._trace.total_flops,
-            units=rank_units(list(self._units), events, self._trace),
+            units=_rank_units(list(self._units), events, self._trace),
         )
 
     @torch.no_grad()
@@ -166,7 +166,7 @@ class Rehearsal:
 
         Nothing if params want no previews.
         """
-        work, denoiser = self._work, self._denoiser
+        work, denoiser = self._spec, self._denoiser
         if work.config.preview_every is None:
             return []
         dtype = DTYPES[denoiser.precision]
@@ -189,17 +189,17 @@ class Rehearsal:
         return self._trace.events[start:]
 
 
-def make_denoiser(work: Workload) -> Denoiser:
+def make_denoiser(work: TrainingSpec) -> Denoiser:
     precision = work.config.precision
     text_encoders = work.shapes.make_text_encoders(precision, META) if work.trains_text_encoders else None
-    schedule = NoiseSchedule(torch.empty(NUM_TIMESTEPS, device=META), "epsilon")
+    schedule = NoiseSchedule(torch.empty(_NUM_TIMESTEPS, device=META), "epsilon")
     denoiser = Denoiser(work.shapes.make_unet(precision, META), text_encoders, schedule, precision)
     for module in denoiser.modules:
         quantize(module, work.config.quantization, META)
     return denoiser
 
 
-def make_examples(work: Workload, size: int) -> Examples:
+def make_examples(work: TrainingSpec, size: int) -> TrainingBatch:
     """A micro-batch as the loop gives it to the engine: zeros on the CPU."""
     width, pooled_width = work.shapes.embedding_widths
     frozen = not work.trains_text_encoders
@@ -212,8 +212,8 @@ def make_examples(work: Workload, size: int) -> Examples:
         prompt_embeds=torch.zeros(size, 77, width) if frozen else None,
         pooled_prompt_embeds=torch.zeros(size, pooled_width) if frozen else None,
     )
-    draws = Draws(latents, latents, torch.zeros(size, dtype=torch.long), torch.zeros(size))
-    return Examples(batch, draws, images=[], dropout_seed=0)
+    draws = NoiseDraws(latents, latents, torch.zeros(size, dtype=torch.long), torch.zeros(size))
+    return TrainingBatch(batch, draws, images=[], dropout_seed=0)
 
 
 def optimizer_bytes(num_parameters: int, config: TrainingConfig) -> int:
@@ -227,22 +227,22 @@ def optimizer_bytes(num_parameters: int, config: TrainingConfig) -> int:
     return num_parameters * 2 * 4
 
 
-def rank_units(names: Sequence[str], events: Sequence[Event], trace: MemoryTrace) -> tuple[Unit, ...]:
+def _rank_units(names: Sequence[str], events: Sequence[Event], trace: MemoryTrace) -> tuple[_Unit, ...]:
     """The units whose checkpointing frees memory, the most bytes per recomputed operation first.
 
     Of equal ones the earlier comes first: its turn in the backward pass comes later, when more is free again.
     """
-    freed = freed_allocations(events, trace.outputs)
+    freed = _freed_allocations(events, trace.outputs)
     sizes = {event.key: event.size for event in events if event.kind == "allocate"}
     units = [
-        Unit(name, number, keys, sum(sizes[key] for key in keys), trace.flops[number])
+        _Unit(name, number, keys, sum(sizes[key] for key in keys), trace.flops[number])
         for number, (name, keys) in enumerate(zip(names, freed, strict=True))
     ]
     worthwhile = [unit for unit in units if unit.freed_bytes]
     return tuple(sorted(worthwhile, key=lambda unit: -unit.freed_bytes / unit.flops))
 
 
-def freed_allocations(events: Iterable[Event], outputs: Sequence[set[int]]) -> list[frozenset[int]]:
+def _freed_allocations(events: Iterable[Event], outputs: Sequence[set[int]]) -> list[frozenset[int]]:
     """Of each unit, what its forward pass allocates and does not hand on, kept for the backward pass."""
     kept: list[set[int]] = [set() for _ in outputs]
     owners: dict[int, int] = {}
@@ -262,7 +262,7 @@ def freed_allocations(events: Iterable[Event], outputs: Sequence[set[int]]) -> l
     return [frozenset(keys - outputs[number]) for number, keys in enumerate(kept)]
 
 
-def checkpointed(trace: TrainingTrace, count: int) -> list[Event]:
+def with_checkpointing(trace: TrainingTrace, count: int) -> list[Event]:
     """The step's events as they would be with the first `count` units checkpointed.
 
     A chosen unit's activations are freed at its end, and made again, with all that its forward pass makes in
@@ -290,30 +290,30 @@ def checkpointed(trace: TrainingTrace, count: int) -> list[Event]:
 
 def forecast_training(
     trace: TrainingTrace, preview: Sequence[Event], count: int, budget: float = inf
-) -> Forecast:
+) -> MemoryForecast:
     """Peak memory of training with the first `count` units checkpointed.
 
     Args:
-        preview: from `Rehearsal.preview`.
+        preview: from `MetaTrainingRun.preview`.
         budget: bytes that may be reserved; near it PyTorch's allocator gives up what it has cached.
 
     Raises:
         MemoryError: the budget does not do.
     """
-    step = checkpointed(trace, count)
-    lasting = CachingAllocator(budget - KERNEL_SCRATCH)
-    replay(trace.setup, lasting)
-    for thread in range(THREADS if trace.recorded else 0):  # attention was tried out on the default stream
+    step = with_checkpointing(trace, count)
+    lasting = CachingAllocator(budget - _KERNEL_SCRATCH)
+    replay_events(trace.setup, lasting)
+    for thread in range(_THREADS if trace.recorded else 0):  # attention was tried out on the default stream
         lasting.allocate(("tried", thread), CUBLAS_WORKSPACE)
     lasting.empty_cache()  # as PyTorch does before it records a graph
     lasting.peak_reserved = lasting.reserved
     held, beside, most = lasting.allocated, 0, 0
     if trace.recorded:
-        calls, passing = record(step, lasting)
+        calls, passing = record_events(step, lasting)
         beside, most = calls.reserved + passing.reserved, lasting.reserved + calls.peak_reserved
     else:
-        replay(step, passing := lasting)
-    activations = passing.peak_allocated - THREADS * CUBLAS_WORKSPACE - (0 if trace.recorded else held)
+        replay_events(step, passing := lasting)
+    activations = passing.peak_allocated - _THREADS * CUBLAS_WORKSPACE - (0 if trace.recorded else held)
     lasting.limit -= beside
     if lasting.reserved > lasting.limit:
         raise MemoryError(f"a recorded step takes {lasting.reserved + beside} bytes")
@@ -321,7 +321,7 @@ def forecast_training(
     lasting.allocate("update", trace.update)
     lasting.release("update")
     before = lasting.peak_allocated = lasting.allocated
-    replay(preview, lasting)
+    replay_events(preview, lasting)
     previews = max(0, lasting.peak_allocated - before - (0 if trace.recorded else activations))
     parts = {
         "weights": trace.weights,
@@ -329,14 +329,16 @@ def forecast_training(
         "optimizer": trace.optimizer,
         "activations": activations,
         "previews": previews,
-        "workspace": KERNEL_SCRATCH + CUBLAS_WORKSPACE * THREADS * (3 if trace.recorded else 1),
+        "workspace": _KERNEL_SCRATCH + CUBLAS_WORKSPACE * _THREADS * (3 if trace.recorded else 1),
     }
-    total = KERNEL_SCRATCH + max(most, lasting.peak_reserved + beside)
-    return Forecast(**parts, cache=total - sum(parts.values()))
+    total = _KERNEL_SCRATCH + max(most, lasting.peak_reserved + beside)
+    return MemoryForecast(**parts, cache=total - sum(parts.values()))
 
 
-def record(step: Sequence[Event], lasting: CachingAllocator) -> tuple[CachingAllocator, CachingAllocator]:
-    """The memory of the calls before a recording, and that of the recording itself (`cuda_graph.Recorder`).
+def record_events(
+    step: Sequence[Event], lasting: CachingAllocator
+) -> tuple[CachingAllocator, CachingAllocator]:
+    """The memory of the calls before a capture, and that of the capture itself (`GraphedCallable`).
 
     Each has a stream, a pool and workspaces of its own. What the calls had cached is given up, but for the
     segments in which their workspaces lie.
@@ -345,14 +347,14 @@ def record(step: Sequence[Event], lasting: CachingAllocator) -> tuple[CachingAll
         MemoryError: the calls do not fit below the limit of `lasting`.
     """
     calls = CachingAllocator(lasting.limit - lasting.reserved)
-    replay(step, calls)
+    replay_events(step, calls)
     calls.empty_cache()
     graph = CachingAllocator()  # while it is recorded nothing can be given up
-    replay(step, graph)
+    replay_events(step, graph)
     return calls, graph
 
 
-def replay(events: Iterable[Event], allocator: CachingAllocator) -> None:
+def replay_events(events: Iterable[Event], allocator: CachingAllocator) -> None:
     """Lets the allocator serve the allocations of `events`."""
     for event in events:
         if event.kind == "allocate":

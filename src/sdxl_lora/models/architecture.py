@@ -14,20 +14,20 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_lora.config import ModelConfig, Precision
-from sdxl_lora.models.sdxl import DTYPES, TextEncoders, frozen
+from sdxl_lora.models.sdxl import DTYPES, TextEncoders, freeze
 from sdxl_lora.storage.repository import open_repository
 
-Settings = Mapping[str, Any]
+_Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Shapes:
+class SDXLArchitecture:
     """What the base model's configuration files say."""
 
-    unet: Settings
-    vae: Settings
-    text_encoder: Settings
-    text_encoder_2: Settings
+    unet: _Settings
+    vae: _Settings
+    text_encoder: _Settings
+    text_encoder_2: _Settings
 
     @property
     def embedding_widths(self) -> tuple[int, int]:
@@ -42,24 +42,24 @@ class Shapes:
 
     def make_unet(self, precision: Precision, device: torch.device) -> UNet2DConditionModel:
         """The UNet, frozen, with random weights; none on the `meta` device."""
-        with made_in(precision, device):
-            return frozen(UNet2DConditionModel.from_config(dict(self.unet)), device)
+        with _default_dtype_and_device(precision, device):
+            return freeze(UNet2DConditionModel.from_config(dict(self.unet)), device)
 
     def make_vae(self, precision: Precision, device: torch.device) -> AutoencoderKL:
         """The VAE, likewise."""
-        with made_in(precision, device):
-            return frozen(AutoencoderKL.from_config(dict(self.vae)), device)
+        with _default_dtype_and_device(precision, device):
+            return freeze(AutoencoderKL.from_config(dict(self.vae)), device)
 
     def make_text_encoders(self, precision: Precision, device: torch.device) -> TextEncoders:
         """Both text encoders, likewise."""
         options = {"dtype": DTYPES[precision]}  # in place of that of the files
         first = CLIPTextConfig(**{**self.text_encoder, **options})
         second = CLIPTextConfig(**{**self.text_encoder_2, **options})
-        with made_in(precision, device):
-            return frozen(CLIPTextModel(first), device), frozen(CLIPTextModelWithProjection(second), device)
+        with _default_dtype_and_device(precision, device):
+            return freeze(CLIPTextModel(first), device), freeze(CLIPTextModelWithProjection(second), device)
 
 
-SDXL_BASE = Shapes(
+SDXL_BASE = SDXLArchitecture(
     unet={
         "sample_size": 128,
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
@@ -115,19 +115,19 @@ As its files */config.json have it, without what is the libraries' default. Comp
 github.com/PRITHIVSAKTHIUR/AI-Art-Generator-SDXL, commit a04712f.
 """
 
-BASE_NAME = "stabilityai/stable-diffusion-xl-base-1.0"
+_BASE_NAME = "stabilityai/stable-diffusion-xl-base-1.0"
 KNOWN_VAES = {
     "madebyollin/sdxl-vae-fp16-fix": {**SDXL_BASE.vae, "sample_size": 512, "force_upcast": False},
 }
 """Compared with what HunyuanDiT, which has a copy of this VAE, is told of it; the file was not at hand."""
 
 
-def read_shapes(config: ModelConfig) -> Shapes:
+def read_architecture(config: ModelConfig) -> SDXLArchitecture:
     """The shapes of the model that `config` names: known ones, else from its folder or the Hub.
 
     Raises as `open_repository`.
     """
-    shapes = SDXL_BASE if config.base == BASE_NAME else read_base(config)
+    shapes = SDXL_BASE if config.base == _BASE_NAME else _read_base_architecture(config)
     if config.vae is None:
         return shapes
     if config.vae in KNOWN_VAES:
@@ -136,9 +136,9 @@ def read_shapes(config: ModelConfig) -> Shapes:
     return replace(shapes, vae=AutoencoderKL.load_config(folder))
 
 
-def read_base(config: ModelConfig) -> Shapes:
+def _read_base_architecture(config: ModelConfig) -> SDXLArchitecture:
     folder: Path = open_repository(config.base, config.revision, "model.base", ["*/config.json"])
-    return Shapes(
+    return SDXLArchitecture(
         unet=UNet2DConditionModel.load_config(folder / "unet"),
         vae=AutoencoderKL.load_config(folder / "vae"),
         text_encoder=CLIPTextConfig.from_pretrained(folder / "text_encoder").to_dict(),
@@ -147,7 +147,7 @@ def read_base(config: ModelConfig) -> Shapes:
 
 
 @contextmanager
-def made_in(precision: Precision, device: torch.device) -> Iterator[None]:
+def _default_dtype_and_device(precision: Precision, device: torch.device) -> Iterator[None]:
     """Modules that are made in the block are made on `device`, with parameters in `precision`."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[precision])

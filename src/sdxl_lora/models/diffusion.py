@@ -18,7 +18,7 @@ def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
         noise: eps, standard normal, shaped as `latents`.
         alpha_bar: at each example's timestep, in [0, 1], (B,).
     """
-    alpha_bar = per_example(alpha_bar, latents)
+    alpha_bar = _per_example(alpha_bar, latents)
     return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
 
 
@@ -31,7 +31,7 @@ def prediction_target(
     """
     if prediction_type == "epsilon":
         return noise
-    alpha_bar = per_example(alpha_bar, latents)
+    alpha_bar = _per_example(alpha_bar, latents)
     return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
 
 
@@ -59,6 +59,6 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
-def per_example(values: Tensor, like: Tensor) -> Tensor:
+def _per_example(values: Tensor, like: Tensor) -> Tensor:
     """(B,) as (B, 1, 1, ...), to multiply with `like`, (B, ...)."""
     return values.view(-1, *[1] * (like.ndim - 1))

@@ -33,8 +33,8 @@ def load_text_encoders(config: ModelConfig, precision: Precision, device: torch.
     base = open_base(config)
     options = {"dtype": DTYPES[precision], "variant": config.variant, "use_safetensors": True}
     return (
-        frozen(CLIPTextModel.from_pretrained(base / "text_encoder", **options), device),
-        frozen(CLIPTextModelWithProjection.from_pretrained(base / "text_encoder_2", **options), device),
+        freeze(CLIPTextModel.from_pretrained(base / "text_encoder", **options), device),
+        freeze(CLIPTextModelWithProjection.from_pretrained(base / "text_encoder_2", **options), device),
     )
 
 
@@ -45,13 +45,13 @@ def load_vae(config: ModelConfig, precision: Precision, device: torch.device) ->
     else:
         folder, variant = open_vae(config), None
     options = {"dtype": DTYPES[precision], "variant": variant, "use_safetensors": True}
-    return frozen(AutoencoderKL.from_pretrained(folder, **options), device)
+    return freeze(AutoencoderKL.from_pretrained(folder, **options), device)
 
 
 def load_unet(config: ModelConfig, precision: Precision, device: torch.device) -> UNet2DConditionModel:
     """The UNet, frozen."""
     options = {"dtype": DTYPES[precision], "variant": config.variant, "use_safetensors": True}
-    return frozen(UNet2DConditionModel.from_pretrained(open_base(config) / "unet", **options), device)
+    return freeze(UNet2DConditionModel.from_pretrained(open_base(config) / "unet", **options), device)
 
 
 def load_pipeline(
@@ -71,7 +71,7 @@ def load_pipeline(
         add_watermarker=False,
     )
     for module in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
-        frozen(module, device)
+        freeze(module, device)
     pipeline.vae.enable_slicing()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -89,7 +89,7 @@ def load_noise_schedule(config: ModelConfig) -> NoiseSchedule:
     return NoiseSchedule(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
 
 
-def zeros_mean_no_caption(config: ModelConfig) -> bool:
+def force_zeros_for_empty_prompt(config: ModelConfig) -> bool:
     """Whether the base model reads zeros where there is no caption, as SDXL does, or an empty caption."""
     zeros: bool = StableDiffusionXLPipeline.load_config(open_base(config)).get(
         "force_zeros_for_empty_prompt", True
@@ -135,6 +135,6 @@ def predict(
     return unet(noisy_latents, timesteps, prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[0]
 
 
-def frozen(module: Any, device: torch.device) -> Any:
+def freeze(module: Any, device: torch.device) -> Any:
     """`module` on `device`, in evaluation mode, without gradients."""
     return module.to(device).eval().requires_grad_(False)

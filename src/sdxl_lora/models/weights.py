@@ -4,18 +4,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sdxl_lora.config import ModelConfig
-from sdxl_lora.storage.repository import file_digest, local_copy, open_repository
+from sdxl_lora.storage.repository import file_digest, find_local_copy, open_repository
 
-VAE_FILE = "diffusion_pytorch_model.safetensors"
-VAE_FILES = ["config.json", VAE_FILE]
+_VAE_FILE = "diffusion_pytorch_model.safetensors"
+_VAE_FILES = ["config.json", _VAE_FILE]
 
 
 def open_base(config: ModelConfig) -> Path:
     """The base model's folder: configurations, tokenizers and the safetensors of the variant asked for."""
-    return open_repository(config.base, config.revision, "model.base", base_files(config))
+    return open_repository(config.base, config.revision, "model.base", _base_files(config))
 
 
-def base_files(config: ModelConfig) -> list[str]:
+def _base_files(config: ModelConfig) -> list[str]:
     """What is read of the base model, as globs."""
     weights = f"*.{config.variant}.safetensors" if config.variant else "*.safetensors"
     parts = ("unet", "text_encoder", "text_encoder_2", "vae")
@@ -26,7 +26,7 @@ def base_files(config: ModelConfig) -> list[str]:
 
 def open_vae(config: ModelConfig) -> Path:
     """The folder of the replacement VAE that `config` names."""
-    return open_repository(str(config.vae), str(config.vae_revision), "model.vae", VAE_FILES)
+    return open_repository(str(config.vae), str(config.vae_revision), "model.vae", _VAE_FILES)
 
 
 def local_models(config: ModelConfig) -> dict[str, Path | None]:
@@ -34,16 +34,16 @@ def local_models(config: ModelConfig) -> dict[str, Path | None]:
 
     None: not here, or incomplete. Asks no network, and checks no content.
     """
-    models = {"model.base": local_copy(config.base, config.revision, base_files(config))}
+    models = {"model.base": find_local_copy(config.base, config.revision, _base_files(config))}
     if config.vae is not None:
-        models["model.vae"] = local_copy(config.vae, str(config.vae_revision), VAE_FILES)
+        models["model.vae"] = find_local_copy(config.vae, str(config.vae_revision), _VAE_FILES)
     return models
 
 
 def weight_digests(config: ModelConfig) -> dict[str, str]:
     """SHA-256 of the files that each part's weights are in; reads them all, at SDXL's size some seconds."""
     vae = None if config.vae is None else open_vae(config)
-    return {part: digests(files) for part, files in weight_files(config, open_base(config), vae).items()}
+    return {part: file_digests(files) for part, files in weight_files(config, open_base(config), vae).items()}
 
 
 def weight_files(config: ModelConfig, base: Path, vae: Path | None) -> dict[str, list[Path]]:
@@ -55,10 +55,10 @@ def weight_files(config: ModelConfig, base: Path, vae: Path | None) -> dict[str,
     """
     name = f"*.{config.variant}.safetensors" if config.variant else "*.safetensors"
     files = {part: sorted((base / part).glob(name)) for part in ("unet", "text_encoder", "text_encoder_2")}
-    files["vae"] = sorted((base / "vae").glob(name)) if vae is None else sorted(vae.glob(VAE_FILE))
+    files["vae"] = sorted((base / "vae").glob(name)) if vae is None else sorted(vae.glob(_VAE_FILE))
     return files
 
 
-def digests(files: Iterable[Path]) -> str:
+def file_digests(files: Iterable[Path]) -> str:
     """SHA-256 of each file, with commas between."""
     return ",".join(file_digest(path) for path in files)

@@ -13,12 +13,12 @@ from jinja2 import Environment, StrictUndefined
 from sdxl_lora.config import CaptionsConfig
 from sdxl_lora.data.captions import CaptionsReport, duplicate_captions, frequent_phrases
 
-MOST_ROWS = 1000
-MOST_PHRASES = 30
+MAX_ROWS = 1000
+_MOST_PHRASES = 30
 CHART_WIDTH, CHART_HEIGHT = 900, 200
-CLIP_TOKENS = 77
+_CLIP_TOKENS = 77
 
-TEMPLATE = """<!doctype html>
+_TEMPLATE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -120,7 +120,7 @@ TEMPLATE = """<!doctype html>
 
 
 @dataclass(frozen=True)
-class Part:
+class _Part:
     """A stretch of a caption in the table of changes."""
 
     kind: str
@@ -128,11 +128,11 @@ class Part:
     text: str
 
 
-def caption_page(report: CaptionsReport, config: CaptionsConfig) -> str:
+def render_captions_page(report: CaptionsReport, config: CaptionsConfig) -> str:
     """The page, as HTML."""
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     captions = [caption for _, caption in report.kept]
-    return environment.from_string(TEMPLATE).render(
+    return environment.from_string(_TEMPLATE).render(
         trigger=config.trigger,
         tiles={
             "kept": len(report.kept),
@@ -141,23 +141,23 @@ def caption_page(report: CaptionsReport, config: CaptionsConfig) -> str:
             "truncated": report.truncated,
             "mean tokens": f"{sum(report.tokens) / len(report.tokens):.1f}",
         },
-        clip_tokens=CLIP_TOKENS,
+        clip_tokens=_CLIP_TOKENS,
         max_tokens=config.max_tokens,
         **histogram(report.tokens, config.max_tokens),
         rules=report.rules.most_common(),
-        rejections=report.rejections[:MOST_ROWS],
-        more_rejections=max(0, len(report.rejections) - MOST_ROWS),
-        duplicates=duplicate_captions(report.kept)[:MOST_ROWS],
-        phrases=frequent_phrases(captions, MOST_PHRASES),
+        rejections=report.rejections[:MAX_ROWS],
+        more_rejections=max(0, len(report.rejections) - MAX_ROWS),
+        duplicates=duplicate_captions(report.kept)[:MAX_ROWS],
+        phrases=frequent_phrases(captions, _MOST_PHRASES),
         changes=[
             {
                 "image": row["image"],
                 "parts": list(differences(row["before"], row["after"])),
                 "rules": row["rules"],
             }
-            for row in report.changes[:MOST_ROWS]
+            for row in report.changes[:MAX_ROWS]
         ],
-        more_changes=max(0, len(report.changes) - MOST_ROWS),
+        more_changes=max(0, len(report.changes) - MAX_ROWS),
     )
 
 
@@ -192,15 +192,15 @@ def histogram(tokens: Sequence[int], limit: int) -> dict[str, object]:
     }
 
 
-def differences(before: str, after: str) -> Iterator[Part]:
+def differences(before: str, after: str) -> Iterator[_Part]:
     """The caption before, with what went as `del` and what came as `ins`, word by word."""
     old, new = before.split(), after.split()
     for _, start, stop, new_start, new_stop in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
         went, came = " ".join(old[start:stop]), " ".join(new[new_start:new_stop])
         if went == came:
-            yield Part("kept", f"{went} ")
+            yield _Part("kept", f"{went} ")
             continue
         for kind, text in (("del", went), ("ins", came)):
             if text:
-                yield Part(kind, text)
-                yield Part("kept", " ")
+                yield _Part(kind, text)
+                yield _Part("kept", " ")

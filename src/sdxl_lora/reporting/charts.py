@@ -7,15 +7,15 @@ from html import escape
 
 WIDTH, HEIGHT = 560, 240  # pixels
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 24, 30  # pixels round the plot
-COLOURS = ("#8a94a6", "#c2410c", "#0f766e")
-SHADES = ("#334155", "#0f766e", "#b45309", "#0369a1", "#7c3aed", "#94a3b8", "#cbd5e1")
-TICKS = 4
+_COLOURS = ("#8a94a6", "#c2410c", "#0f766e")
+_SHADES = ("#334155", "#0f766e", "#b45309", "#0369a1", "#7c3aed", "#94a3b8", "#cbd5e1")
+_TICKS = 4
 BAR_HEIGHT, BAR_TOP = 28, 22  # pixels
-LEGEND_LINE = 20
+_LEGEND_LINE = 20
 
 
 @dataclass(frozen=True)
-class Axis:
+class _Axis:
     """Maps values onto pixels."""
 
     low: float
@@ -32,8 +32,8 @@ class Axis:
 
     def ticks(self) -> list[float]:
         if self.log:
-            return [self.low * (self.high / self.low) ** (n / TICKS) for n in range(TICKS + 1)]
-        return [self.low + (self.high - self.low) * n / TICKS for n in range(TICKS + 1)]
+            return [self.low * (self.high / self.low) ** (n / _TICKS) for n in range(_TICKS + 1)]
+        return [self.low + (self.high - self.low) * n / _TICKS for n in range(_TICKS + 1)]
 
 
 def line_chart(x: Sequence[float], lines: Mapping[str, Sequence[float]], x_label: str, log: bool) -> str:
@@ -44,8 +44,8 @@ def line_chart(x: Sequence[float], lines: Mapping[str, Sequence[float]], x_label
         log: whether the vertical axis is logarithmic.
     """
     values = [value for line in lines.values() for value in line]
-    across = Axis(min(x), max(x), LEFT, WIDTH - RIGHT)
-    up = Axis(min(values) if log else 0.0, max(values), HEIGHT - BOTTOM, TOP, log)
+    across = _Axis(min(x), max(x), LEFT, WIDTH - RIGHT)
+    up = _Axis(min(values) if log else 0.0, max(values), HEIGHT - BOTTOM, TOP, log)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(", ".join(lines))}">']
     for tick in up.ticks():
         parts.append(
@@ -55,7 +55,7 @@ def line_chart(x: Sequence[float], lines: Mapping[str, Sequence[float]], x_label
     for tick in across.ticks():
         parts.append(f'<text x="{across(tick):.1f}" y="{HEIGHT - 10}" text-anchor="middle">{tick:.4g}</text>')
     for number, (name, line) in enumerate(lines.items()):
-        colour = COLOURS[number % len(COLOURS)]
+        colour = _COLOURS[number % len(_COLOURS)]
         points = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in zip(x, line, strict=True))
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts.append(f'<text x="{LEFT + 120 * number}" y="14" style="fill: {colour}">{escape(name)}</text>')
@@ -71,16 +71,16 @@ def stacked_bar(parts: Mapping[str, float], mark: float, mark_label: str, unit: 
         mark: a value to hold the sum against.
     """
     shown = {name: value for name, value in parts.items() if value}
-    axis = Axis(0, max(sum(shown.values()), mark), LEFT, WIDTH - RIGHT)
-    height = BAR_TOP + BAR_HEIGHT + LEGEND_LINE * (len(shown) + 1)
+    axis = _Axis(0, max(sum(shown.values()), mark), LEFT, WIDTH - RIGHT)
+    height = BAR_TOP + BAR_HEIGHT + _LEGEND_LINE * (len(shown) + 1)
     elements = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(", ".join(shown))}">']
     start = 0.0
-    for number, ((name, value), colour) in enumerate(zip(shown.items(), SHADES, strict=False)):
+    for number, ((name, value), colour) in enumerate(zip(shown.items(), _SHADES, strict=False)):
         x, width = axis(start), axis(start + value) - axis(start)
-        y = BAR_TOP + BAR_HEIGHT + LEGEND_LINE * (number + 1)
+        y = BAR_TOP + BAR_HEIGHT + _LEGEND_LINE * (number + 1)
         elements += [
-            rectangle(x, BAR_TOP, width, BAR_HEIGHT, colour),
-            rectangle(LEFT, y - 10, 12, 12, colour),
+            _rectangle(x, BAR_TOP, width, BAR_HEIGHT, colour),
+            _rectangle(LEFT, y - 10, 12, 12, colour),
             f'<text x="{LEFT + 20}" y="{y}">{escape(name)}: {value:.2f} {escape(unit)}</text>',
         ]
         start += value
@@ -90,5 +90,5 @@ def stacked_bar(parts: Mapping[str, float], mark: float, mark_label: str, unit: 
     return "".join(elements)
 
 
-def rectangle(x: float, y: float, width: float, height: float, colour: str) -> str:
+def _rectangle(x: float, y: float, width: float, height: float, colour: str) -> str:
     return f'<rect x="{x:.1f}" y="{y:g}" width="{width:.1f}" height="{height:g}" fill="{colour}"/>'

@@ -10,7 +10,7 @@ from sdxl_lora.data.encoded_dataset import Example, data_digest
 from sdxl_lora.data.encoding_report import EncodingReport
 from sdxl_lora.storage.repository import file_digest
 
-SPLITS = ("train", "held_out")
+_SPLITS = ("train", "held_out")
 
 
 def dataset_card(
@@ -26,18 +26,18 @@ def dataset_card(
     return "".join(
         [
             "# Data set\n",
-            *section("Source", source_rows(source)),
-            *section("Examples", example_rows(source, report)),
-            *section("Pictures", picture_rows(report, config)),
-            *section("Digests", digest_rows(report.examples)),
+            *_section("Source", _source_rows(source)),
+            *_section("Examples", _example_rows(source, report)),
+            *_section("Pictures", _picture_rows(report, config)),
+            *_section("Digests", _digest_rows(report.examples)),
             "\nA digest is the Merkle root over examples: each one's image, caption and tensors. "
             "Equal digests are equal data, however it is sharded and ordered.\n",
-            *section("Shards", shard_rows(folder)),
+            *_section("Shards", _shard_rows(folder)),
         ]
     )
 
 
-def section(title: str, rows: Iterator[tuple[str, object]]) -> Iterator[str]:
+def _section(title: str, rows: Iterator[tuple[str, object]]) -> Iterator[str]:
     """A heading and a table of two columns."""
     yield f"\n## {title}\n\n| | |\n|---|---|\n"
     for name, value in rows:
@@ -50,7 +50,7 @@ def cell(value: object) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("`", "&#96;")
 
 
-def source_rows(source: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+def _source_rows(source: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     licence = source["licence"]
     yield "repository", source["repository"]
     yield "revision", source["revision"]
@@ -62,7 +62,7 @@ def source_rows(source: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     )
 
 
-def example_rows(source: Mapping[str, object], report: EncodingReport) -> Iterator[tuple[str, object]]:
+def _example_rows(source: Mapping[str, object], report: EncodingReport) -> Iterator[tuple[str, object]]:
     sides = Counter(example.split for example in report.examples)
     yield "downloaded", source["examples"]
     yield "trained on", sides["train"]
@@ -76,7 +76,7 @@ def example_rows(source: Mapping[str, object], report: EncodingReport) -> Iterat
         yield f"images flagged: {kind}", count
 
 
-def picture_rows(report: EncodingReport, config: EncodingConfig) -> Iterator[tuple[str, object]]:
+def _picture_rows(report: EncodingReport, config: EncodingConfig) -> Iterator[tuple[str, object]]:
     for number, name in enumerate(("width", "height")):
         values = [size[number] for size in report.sizes]
         yield f"original {name}: least, median, most", f"{min(values)}, {median(values):g}, {max(values)}"
@@ -86,12 +86,12 @@ def picture_rows(report: EncodingReport, config: EncodingConfig) -> Iterator[tup
         yield f"encoded at {width} x {height}", count
 
 
-def digest_rows(examples: Sequence[Example]) -> Iterator[tuple[str, object]]:
-    for split in SPLITS:
+def _digest_rows(examples: Sequence[Example]) -> Iterator[tuple[str, object]]:
+    for split in _SPLITS:
         yield split, data_digest(example for example in examples if example.split == split)
     yield "both", data_digest(examples)
 
 
-def shard_rows(folder: Path) -> Iterator[tuple[str, object]]:
+def _shard_rows(folder: Path) -> Iterator[tuple[str, object]]:
     for path in sorted(folder.glob("*.safetensors")):
         yield path.name, f"{path.stat().st_size} bytes, sha256 {file_digest(path)}"

@@ -8,9 +8,9 @@ from huggingface_hub import ModelCardData
 
 from sdxl_lora.config import ExportConfig, ModelConfig
 from sdxl_lora.inference.samples import Sample
-from sdxl_lora.storage.repository import is_folder
+from sdxl_lora.storage.repository import is_local_folder
 
-PAGE = """\
+_PAGE = """\
 {header}
 # {title}
 
@@ -71,7 +71,7 @@ def model_card(
         facts: lineage.
     """
     data = ModelCardData(
-        base_model=None if is_folder(model.base) else model.base,
+        base_model=None if is_local_folder(model.base) else model.base,
         library_name="diffusers",
         license=config.license,
         pipeline_tag="text-to-image",
@@ -80,22 +80,24 @@ def model_card(
         widget=[{"text": sample.prompt, "output": {"url": path}} for path, sample in pictures],
     )
     trigger = (
-        f" Prompts that begin with *{markdown(details['trigger'])}* call it." if details["trigger"] else ""
+        f" Prompts that begin with *{escape_markdown(details['trigger'])}* call it."
+        if details["trigger"]
+        else ""
     )
-    return PAGE.format(
+    return _PAGE.format(
         **{**details, "trigger": trigger},
         header=f"---\n{data.to_yaml()}\n---\n",
-        title=markdown(config.title),
+        title=escape_markdown(config.title),
         base=model.base,
         prompt=pictures[0][1].prompt if pictures else "",
-        results="\n".join(result_rows(metrics)),
-        verdict="It passed all of its gates." if not failures else failed(failures),
+        results="\n".join(_result_rows(metrics)),
+        verdict="It passed all of its gates." if not failures else _failed_gates(failures),
         facts="\n".join(f"| {name} | `{fact}` |" for name, fact in facts.items()),
         seeds=", ".join(str(seed) for seed in sorted({sample.seed for _, sample in pictures})),
     )
 
 
-def result_rows(metrics: Mapping[str, Any]) -> list[str]:
+def _result_rows(metrics: Mapping[str, Any]) -> list[str]:
     """A row of Markdown for each metric that base model and adapter both have."""
     rows = []
     for name, values in metrics.items():
@@ -117,11 +119,11 @@ def change_of(name: str, metrics: Mapping[str, Any]) -> str:
     return ""
 
 
-def failed(failures: Sequence[str]) -> str:
+def _failed_gates(failures: Sequence[str]) -> str:
     return "**It failed its gates**: " + "; ".join(failures) + "."
 
 
-def markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """`text` with nothing in it that Markdown or HTML would take for its own."""
     for mark in "\\`*_{}[]<>#|":
         text = text.replace(mark, f"\\{mark}")

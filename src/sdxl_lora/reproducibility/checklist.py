@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-Status = Literal["pass", "warn", "fail"]
+_CheckStatus = Literal["pass", "warn", "fail"]
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Check:
     """One line of the list."""
 
     name: str
-    status: Status
+    status: _CheckStatus
     """`warn`: not as it should be, or it could not be looked at; `fail`: it cannot stay so."""
     detail: str
     remedy: str = ""
@@ -32,19 +32,19 @@ def failed(name: str, detail: str, remedy: str) -> Check:
     return Check(name, "fail", detail, remedy)
 
 
-def line(check: Check, width: int) -> str:
+def format_check(check: Check, width: int) -> str:
     """A check as text, its name padded to `width`; the remedy below it."""
     text = f"{check.status}  {check.name:{width}}  {check.detail}"
     return f"{text}\n{'':{width + 8}}-> {check.remedy}" if check.remedy else text
 
 
-def verdict(checks: Sequence[Check]) -> str:
+def summarize_checks(checks: Sequence[Check]) -> str:
     """How many are how, in a line."""
     counts = {status: sum(check.status == status for check in checks) for status in ("pass", "warn", "fail")}
     return f"{counts['pass']} passed, {counts['warn']} warned, {counts['fail']} failed"
 
 
-def as_json(checks: Iterable[Check]) -> str:
+def checks_as_json(checks: Iterable[Check]) -> str:
     return json.dumps([asdict(check) for check in checks], indent=2)
 
 

@@ -10,26 +10,26 @@ from typing import Any, Literal
 import pandas as pd
 
 from sdxl_lora import paths
-from sdxl_lora.reproducibility.run_record import Record
-from sdxl_lora.storage.report_io import flat
-from sdxl_lora.training.auto_choices import choices_of
+from sdxl_lora.reproducibility.run_record import RunRecord
+from sdxl_lora.storage.report_io import flatten
+from sdxl_lora.training.auto_choices import choices_in
 
-Outcome = Literal["bit-identical", "within tolerance", "different", "failed"]
-State = Literal["identical", "identical but for times", "different", "missing", "not compared"]
+_ReproductionOutcome = Literal["bit-identical", "within tolerance", "different", "failed"]
+_State = Literal["identical", "identical but for times", "different", "missing", "not compared"]
 
-MEASURED = {
+_MEASURED = {
     paths.TRAINING_REPORT: ("seconds", "examples_per_second", "peak_memory_gib", "forecast_gib"),
     paths.LOSS_CURVE: ("seconds",),
 }
 """What reports say of time and memory, which differ from one run to the next on the same machine."""
-NOT_RESULTS = {*paths.ENVIRONMENTS.values(), paths.REPORT}
+_NOT_RESULTS = {*paths.ENVIRONMENTS.values(), paths.REPORT}
 """The page shows times, and holds nothing that other files do not."""
-DATA_STAGES = ("download_dataset", "clean_captions")
+_DATA_STAGES = ("download_dataset", "clean_captions")
 """They compute with text and bytes alone: no rounding excuses a difference."""
 
 
 @dataclass(frozen=True)
-class Tolerance:
+class _Tolerance:
     """How far a figure may be from the recorded one."""
 
     limit: float
@@ -38,9 +38,9 @@ class Tolerance:
 
 
 TOLERANCES = {
-    "held_out_loss/adapter": Tolerance(0.0028 / 0.1052, is_share=True),
-    "style_probability/adapter": Tolerance(0.966 - 0.930, is_share=False),
-    "other_style_probability/adapter": Tolerance(0.350 - 0.309, is_share=False),
+    "held_out_loss/adapter": _Tolerance(0.0028 / 0.1052, is_share=True),
+    "style_probability/adapter": _Tolerance(0.966 - 0.930, is_share=False),
+    "other_style_probability/adapter": _Tolerance(0.350 - 0.309, is_share=False),
 }
 """Largest difference among three seeds of the demo (docs/experiments.md, 2026-11-24, "Seeds"): another card
 or library must not move an adapter farther than another seed would. SDXL's own spread was not measured."""
@@ -49,16 +49,16 @@ DECISIVE = "held_out_loss/adapter"
 
 
 @dataclass(frozen=True)
-class Out:
+class _OutputDiff:
     """One file or folder that a stage wrote."""
 
     stage: str
     path: str
-    state: State
+    state: _State
 
 
 @dataclass(frozen=True)
-class Figure:
+class _MetricDiff:
     """A figure of the evaluation, recorded and found again."""
 
     name: str
@@ -73,7 +73,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Difference:
+class _EnvironmentDiff:
     """A fact about the environment of a stage that was another when it was recorded."""
 
     stage: str
@@ -83,24 +83,26 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ReproductionVerdict:
     """What became of a reproduction."""
 
-    outcome: Outcome
+    outcome: _ReproductionOutcome
     origin: str
     """What was made again."""
     commit: str
     reasons: list[str]
     first_difference: str | None
     """The first stage whose output differs, or that failed."""
-    outs: list[Out]
-    figures: list[Figure]
-    choices: list[Difference]
+    outs: list[_OutputDiff]
+    figures: list[_MetricDiff]
+    choices: list[_EnvironmentDiff]
     """What training chose otherwise: what was recorded could not be had here."""
-    environment: list[Difference]
+    environment: list[_EnvironmentDiff]
 
 
-def judge(record: Record, again: Record, stages: Sequence[str], failure: str | None) -> Verdict:
+def compare_runs(
+    record: RunRecord, again: RunRecord, stages: Sequence[str], failure: str | None
+) -> ReproductionVerdict:
     """Holds a run against its record.
 
     Args:
@@ -108,16 +110,20 @@ def judge(record: Record, again: Record, stages: Sequence[str], failure: str | N
         stages: those that should have run, in their order.
         failure: why the run stopped; None if it did not.
     """
-    outs = [out for stage in stages for out in compare_outs(record, again, stage)]
-    figures, environment = list(compare_figures(record, again)), list(compare_environments(record, again))
-    choices = list(compare_choices(record, again))
+    outs = [out for stage in stages for out in _compare_outs(record, again, stage)]
+    figures, environment = list(_compare_figures(record, again)), list(_compare_environments(record, again))
+    choices = list(_compare_choices(record, again))
     first = next((out.stage for out in outs if out.state in ("different", "missing")), None)
-    outcome, reason = decide(first, figures, failure)
-    reasons = [reason, *remarks(record, outs, choices)]
-    return Verdict(outcome, record.origin, record.tree, reasons, first, outs, figures, choices, environment)
+    outcome, reason = _decide(first, figures, failure)
+    reasons = [reason, *_remarks(record, outs, choices)]
+    return ReproductionVerdict(
+        outcome, record.origin, record.code_commit, reasons, first, outs, figures, choices, environment
+    )
 
 
-def decide(first: str | None, figures: Iterable[Figure], failure: str | None) -> tuple[Outcome, str]:
+def _decide(
+    first: str | None, figures: Iterable[_MetricDiff], failure: str | None
+) -> tuple[_ReproductionOutcome, str]:
     """The outcome, and why.
 
     Args:
@@ -128,7 +134,7 @@ def decide(first: str | None, figures: Iterable[Figure], failure: str | None) ->
     if first is None:
         return "bit-identical", "every output of every stage that ran has the recorded hash"
     start = f"the first output that differs is one of {first}"
-    if first in DATA_STAGES:
+    if first in _DATA_STAGES:
         return "different", f"{start}, which handles data: nothing after it was made from the same"
     decisive = {figure.name: figure for figure in figures if figure.tolerance is not None}
     if DECISIVE not in decisive:
@@ -143,7 +149,9 @@ def decide(first: str | None, figures: Iterable[Figure], failure: str | None) ->
     return "within tolerance", f"{start}; {', '.join(decisive)} are as near as another seed's would be"
 
 
-def remarks(record: Record, outs: Iterable[Out], choices: Iterable[Difference]) -> Iterator[str]:
+def _remarks(
+    record: RunRecord, outs: Iterable[_OutputDiff], choices: Iterable[_EnvironmentDiff]
+) -> Iterator[str]:
     """What weakens or explains the outcome."""
     if changes := [f"training.{c.name} {c.found} in place of {c.recorded}" for c in choices]:
         yield f"training did not choose as the recorded one did: {', '.join(changes)}"
@@ -159,68 +167,68 @@ def remarks(record: Record, outs: Iterable[Out], choices: Iterable[Difference]) 
         yield f"not compared, as they hold times and the record has their hash alone: {', '.join(unknown)}"
 
 
-def compare_outs(record: Record, again: Record, stage: str) -> Iterator[Out]:
+def _compare_outs(record: RunRecord, again: RunRecord, stage: str) -> Iterator[_OutputDiff]:
     """Each output of a stage, but for what is no result."""
     found = again.outs(stage)
     for path, digest in record.outs(stage).items():
-        if Path(path) in NOT_RESULTS:
+        if Path(path) in _NOT_RESULTS:
             continue
         if path not in found:
-            yield Out(stage, path, "missing")
+            yield _OutputDiff(stage, path, "missing")
         elif found[path] == digest:
-            yield Out(stage, path, "identical")
+            yield _OutputDiff(stage, path, "identical")
         else:
-            yield Out(stage, path, compare_measured(record, again, Path(path)))
+            yield _OutputDiff(stage, path, _compare_measured(record, again, Path(path)))
 
 
-def compare_measured(record: Record, again: Record, path: Path) -> State:
+def _compare_measured(record: RunRecord, again: RunRecord, path: Path) -> _State:
     """Whether a report whose hash differs says the same of everything but time and memory."""
-    if path not in MEASURED:
+    if path not in _MEASURED:
         return "different"
     if path not in record.files:
         return "not compared"
-    before, after = (without(run.files[path], path) for run in (record, again))
+    before, after = (_without_measurements(run.files[path], path) for run in (record, again))
     return "identical but for times" if before == after else "different"
 
 
-def without(text: str, path: Path) -> object:
+def _without_measurements(text: str, path: Path) -> object:
     """What a report says beside time and memory."""
     if path.suffix == ".csv":
         table = pd.read_csv(StringIO(text), dtype=str)
-        return table.drop(columns=[*MEASURED[path]], errors="ignore").to_dict("list")
+        return table.drop(columns=[*_MEASURED[path]], errors="ignore").to_dict("list")
     report: dict[str, Any] = json.loads(text)
-    return {name: value for name, value in report.items() if name not in MEASURED[path]}
+    return {name: value for name, value in report.items() if name not in _MEASURED[path]}
 
 
-def compare_figures(record: Record, again: Record) -> Iterator[Figure]:
+def _compare_figures(record: RunRecord, again: RunRecord) -> Iterator[_MetricDiff]:
     """The adapter's figures that both runs have."""
-    before, after = (leaves(run.files.get(paths.METRICS, "{}")) for run in (record, again))
+    before, after = (_flatten_json(run.files.get(paths.METRICS, "{}")) for run in (record, again))
     for name, value in before.items():
         if name.endswith("/adapter") and isinstance(after.get(name), int | float):
             rule = TOLERANCES.get(name)
             scale = 1.0 if rule is None or not rule.is_share else abs(value)
-            yield Figure(name, value, after[name], None if rule is None else rule.limit * scale)
+            yield _MetricDiff(name, value, after[name], None if rule is None else rule.limit * scale)
 
 
-def compare_environments(record: Record, again: Record) -> Iterator[Difference]:
+def _compare_environments(record: RunRecord, again: RunRecord) -> Iterator[_EnvironmentDiff]:
     """All facts that differ, of the stages whose environment both runs know."""
     for stage, path in paths.ENVIRONMENTS.items():
         if path in record.files and path in again.files:
-            before, after = leaves(record.files[path]), leaves(again.files[path])
+            before, after = _flatten_json(record.files[path]), _flatten_json(again.files[path])
             for name in sorted(before.keys() | after.keys()):
                 if before.get(name) != after.get(name):
-                    yield Difference(stage, name, before.get(name), after.get(name))
+                    yield _EnvironmentDiff(stage, name, before.get(name), after.get(name))
 
 
-def compare_choices(record: Record, again: Record) -> Iterator[Difference]:
+def _compare_choices(record: RunRecord, again: RunRecord) -> Iterator[_EnvironmentDiff]:
     """What training did otherwise of what its report says was chosen."""
     reports = (json.loads(run.files.get(paths.TRAINING_REPORT, "{}")) for run in (record, again))
-    before, after = ({**choices.plan, **choices.attention} for choices in map(choices_of, reports))
+    before, after = ({**choices.plan, **choices.attention} for choices in map(choices_in, reports))
     for name in sorted(before.keys() & after.keys()):
         if before[name] != after[name]:
-            yield Difference("train_lora", name, before[name], after[name])
+            yield _EnvironmentDiff("train_lora", name, before[name], after[name])
 
 
-def leaves(text: str) -> dict[str, Any]:
+def _flatten_json(text: str) -> dict[str, Any]:
     """The values of nested JSON under joined names, `a/b`."""
-    return dict(flat(json.loads(text), "/"))
+    return dict(flatten(json.loads(text), "/"))

@@ -4,9 +4,9 @@ import hashlib
 from pathlib import Path
 
 from sdxl_lora.reproducibility.checklist import Check, failed, passed, warned
-from sdxl_lora.storage.repository import file_digest, folder_digest, is_folder
+from sdxl_lora.storage.repository import file_digest, folder_digest, is_local_folder
 
-SHOWN = 19  # characters of a revision: `sha256:` and twelve of its digest
+_SHOWN_CHARACTERS = 19  # characters of a revision: `sha256:` and twelve of its digest
 
 
 def check_pin(name: str, repository: str, revision: str, copy: Path | None) -> Check:
@@ -16,13 +16,15 @@ def check_pin(name: str, repository: str, revision: str, copy: Path | None) -> C
         name: of the check.
         copy: where the repository lies here; None: it does not, or not all of it.
     """
-    pinned = f"{repository} at {revision[:SHOWN]}"
+    pinned = f"{repository} at {revision[:_SHOWN_CHARACTERS]}"
     if copy is None:
         return warned(name, f"{pinned} is not here, or incomplete", "the first stage to need it downloads it")
-    if is_folder(repository):
+    if is_local_folder(repository):
         if folder_digest(copy) != revision:
             return failed(
-                name, f"{repository} is not what {revision[:SHOWN]} pins", f"`git checkout {repository}`"
+                name,
+                f"{repository} is not what {revision[:_SHOWN_CHARACTERS]} pins",
+                f"`git checkout {repository}`",
             )
         return passed(name, pinned)
     if damaged := damaged_files(copy):
@@ -39,11 +41,11 @@ def damaged_files(snapshot: Path) -> list[str]:
     return [
         path.relative_to(snapshot).as_posix()
         for path in sorted(snapshot.rglob("*"))
-        if path.is_symlink() and not is_blob(path)
+        if path.is_symlink() and not _is_blob(path)
     ]
 
 
-def is_blob(link: Path) -> bool:
+def _is_blob(link: Path) -> bool:
     """Whether a file of the Hub's cache has the content that its blob is named after."""
     name = link.resolve().name
     if not link.is_file():

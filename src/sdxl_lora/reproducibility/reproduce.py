@@ -20,22 +20,22 @@ from typing import Literal, get_args
 import yaml
 
 from sdxl_lora import paths
-from sdxl_lora.reproducibility.comparison import Verdict, judge
-from sdxl_lora.reproducibility.run_record import Record, find_record, read_record, reader
+from sdxl_lora.reproducibility.comparison import ReproductionVerdict, compare_runs
+from sdxl_lora.reproducibility.run_record import RunRecord, find_record, read_record, reader
 from sdxl_lora.storage.report_io import write_numbers
 from sdxl_lora.tracking.live_run import TRACKING_ERRORS
 
-Data = Literal["download", "pull"]
+_Data = Literal["download", "pull"]
 
-SCRATCH = Path(".dvc/tmp/reproduction")
+_SCRATCH_FOLDER = Path(".dvc/tmp/reproduction")
 DOWNLOAD, TRACK = "download_dataset", "track_run"
-FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLFLOW_TRACKING_URI")
+_FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLFLOW_TRACKING_URI")
 """Variables by which stages would take the project for the clone, or show the clone's run on a server."""
-LAST_LINES = 8  # of the output, kept to say why a run failed
-CACHE_REMOTE = "cache-of-the-project"
+_LAST_LINES = 8  # of the output, kept to say why a run failed
+_CACHE_REMOTE = "cache-of-the-project"
 
 
-def reproduce(record: Record, data: Data) -> Verdict:
+def _reproduce(record: RunRecord, data: _Data) -> ReproductionVerdict:
     """Runs all recorded stages anew, but for the one that shows results in MLflow, and compares.
 
     Args:
@@ -46,31 +46,31 @@ def reproduce(record: Record, data: Data) -> Verdict:
     """
     pipeline = yaml.safe_load(record.files[paths.PIPELINE])["stages"]
     stages = [name for name in pipeline if name in record.stages and name != TRACK]
-    with fresh_clone(record) as clone:
+    with _fresh_clone(record) as clone:
         if data == "pull":
-            pull_data(clone)
+            _pull_data(clone)
             stages.remove(DOWNLOAD)
         (clone / paths.LOCK).unlink()  # what is found there later is of this run
-        leave_choices(record, clone)
-        failure = run_stages(clone, stages)
-        again = Record("made again", record.tree, read_record(reader(clone)))
-        return judge(record, again, stages, failure)
+        _leave_choices(record, clone)
+        failure = _run_stages(clone, stages)
+        again = RunRecord("made again", record.code_commit, read_record(reader(clone)))
+        return compare_runs(record, again, stages, failure)
 
 
 @contextmanager
-def fresh_clone(record: Record) -> Iterator[Path]:
+def _fresh_clone(record: RunRecord) -> Iterator[Path]:
     """A clone with the code, params and lock of `record`, for as long as the block runs.
 
     HEAD is what it was for the recorded run, since the adapter's header names it.
     """
-    clone = SCRATCH.absolute() / record.tree[:12]
+    clone = _SCRATCH_FOLDER.absolute() / record.code_commit[:12]
     shutil.rmtree(clone, ignore_errors=True)
     clone.parent.mkdir(parents=True, exist_ok=True)
     try:
         for command, folder in (
             (["clone", "--shared", "--no-checkout", str(Path.cwd()), str(clone)], Path()),
-            (["checkout", "--detach", record.tree], clone),
-            (["reset", "--soft", record.head], clone),
+            (["checkout", "--detach", record.code_commit], clone),
+            (["reset", "--soft", record.recorded_head], clone),
         ):
             subprocess.run(["git", *command, "--quiet"], cwd=folder, check=True)
         for path in (paths.PARAMS, paths.PIPELINE, paths.LOCK):
@@ -80,7 +80,7 @@ def fresh_clone(record: Record) -> Iterator[Path]:
         shutil.rmtree(clone, ignore_errors=True)
 
 
-def leave_choices(record: Record, clone: Path) -> None:
+def _leave_choices(record: RunRecord, clone: Path) -> None:
     """Notes for the clone's training what `auto` was in the recorded one, if the record has its report.
 
     Not in params.yaml: DVC's lock and the adapter's header hold a hash of that.
@@ -91,7 +91,7 @@ def leave_choices(record: Record, clone: Path) -> None:
         note.write_text(report, encoding="utf-8")
 
 
-def pull_data(clone: Path) -> None:
+def _pull_data(clone: Path) -> None:
     """Puts the recorded data set into the clone: from the project's cache, else from its remote.
 
     Raises:
@@ -100,13 +100,13 @@ def pull_data(clone: Path) -> None:
     settings = Path(".dvc/config.local")
     if settings.is_file():
         shutil.copy(settings, clone / settings)
-    for line in dvc(Path(), "remote", "list").stdout.splitlines():
+    for line in _run_dvc(Path(), "remote", "list").stdout.splitlines():
         name, url = line.split()[:2]  # a folder's place is given relative to the project
-        dvc(clone, "remote", "modify", "--local", name, "url", url)
-    cache = dvc(Path(), "cache", "dir").stdout.strip()
-    dvc(clone, "remote", "add", "--local", CACHE_REMOTE, cache)
-    for remote in (["--remote", CACHE_REMOTE], []):
-        result = dvc(clone, "pull", *remote, str(paths.RAW))
+        _run_dvc(clone, "remote", "modify", "--local", name, "url", url)
+    cache = _run_dvc(Path(), "cache", "dir").stdout.strip()
+    _run_dvc(clone, "remote", "add", "--local", _CACHE_REMOTE, cache)
+    for remote in (["--remote", _CACHE_REMOTE], []):
+        result = _run_dvc(clone, "pull", *remote, str(paths.RAW))
         if result.returncode == 0:
             return
     raise ValueError(
@@ -115,12 +115,12 @@ def pull_data(clone: Path) -> None:
     )
 
 
-def run_stages(clone: Path, stages: Sequence[str]) -> str | None:
+def _run_stages(clone: Path, stages: Sequence[str]) -> str | None:
     """Runs the stages, their output on stderr as it comes; why they stopped, None if they did not."""
     command = ["dvc", "repro", "--single-item", "--force", "--no-run-cache", *stages]
-    tail: deque[str] = deque(maxlen=LAST_LINES)
+    tail: deque[str] = deque(maxlen=_LAST_LINES)
     with subprocess.Popen(
-        command, cwd=clone, env=environment_of(clone), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, cwd=clone, env=_environment_of(clone), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
         assert process.stdout is not None
         output = TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline="")
@@ -134,15 +134,15 @@ def run_stages(clone: Path, stages: Sequence[str]) -> str | None:
     return f"`dvc repro` stopped with status {process.returncode}: {' '.join(tail)}"
 
 
-def dvc(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _run_dvc(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = ["dvc", *arguments]
-    environment = environment_of(folder.absolute())
+    environment = _environment_of(folder.absolute())
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def environment_of(project: Path) -> dict[str, str]:
+def _environment_of(project: Path) -> dict[str, str]:
     """Variables with which commands use this interpreter's packages, and the library of `project`."""
-    inherited = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+    inherited = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
     first = {"PATH": [Path(sys.executable).parent], "PYTHONPATH": [project / "src", project]}
     return inherited | {
         name: os.pathsep.join([*map(str, places), *filter(None, [inherited.get(name)])])
@@ -150,7 +150,7 @@ def environment_of(project: Path) -> dict[str, str]:
     }
 
 
-def page(verdict: Verdict) -> str:
+def _render_reproduction_page(verdict: ReproductionVerdict) -> str:
     """The verdict as Markdown."""
     lines = [
         f"# {verdict.outcome.capitalize()}: {verdict.origin}",
@@ -161,19 +161,19 @@ def page(verdict: Verdict) -> str:
     lines += [f"- {reason}" for reason in verdict.reasons]
     lines += ["", "## Environment", ""]
     rows = [(d.stage, d.name, d.recorded, d.found) for d in verdict.environment]
-    lines += table(("stage", "fact", "recorded", "here"), rows) or ["No recorded fact differs."]
+    lines += _table(("stage", "fact", "recorded", "here"), rows) or ["No recorded fact differs."]
     lines += ["", "## Figures", ""]
     figures = [
         (f.name, f"{f.recorded:.6g}", f"{f.found:.6g}", "" if f.tolerance is None else f"{f.tolerance:.2g}")
         for f in verdict.figures
     ]
-    lines += table(("figure", "recorded", "here", "tolerance"), figures) or ["None."]
+    lines += _table(("figure", "recorded", "here", "tolerance"), figures) or ["None."]
     lines += ["", "## Outputs", ""]
-    lines += table(("stage", "output", "compared"), [(o.stage, o.path, o.state) for o in verdict.outs])
+    lines += _table(("stage", "output", "compared"), [(o.stage, o.path, o.state) for o in verdict.outs])
     return "\n".join(lines) + "\n"
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     """Lines of Markdown; none without rows."""
     if not rows:
         return []
@@ -187,14 +187,14 @@ def main() -> None:
     )
     parser.add_argument("ref", help="git revision, DVC experiment, id of an MLflow run, or adapter file")
     parser.add_argument(
-        "--data", choices=get_args(Data), default="download", help="where the data set comes from"
+        "--data", choices=get_args(_Data), default="download", help="where the data set comes from"
     )
     arguments = parser.parse_args()
     try:
-        verdict = reproduce(find_record(arguments.ref), arguments.data)
+        verdict = _reproduce(find_record(arguments.ref), arguments.data)
     except (ValueError, subprocess.CalledProcessError, *TRACKING_ERRORS) as error:
         sys.exit(f"reproduce: {error}")
-    text = page(verdict)
+    text = _render_reproduction_page(verdict)
     write_numbers(paths.REPRODUCTION, asdict(verdict))
     paths.REPRODUCTION_PAGE.write_text(text, encoding="utf-8")
     sys.stdout.write(f"{text}\n{paths.REPRODUCTION_PAGE} and {paths.REPRODUCTION} say the same.\n")

@@ -11,50 +11,50 @@ from tempfile import TemporaryDirectory
 import yaml
 
 from sdxl_lora import paths
-from sdxl_lora.adapters.lineage import PREFIX, entry_digest, facts_of
-from sdxl_lora.runtime.dvc_lock import Stages, locked_stages
-from sdxl_lora.runtime.git import commit_of, commits_with, experiments, md5_at, text_at
+from sdxl_lora.adapters.lineage import PREFIX, entry_digest, read_lineage
+from sdxl_lora.runtime.dvc_lock import LockedStages, locked_stages
+from sdxl_lora.runtime.git import commits_with, experiments, md5_at, rev_parse, text_at
 from sdxl_lora.storage.atomic_io import require_safetensors
 from sdxl_lora.tracking.pipeline_run import download_record
 
-RUN_ID = re.compile(r"[0-9a-f]{32}")
-CODE = ("src/", "stages/")
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+_CODE = ("src/", "stages/")
 
-Texts = Mapping[Path, str]
+_Texts = Mapping[Path, str]
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """What a run was made from, and what DVC noted of it."""
 
     origin: str
     """Where it was found, in words."""
-    tree: str
+    code_commit: str
     """The commit that holds the code."""
-    files: Texts
+    files: _Texts
     """Those of `paths.RECORD` that there are, as they were."""
 
     @cached_property
-    def stages(self) -> Stages:
+    def stages(self) -> LockedStages:
         """The entries of dvc.lock; none before a stage has run."""
         return locked_stages(self.files.get(paths.LOCK, ""))
 
     @property
-    def head(self) -> str:
+    def recorded_head(self) -> str:
         """The commit that was checked out when the run ended, which its adapter names; else `tree`."""
         facts = yaml.safe_load(self.files.get(paths.LINEAGE, "{}"))
-        return commit_of(str(facts.get(f"{PREFIX}git.commit", ""))) or self.tree
+        return rev_parse(str(facts.get(f"{PREFIX}git.commit", ""))) or self.code_commit
 
     def changed_code(self) -> list[str]:
         """Files that were not, when the run used them, as its commit has them."""
-        return changed_code(self.tree, self.stages)
+        return _changed_code(self.code_commit, self.stages)
 
     def outs(self, stage: str) -> dict[str, str]:
         """MD5 of what a stage wrote, by path."""
         return {out["path"]: out["md5"] for out in self.stages.get(stage, {}).get("outs", [])}
 
 
-def find_record(name: str) -> Record:
+def find_record(name: str) -> RunRecord:
     """The record of a run.
 
     Args:
@@ -66,12 +66,12 @@ def find_record(name: str) -> Record:
     """
     if Path(name).suffix == ".safetensors":
         return record_of_adapter(Path(name))
-    if commit := commit_of(name):
-        return record_of_commit(commit, f"commit {commit[:12]}")
+    if commit := rev_parse(name):
+        return _record_of_commit(commit, f"commit {commit[:12]}")
     if commit := experiments().get(name):
-        return record_of_commit(commit, f"experiment {name}")
-    if RUN_ID.fullmatch(name):
-        return record_of_run(name)
+        return _record_of_commit(commit, f"experiment {name}")
+    if _RUN_ID.fullmatch(name):
+        return _record_of_run(name)
     raise ValueError(
         f"{name!r} is no git revision, no DVC experiment, no id of an MLflow run and no adapter's file. "
         "`git log`, `dvc exp list --all-commits` and `make ui` list them; `git fetch` and `dvc exp pull` get "
@@ -79,7 +79,7 @@ def find_record(name: str) -> Record:
     )
 
 
-def record_of_commit(commit: str, origin: str) -> Record:
+def _record_of_commit(commit: str, origin: str) -> RunRecord:
     """The record that a commit holds."""
     files = read_record(partial(text_at, commit))
     if not {paths.LOCK, paths.PARAMS} <= files.keys():
@@ -88,45 +88,45 @@ def record_of_commit(commit: str, origin: str) -> Record:
             f"commit {paths.LOCK}, {paths.PARAMS} and {paths.REPORTS}/; or name an experiment, an MLflow run "
             f"or the adapter's file in {paths.EXPORT}/"
         )
-    return Record(origin, commit, files)
+    return RunRecord(origin, commit, files)
 
 
-def record_of_run(run_id: str) -> Record:
+def _record_of_run(run_id: str) -> RunRecord:
     """The record that MLflow keeps with a run."""
     with TemporaryDirectory() as folder:
         files = read_record(reader(download_record(run_id, Path(folder))))
     if paths.LOCK not in files:
         raise ValueError(f"MLflow run {run_id} has no {paths.LOCK}: it ended before `track_run`")
-    return with_its_code(f"MLflow run {run_id}", files, None)
+    return _with_code_commit(f"MLflow run {run_id}", files, None)
 
 
-def record_of_adapter(path: Path) -> Record:
+def record_of_adapter(path: Path) -> RunRecord:
     """The record of the training that a file's header names: the workspace's, else that of a commit."""
     if not path.is_file():
         raise ValueError(
             f"{path} not found: `dvc pull {paths.EXPORT}` gets the adapter of the present dvc.lock"
         )
     require_safetensors(path)
-    facts = facts_of(path)
+    facts = read_lineage(path)
     digest = facts.get("dvc.train_lora")
     if digest is None:
         raise ValueError(
             f"{path} does not say what it was made from; those in {paths.EXPORT}/, of export_lora, do"
         )
     present = read_record(reader(Path()))
-    if trained(present) == digest:
-        return with_its_code(f"{path.name}, recorded in the workspace", present, facts.get("git.commit"))
+    if _training_digest_of(present) == digest:
+        return _with_code_commit(f"{path.name}, recorded in the workspace", present, facts.get("git.commit"))
     for commit in commits_with(paths.LOCK):
         files = read_record(partial(text_at, commit))
-        if trained(files) == digest:
-            return Record(f"{path.name}, recorded in commit {commit[:12]}", commit, files)
+        if _training_digest_of(files) == digest:
+            return RunRecord(f"{path.name}, recorded in commit {commit[:12]}", commit, files)
     raise ValueError(
         f"no {paths.LOCK}, neither here nor in any commit or experiment, records the training of {path}: "
         "`git fetch` or `dvc exp pull` the one that does"
     )
 
 
-def with_its_code(origin: str, files: Texts, head: str | None) -> Record:
+def _with_code_commit(origin: str, files: _Texts, head: str | None) -> RunRecord:
     """A record that no commit holds, with the one that holds its code: its head, unless another fits better.
 
     Raises:
@@ -135,24 +135,24 @@ def with_its_code(origin: str, files: Texts, head: str | None) -> Record:
     stages = locked_stages(files[paths.LOCK])
     facts = yaml.safe_load(files.get(paths.LINEAGE, "{}"))
     named = head or str(facts.get(f"{PREFIX}git.commit", ""))
-    tree = commit_of(named)
+    tree = rev_parse(named)
     if tree is None:
         raise ValueError(
             f"{origin} was made at commit {named or '(unknown)'}, which is not here: `git fetch` it"
         )
-    if changed_code(tree, stages):
-        fitting = (commit for commit in commits_with(paths.LOCK) if not changed_code(commit, stages))
+    if _changed_code(tree, stages):
+        fitting = (commit for commit in commits_with(paths.LOCK) if not _changed_code(commit, stages))
         tree = next(fitting, tree)
-    return Record(origin, tree, files)
+    return RunRecord(origin, tree, files)
 
 
-def changed_code(commit: str, stages: Stages) -> list[str]:
+def _changed_code(commit: str, stages: LockedStages) -> list[str]:
     """Code files of any stage in dvc.lock that differ from those of a commit."""
     used = {
         dep["path"]: dep["md5"]
         for entry in stages.values()
         for dep in entry.get("deps", [])
-        if dep["path"].startswith(CODE)
+        if dep["path"].startswith(_CODE)
     }
     found = md5_at(commit, used)
     return sorted(path for path, digest in used.items() if found.get(path) != digest)
@@ -169,7 +169,9 @@ def read_record(read: Callable[[Path], str | None]) -> dict[Path, str]:
         for out in entry.get("outs", [])
     }
     return {
-        path: text for path, text in texts.items() if known.get(path.as_posix(), md5_of(text)) == md5_of(text)
+        path: text
+        for path, text in texts.items()
+        if known.get(path.as_posix(), _md5_of(text)) == _md5_of(text)
     }
 
 
@@ -182,11 +184,11 @@ def reader(folder: Path) -> Callable[[Path], str | None]:
     return read
 
 
-def trained(files: Texts) -> str | None:
+def _training_digest_of(files: _Texts) -> str | None:
     """What a record's training is told apart by; None if there was none."""
     entry = locked_stages(files.get(paths.LOCK, "")).get("train_lora")
     return None if entry is None else entry_digest(entry)
 
 
-def md5_of(text: str) -> str:
+def _md5_of(text: str) -> str:
     return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()

@@ -18,31 +18,31 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sdxl_lora import paths
-from sdxl_lora.adapters.lineage import digest_of, facts_of
+from sdxl_lora.adapters.lineage import json_digest, read_lineage
 from sdxl_lora.config import ModelConfig, Params
 from sdxl_lora.data.download import HUB_FILES
 from sdxl_lora.data.encoded_dataset import EncodedDataset
-from sdxl_lora.models.weights import digests, local_models, weight_files
+from sdxl_lora.models.weights import file_digests, local_models, weight_files
 from sdxl_lora.reproducibility.checklist import (
     Check,
-    as_json,
+    checks_as_json,
     exit_status,
     failed,
-    line,
+    format_check,
     passed,
-    verdict,
+    summarize_checks,
     warned,
 )
 from sdxl_lora.reproducibility.integrity import check_pin
-from sdxl_lora.reproducibility.run_record import Record, record_of_adapter
-from sdxl_lora.runtime.dvc_lock import Stages, read_lock
-from sdxl_lora.runtime.git import commit_of
+from sdxl_lora.reproducibility.run_record import RunRecord, record_of_adapter
+from sdxl_lora.runtime.dvc_lock import LockedStages, read_lock
+from sdxl_lora.runtime.git import rev_parse
 from sdxl_lora.storage.atomic_io import require_safetensors
-from sdxl_lora.storage.repository import file_digest, is_folder, local_copy
+from sdxl_lora.storage.repository import file_digest, find_local_copy, is_local_folder
 from sdxl_lora.storage.safetensors_io import content_digest
 
-WIDTH = 11  # of the longest check's name
-Facts = Mapping[str, str]
+_WIDTH = 11  # of the longest check's name
+_Facts = Mapping[str, str]
 
 
 def verify(path: Path) -> Iterator[Check]:
@@ -52,7 +52,7 @@ def verify(path: Path) -> Iterator[Check]:
     except (ValueError, OSError) as error:
         yield failed("file", str(error), "take the file anew from where it was published")
         return
-    facts, weights = facts_of(path), content_digest(load_file(path))
+    facts, weights = read_lineage(path), content_digest(load_file(path))
     if not facts:
         yield failed(
             "file",
@@ -60,8 +60,8 @@ def verify(path: Path) -> Iterator[Check]:
             f"take the one in {paths.EXPORT}/: data/lora's is for the pipeline alone",
         )
         return
-    yield check_weights(weights, facts)
-    yield check_commit(facts)
+    yield _check_weights(weights, facts)
+    yield _check_commit(facts)
     record = None
     try:
         record = record_of_adapter(path)
@@ -69,15 +69,15 @@ def verify(path: Path) -> Iterator[Check]:
     except ValueError as error:
         yield warned("record", str(error), "`dvc exp pull` or `git fetch` what the training left, then again")
     if record is not None:
-        yield check_bytes(path, record)
-        yield check_code(record)
-        yield check_params(record, facts)
-    yield check_source(facts)
-    yield check_data(record, facts)
-    yield check_base(record, facts)
+        yield _check_bytes(path, record)
+        yield _check_code(record)
+        yield _check_params(record, facts)
+    yield _check_source(facts)
+    yield _check_data(record, facts)
+    yield _check_base(record, facts)
 
 
-def check_weights(found: str, facts: Facts) -> Check:
+def _check_weights(found: str, facts: _Facts) -> Check:
     """Whether the tensors are those that were exported."""
     if "weights.sha256" not in facts:
         return warned("weights", "the header has no hash of them", "export the adapter anew")
@@ -90,9 +90,9 @@ def check_weights(found: str, facts: Facts) -> Check:
     return passed("weights", f"sha256 {found[:12]}")
 
 
-def check_bytes(path: Path, record: Record) -> Check:
+def _check_bytes(path: Path, record: RunRecord) -> Check:
     """Whether the file is one of the exported folder that DVC recorded, which an edited header cannot be."""
-    digests_there = exported(record.outs("export_lora").get(str(paths.EXPORT), ""))
+    digests_there = _exported(record.outs("export_lora").get(str(paths.EXPORT), ""))
     if digests_there is None:
         return warned("bytes", f"DVC's cache has no list of the recorded {paths.EXPORT}/", "`dvc fetch`")
     if hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() not in digests_there:
@@ -104,7 +104,7 @@ def check_bytes(path: Path, record: Record) -> Check:
     return passed("bytes", f"a file of the recorded {paths.EXPORT}/, by its hash")
 
 
-def exported(digest: str) -> set[str] | None:
+def _exported(digest: str) -> set[str] | None:
     """MD5 of the files in a folder that DVC knows by `digest`; None if its cache does not hold the list."""
     try:
         with Repo() as repository:
@@ -116,31 +116,31 @@ def exported(digest: str) -> set[str] | None:
     return {entry["md5"] for entry in json.loads(listing.read_text(encoding="utf-8"))}
 
 
-def check_commit(facts: Facts) -> Check:
+def _check_commit(facts: _Facts) -> Check:
     """Whether the code can be had."""
     commit = facts.get("git.commit", "")
     if not commit:
         return warned("commit", "the header names none", "export the adapter within a git repository")
-    if commit_of(commit) is None:
+    if rev_parse(commit) is None:
         return warned("commit", f"{commit[:12]} is not in this repository", "`git fetch` it")
     return passed("commit", commit[:12])
 
 
-def check_code(record: Record) -> Check:
+def _check_code(record: RunRecord) -> Check:
     """Whether the commit holds the code that DVC recorded."""
     if changed := record.changed_code():
         return failed(
             "code",
-            f"was not, when it ran, what commit {record.tree[:12]} holds: {', '.join(changed)}",
+            f"was not, when it ran, what commit {record.code_commit[:12]} holds: {', '.join(changed)}",
             "commit that code and run the pipeline again; these results cannot be made from any commit here",
         )
-    return passed("code", f"every file that a stage used is as in commit {record.tree[:12]}")
+    return passed("code", f"every file that a stage used is as in commit {record.code_commit[:12]}")
 
 
-def check_params(record: Record, facts: Facts) -> Check:
+def _check_params(record: RunRecord, facts: _Facts) -> Check:
     """Whether header, dvc.lock and params.yaml agree."""
     locked = record.stages["train_lora"].get("params", {})
-    if digest_of(locked or None) != facts.get("params.sha256"):
+    if json_digest(locked or None) != facts.get("params.sha256"):
         return failed("params", "the header's hash is not that of the record", "export the adapter anew")
     written = yaml.safe_load(record.files[paths.PARAMS])
     try:
@@ -149,7 +149,7 @@ def check_params(record: Record, facts: Facts) -> Check:
         return warned(
             "params",
             "are those of another version of config.py",
-            f"`git checkout {record.tree[:12]}`, then again",
+            f"`git checkout {record.code_commit[:12]}`, then again",
         )
     if not agree:
         return failed(
@@ -162,36 +162,36 @@ def check_params(record: Record, facts: Facts) -> Check:
     )
 
 
-def check_source(facts: Facts) -> Check:
+def _check_source(facts: _Facts) -> Check:
     """Whether the data set that was downloaded is still what it was."""
     repository, revision = facts.get("data.repository", "(unknown)"), facts.get("data.revision", "")
-    copy = local_copy(repository, revision, HUB_FILES, "dataset")
+    copy = find_local_copy(repository, revision, HUB_FILES, "dataset")
     return check_pin("data source", repository, revision, copy)
 
 
-def check_data(record: Record | None, facts: Facts) -> Check:
+def _check_data(record: RunRecord | None, facts: _Facts) -> Check:
     """Whether the encoded examples are those that were trained on, each tensor included."""
     if not paths.ENCODED_INDEX.is_file():
         return warned("data", f"{paths.ENCODED}/ is not here", f"`dvc pull {paths.ENCODED}`")
     if file_digest(paths.ENCODED_INDEX) != facts.get("data.sha256"):
-        return other_data(record)
+        return _other_data(record)
     try:
-        counts = [len(read_all(EncodedDataset(paths.ENCODED, split))) for split in ("train", "held_out")]
+        counts = [len(_read_all(EncodedDataset(paths.ENCODED, split))) for split in ("train", "held_out")]
     except (ValueError, OSError, SafetensorError) as error:
         return failed("data", str(error), f"`dvc checkout --force {paths.ENCODED}`")
     return passed("data", f"{counts[0]} + {counts[1]} examples, every tensor as it was encoded")
 
 
-def other_data(record: Record | None) -> Check:
+def _other_data(record: RunRecord | None) -> Check:
     """What to say of an encoded data set that is not the adapter's: damage, or that of another run."""
-    recorded = None if record is None else dependency(record.stages, paths.ENCODED)
-    if recorded is not None and recorded == dependency(read_lock(paths.LOCK), paths.ENCODED):
+    recorded = None if record is None else _dependency(record.stages, paths.ENCODED)
+    if recorded is not None and recorded == _dependency(read_lock(paths.LOCK), paths.ENCODED):
         return failed(
             "data",
             f"{paths.ENCODED}/ is not what dvc.lock records",
             f"`dvc checkout --force {paths.ENCODED}`",
         )
-    tree = "COMMIT" if record is None else record.tree[:12]
+    tree = "COMMIT" if record is None else record.code_commit[:12]
     return warned(
         "data",
         f"{paths.ENCODED}/ is that of another run",
@@ -199,22 +199,22 @@ def other_data(record: Record | None) -> Check:
     )
 
 
-def dependency(stages: Stages, path: Path) -> str | None:
+def _dependency(stages: LockedStages, path: Path) -> str | None:
     """The recorded hash of what train_lora read at `path`."""
     deps = stages.get("train_lora", {}).get("deps", [])
     return next((dep["md5"] for dep in deps if dep["path"] == path.as_posix()), None)
 
 
-def read_all(dataset: EncodedDataset) -> EncodedDataset:
+def _read_all(dataset: EncodedDataset) -> EncodedDataset:
     """Reads each example, which compares its tensors with their hash."""
     for index in range(len(dataset)):
         dataset[index]
     return dataset
 
 
-def check_base(record: Record | None, facts: Facts) -> Check:
+def _check_base(record: RunRecord | None, facts: _Facts) -> Check:
     """Whether the weights of the base model are those that the adapter was trained on."""
-    model, name = model_of(record), facts.get("base.repository", "(unknown)")
+    model, name = _model_of(record), facts.get("base.repository", "(unknown)")
     if model is None or model.revision != facts.get("base.revision"):
         return warned("base model", f"{name} is not that of {paths.PARAMS}", "see `record`")
     models = local_models(model)
@@ -224,17 +224,19 @@ def check_base(record: Record | None, facts: Facts) -> Check:
         )
     base, vae = models["model.base"], models.get("model.vae")
     assert base is not None
-    found = {part: digests(files) for part, files in weight_files(model, base, vae).items()}
+    found = {part: file_digests(files) for part, files in weight_files(model, base, vae).items()}
     if others := [part for part, digest in found.items() if digest != facts.get(f"{part}.sha256")]:
         return failed(
             "base model",
             f"{', '.join(others)}: not the weights that the adapter was trained on",
-            f"`git checkout {model.base}`" if is_folder(model.base) else "delete it from the Hub's cache",
+            f"`git checkout {model.base}`"
+            if is_local_folder(model.base)
+            else "delete it from the Hub's cache",
         )
     return passed("base model", f"{name}: {', '.join(found)} by sha256")
 
 
-def model_of(record: Record | None) -> ModelConfig | None:
+def _model_of(record: RunRecord | None) -> ModelConfig | None:
     """The model of the recorded params, else of the present ones; None if this code cannot read them."""
     text = record.files[paths.PARAMS] if record else paths.PARAMS.read_text(encoding="utf-8")
     try:
@@ -254,8 +256,8 @@ def main() -> None:
     for check in verify(arguments.adapter):
         checks.append(check)
         if not arguments.json:
-            sys.stdout.write(f"{line(check, WIDTH)}\n")
-    sys.stdout.write(f"{as_json(checks) if arguments.json else verdict(checks)}\n")
+            sys.stdout.write(f"{format_check(check, _WIDTH)}\n")
+    sys.stdout.write(f"{checks_as_json(checks) if arguments.json else summarize_checks(checks)}\n")
     sys.exit(exit_status(checks))
 
 

@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from sdxl_lora.config import Precision
-from sdxl_lora.runtime.distributed import processes
+from sdxl_lora.runtime.distributed import distributed_state
 from sdxl_lora.storage.atomic_io import GIB
 
 CUDA_CONTEXT = 0.9 * GIB
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 def choose_device() -> torch.device:
     """The device that SDXL_LORA_DEVICE names, else this process's GPU, else the CPU."""
-    if processes().num_processes > 1:
-        return torch.device(processes().device)
+    if distributed_state().num_processes > 1:
+        return torch.device(distributed_state().device)
     name = os.environ.get(DEVICE_VARIABLE) or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and device.index is None:
@@ -37,7 +37,7 @@ def choose_device() -> torch.device:
     return device
 
 
-def machine(device: torch.device) -> str:
+def compute_fingerprint(device: torch.device) -> str:
     """What rounding depends on: the GPU's name, or the CPU's vector units and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -45,7 +45,7 @@ def machine(device: torch.device) -> str:
 
 
 @contextmanager
-def reserved_device(vram_gib: float | None) -> Iterator[torch.device]:
+def acquire_device(vram_gib: float | None) -> Iterator[torch.device]:
     """A device for as long as the block runs: a GPU is taken by one job at a time, others wait for it.
 
     Args:
@@ -56,12 +56,12 @@ def reserved_device(vram_gib: float | None) -> Iterator[torch.device]:
     """
     device = choose_device()
     if vram_gib is not None:
-        require_gpu(device, vram_gib)
+        _require_gpu(device, vram_gib)
     if device.type != "cuda":
         yield device
         return
     identity = torch.cuda.get_device_properties(device).uuid
-    with alone_on(identity):
+    with exclusive_gpu(identity):
         if vram_gib is not None:
             fraction = vram_gib * GIB / torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(fraction, 1.0), device)
@@ -70,7 +70,7 @@ def reserved_device(vram_gib: float | None) -> Iterator[torch.device]:
 
 
 @contextmanager
-def alone_on(gpu: str) -> Iterator[None]:
+def exclusive_gpu(gpu: str) -> Iterator[None]:
     """Keeps a GPU to this process while the block runs; waits, and says so, while another process has it."""
     lock = FileLock(Path(tempfile.gettempdir()) / f"sdxl-lora-{gpu}.lock")
     try:
@@ -100,7 +100,7 @@ def one_cpu_thread(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def deterministic(enabled: bool) -> Iterator[None]:
+def deterministic_kernels(enabled: bool) -> Iterator[None]:
     """Lets PyTorch use only kernels that repeat to the bit, while the block runs.
 
     On a GPU, CUBLAS_WORKSPACE_CONFIG has to be set to :4096:8 before CUDA starts; stages do that.
@@ -116,7 +116,7 @@ def deterministic(enabled: bool) -> Iterator[None]:
         options.fill_uninitialized_memory = before[1]
 
 
-def require_gpu(device: torch.device, vram_gib: float) -> None:
+def _require_gpu(device: torch.device, vram_gib: float) -> None:
     """Refuses a device without `vram_gib` of GPU memory."""
     remedy = "choose a smaller recipe; `make recipe NAME=demo` selects the one that needs no GPU"
     if device.type != "cuda":
@@ -151,7 +151,7 @@ def require_precision(device: torch.device, precision: Precision, key: str) -> N
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far, GiB: by PyTorch since `reserved_device` on a GPU, by the process on a CPU."""
+    """Most memory held so far, GiB: by PyTorch since `acquire_device` on a GPU, by the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts KiB

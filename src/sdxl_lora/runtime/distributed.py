@@ -5,21 +5,21 @@ from accelerate import PartialState
 from torch import Tensor, distributed
 
 
-def processes() -> PartialState:
+def distributed_state() -> PartialState:
     """How many there are and which one this is. The first call makes them known to each other."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def all_agree(number: int) -> bool:
+def all_ranks_agree(number: int) -> bool:
     """Whether all processes have the same number. All of them have to ask."""
-    if processes().num_processes == 1:
+    if distributed_state().num_processes == 1:
         return True
-    numbers: list[int | None] = [None] * processes().num_processes
+    numbers: list[int | None] = [None] * distributed_state().num_processes
     distributed.all_gather_object(numbers, number)
     return len(set(numbers)) == 1
 
 
-def sum_over_processes(tensor: Tensor) -> None:
+def all_reduce_sum(tensor: Tensor) -> None:
     """Adds up the tensors of all processes, in place, so that each has the same sum."""
-    if processes().num_processes > 1:
+    if distributed_state().num_processes > 1:
         distributed.all_reduce(tensor)

@@ -12,9 +12,9 @@ from typing import Any
 import pynvml
 import torch
 
-from sdxl_lora.runtime.distributed import processes
+from sdxl_lora.runtime.distributed import distributed_state
 
-LIBRARIES = (
+NUMERICAL_LIBRARIES = (
     "accelerate",
     "bitsandbytes",
     "datasets",
@@ -33,11 +33,11 @@ LIBRARIES = (
     "xformers",
 )
 """Packages whose code a result goes through."""
-VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "MKL_CBWR")
+_VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "MKL_CBWR")
 """Settings by which their makers' libraries choose among kernels that round otherwise."""
 
 
-def environment(device: torch.device, **choices: object) -> dict[str, Any]:
+def describe_environment(device: torch.device, **choices: object) -> dict[str, Any]:
     """Facts about this process and `device`, as nested mappings of words and numbers.
 
     Args:
@@ -46,25 +46,27 @@ def environment(device: torch.device, **choices: object) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "processes": processes().num_processes,
-        "cpu": cpu(),
-        "gpu": gpu(device) if device.type == "cuda" else None,
-        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
-        "libraries": {name: installed for name in LIBRARIES if (installed := installed_version(name))},
+        "processes": distributed_state().num_processes,
+        "cpu": _cpu(),
+        "gpu": _gpu(device) if device.type == "cuda" else None,
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "libraries": {
+            name: installed for name in NUMERICAL_LIBRARIES if (installed := installed_version(name))
+        },
         **choices,
     }
 
 
-def cpu() -> dict[str, object]:
+def _cpu() -> dict[str, object]:
     """Model, the widest instructions that PyTorch uses of it, and threads: sums are split among them."""
     return {
-        "model": cpu_model(),
+        "model": _cpu_model(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
 
 
-def cpu_model() -> str:
+def _cpu_model() -> str:
     """As the kernel names it; what Python knows of it elsewhere than on Linux."""
     table = Path("/proc/cpuinfo")
     lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
@@ -72,19 +74,19 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor()
 
 
-def gpu(device: torch.device) -> dict[str, object]:
+def _gpu(device: torch.device) -> dict[str, object]:
     """Model, architecture, and the versions of what drives it."""
     properties = torch.cuda.get_device_properties(device)
     return {
         "model": properties.name,
         "compute_capability": f"{properties.major}.{properties.minor}",
-        "driver": driver_version(),
+        "driver": _driver_version(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
 
 
-def driver_version() -> str:
+def _driver_version() -> str:
     """Of NVIDIA's driver; empty where there is none, as under ROCm."""
     try:
         pynvml.nvmlInit()

@@ -9,7 +9,7 @@ import hashlib
 import torch
 
 
-def generator(*key: str | int) -> torch.Generator:
+def keyed_generator(*key: str | int) -> torch.Generator:
     """A CPU generator whose stream is a function of `key` alone."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -14,7 +14,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-def fetch(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+def copy_to_host_async(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     """Begins to copy tensors to the CPU; what it returns waits for them and gives them.
 
     `Tensor.cpu` at that later time would also wait for all work that the GPU has been given meanwhile.

@@ -11,25 +11,25 @@ from tempfile import TemporaryFile
 from safetensors import SafetensorError, safe_open
 
 GIB = 2**30
-UNFINISHED = ".*-*"
+PARTIAL_GLOB = ".*-*"
 """Names, as a glob, of files that killed processes were writing whole."""
-PICKLE_STARTS = (b"\x80", b"PK\x03\x04")  # a pickle, and the ZIP archive of one that PyTorch writes
-FREE_SPACE = (
+_PICKLE_STARTS = (b"\x80", b"PK\x03\x04")  # a pickle, and the ZIP archive of one that PyTorch writes
+_FREE_SPACE = (
     "free some (`dvc gc --workspace` drops old results), then run again. "
     "If dvc.lock is empty: `git checkout dvc.lock`"
 )
-ALLOW_WRITING = "let this user write there, or run in a copy of the project that may be written to"
-REMEDIES = {
-    errno.ENOSPC: FREE_SPACE,
-    errno.EDQUOT: FREE_SPACE,
-    errno.EROFS: ALLOW_WRITING,
-    errno.EACCES: ALLOW_WRITING,
-    errno.EPERM: ALLOW_WRITING,
+_ALLOW_WRITING = "let this user write there, or run in a copy of the project that may be written to"
+_REMEDIES = {
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EROFS: _ALLOW_WRITING,
+    errno.EACCES: _ALLOW_WRITING,
+    errno.EPERM: _ALLOW_WRITING,
 }
 
 
 @contextmanager
-def written_whole(path: Path, *, durable: bool = False) -> Iterator[Path]:
+def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """A name beside `path` to write to, which takes its place if the block ends well, and goes if not.
 
     Args:
@@ -41,20 +41,20 @@ def written_whole(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """
     partial = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        with explained_write_errors(path):
+        with explain_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
             if durable:
-                sync(partial)
+                _sync(partial)
             partial.replace(path)
             if durable:
-                sync(path.parent)  # which holds the name
+                _sync(path.parent)  # which holds the name
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -64,13 +64,13 @@ def sync(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
-    """Raises as `written_whole`."""
-    with written_whole(path, durable=durable) as partial:
+    """Raises as `atomic_write`."""
+    with atomic_write(path, durable=durable) as partial:
         partial.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Raises as `written_whole`."""
+    """Raises as `atomic_write`."""
     write_bytes(path, text.encode())
 
 
@@ -85,7 +85,7 @@ def require_disk_space(folder: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         raise OSError(
             f"{folder}/ needs {needed_bytes / GIB:.2f} GiB and the disk has {free / GIB:.2f} GiB free: "
-            f"{FREE_SPACE}"
+            f"{_FREE_SPACE}"
         )
 
 
@@ -95,14 +95,14 @@ def require_writable(folder: Path) -> None:
     Raises:
         OSError: names `folder`, the cause and the remedy.
     """
-    with explained_write_errors(folder):
+    with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
             pass
 
 
 @contextmanager
-def explained_write_errors(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Path) -> Iterator[None]:
     """Turns the errors of a disk that is full or may not be written to into ones that say what to do.
 
     The system's own name no file if it was open already; safetensors' are no OSErrors.
@@ -110,11 +110,11 @@ def explained_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error}): {FREE_SPACE}") from error
+        raise OSError(f"{path} cannot be written ({error}): {_FREE_SPACE}") from error
     except OSError as error:
-        if error.errno not in REMEDIES:
+        if error.errno not in _REMEDIES:
             raise
-        raise explained(error, path) from error
+        raise with_remedy(error, path) from error
 
 
 def require_safetensors(path: Path) -> None:
@@ -128,20 +128,20 @@ def require_safetensors(path: Path) -> None:
             pass
     except SafetensorError as error:
         with path.open("rb") as file:
-            is_pickle = file.read(4).startswith(PICKLE_STARTS)
+            is_pickle = file.read(4).startswith(_PICKLE_STARTS)
         reason = "a pickle, which can run any code as it is loaded" if is_pickle else f"damaged ({error})"
         raise ValueError(
             f"{path} is no safetensors file but {reason}: take it anew from its source"
         ) from error
 
 
-def explained(error: OSError, path: Path | None = None) -> OSError:
+def with_remedy(error: OSError, path: Path | None = None) -> OSError:
     """`error` with its remedy, if there is one for it.
 
     Args:
         path: what was to be written; None: only the error itself may know.
     """
-    if error.errno not in REMEDIES:
+    if error.errno not in _REMEDIES:
         return error
     place = path or error.filename or "a file"
-    return OSError(f"{place} cannot be written ({error.strerror}): {REMEDIES[error.errno]}")
+    return OSError(f"{place} cannot be written ({error.strerror}): {_REMEDIES[error.errno]}")

@@ -32,7 +32,7 @@ def content_key(kind: str, **parts: object) -> str:
     return f"{kind}/{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-class Store:
+class ContentStore:
     """Entries below a folder, which is made when the first one is put into it."""
 
     def __init__(self, folder: Path) -> None:

@@ -22,13 +22,15 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from sdxl_lora.storage.atomic_io import require_disk_space
 
-BYTES_ON_DISK = "huggingface_hub.snapshot_download"  # the client's name for the bar that is drawn
-BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
-REFUSED = (401, 403)
+_BYTES_ON_DISK = "huggingface_hub.snapshot_download"  # the client's name for the bar that is drawn
+_BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
+_REFUSED_STATUSES = (401, 403)
 RepositoryType = Literal["model", "dataset"]
 
 
-def download(repository: str, revision: str, key: str, patterns: Sequence[str], kind: RepositoryType) -> Path:
+def download_snapshot(
+    repository: str, revision: str, key: str, patterns: Sequence[str], kind: RepositoryType
+) -> Path:
     """The local copy of a repository, with a progress bar on stderr while it is downloaded.
 
     Args:
@@ -46,38 +48,40 @@ def download(repository: str, revision: str, key: str, patterns: Sequence[str], 
     needed_bytes = download_size(repository, revision, key, patterns, kind)
     require_disk_space(Path(constants.HF_HUB_CACHE), needed_bytes)
     with (
-        explained_hub_errors(repository, revision, key),
-        download_bar(repository, hidden=needed_bytes == 0) as bar,
+        _explain_hub_errors(repository, revision, key),
+        _download_bar(repository, hidden=needed_bytes == 0) as bar,
     ):
-        return Path(snapshot(repository, revision, patterns, kind, tqdm_class=bar))
+        return Path(_snapshot(repository, revision, patterns, kind, tqdm_class=bar))
 
 
-def cached(repository: str, revision: str, patterns: Sequence[str], kind: RepositoryType) -> Path | None:
-    """What `download` would find without a network, unchecked; None if it is not all here."""
+def cached_snapshot(
+    repository: str, revision: str, patterns: Sequence[str], kind: RepositoryType
+) -> Path | None:
+    """What `download_snapshot` would find without a network, unchecked; None if it is not all here."""
     with suppress(HFValidationError, LocalEntryNotFoundError):
-        return Path(snapshot(repository, revision, patterns, kind, local_files_only=True))
+        return Path(_snapshot(repository, revision, patterns, kind, local_files_only=True))
     return None
 
 
 def download_size(
     repository: str, revision: str, key: str, patterns: Sequence[str], kind: RepositoryType
 ) -> int:
-    """Bytes that `download` would download from the Hub now; 0 if the Hub cannot be asked.
+    """Bytes that `download_snapshot` would download from the Hub now; 0 if the Hub cannot be asked.
 
-    Raises as `download`, but where the Hub is out of reach: only the download itself knows whether
+    Raises as `download_snapshot`, but where the Hub is out of reach: only the download itself knows whether
     the cache has all that is needed.
     """
     with (
-        explained_hub_errors(repository, revision, key),
+        _explain_hub_errors(repository, revision, key),
         suppress(DryRunError),
-        download_bar(repository, hidden=True) as bar,
+        _download_bar(repository, hidden=True) as bar,
     ):
-        files = snapshot(repository, revision, patterns, kind, dry_run=True, tqdm_class=bar)
+        files = _snapshot(repository, revision, patterns, kind, dry_run=True, tqdm_class=bar)
         return sum(file.file_size or 0 for file in files if file.will_download)
     return 0
 
 
-def snapshot(
+def _snapshot(
     repository: str, revision: str, patterns: Sequence[str], kind: RepositoryType, **options: Any
 ) -> Any:
     """The Hub client's snapshot of these files: their folder or, with `dry_run`, what each would cost."""
@@ -87,7 +91,7 @@ def snapshot(
 
 
 @contextmanager
-def download_bar(title: str, hidden: bool) -> Iterator[type[tqdm]]:
+def _download_bar(title: str, hidden: bool) -> Iterator[type[tqdm]]:
     """The class of progress bars that the Hub's client is to make while it downloads `title` in the block.
 
     It makes one for the files, one for bytes on the network and one for bytes on the disk, whose total grows
@@ -97,7 +101,7 @@ def download_bar(title: str, hidden: bool) -> Iterator[type[tqdm]]:
 
     class DownloadBar(tqdm):
         def __init__(self, *values: Any, name: str = "", **options: Any) -> None:
-            ours = {"desc": title, "bar_format": BAR_FORMAT, "disable": hidden or name != BYTES_ON_DISK}
+            ours = {"desc": title, "bar_format": _BAR_FORMAT, "disable": hidden or name != _BYTES_ON_DISK}
             super(tqdm, self).__init__(*values, **{**options, **ours})  # past the client's own switch
             bars.append(self)
 
@@ -112,17 +116,17 @@ def download_bar(title: str, hidden: bool) -> Iterator[type[tqdm]]:
             bar.close()
 
 
-def resolve_commit(repository: str, revision: str, key: str, kind: RepositoryType) -> str:
+def resolve_hub_revision(repository: str, revision: str, key: str, kind: RepositoryType) -> str:
     """The commit that a Hub revision stands for now, or did when last asked if the Hub is out of reach.
 
-    Raises as `download`; a revision that is a commit is returned as it is, unchecked.
+    Raises as `download_snapshot`; a revision that is a commit is returned as it is, unchecked.
     """
-    with explained_hub_errors(repository, revision, key):
+    with _explain_hub_errors(repository, revision, key):
         return HfApi().resolve_revision(repository, repo_type=kind, revision=revision).resolved
 
 
 @contextmanager
-def explained_hub_errors(repository: str, revision: str, key: str) -> Iterator[None]:
+def _explain_hub_errors(repository: str, revision: str, key: str) -> Iterator[None]:
     """Turns the Hub client's errors into ones that name the params key, its value and the remedy.
 
     Other OSErrors, such as a full disk, pass as they are.
@@ -155,15 +159,15 @@ def explained_hub_errors(repository: str, revision: str, key: str) -> Iterator[N
         HfHubHTTPError,
         httpx2.TransportError,
     ) as error:
-        raise unreachable(error, place) from error
+        raise _unreachable(error, place) from error
 
 
-def unreachable(error: Exception, place: str) -> OSError:
+def _unreachable(error: Exception, place: str) -> OSError:
     """What to tell a user when the Hub gave nothing and the cache has nothing."""
     cause = error.__cause__ or error
     if isinstance(cause, HfHubHTTPError):
         status = cause.response.status_code
-        if status in REFUSED:
+        if status in _REFUSED_STATUSES:
             return PermissionError(
                 f"{place}: the Hub refuses access (status {status}); "
                 "`hf auth login` with a token that may read it"

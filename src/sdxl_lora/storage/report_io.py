@@ -13,7 +13,7 @@ from sdxl_lora.storage.atomic_io import write_text
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def write_numbers(path: Path, numbers: Mapping[str, object]) -> None:
@@ -23,12 +23,12 @@ def write_numbers(path: Path, numbers: Mapping[str, object]) -> None:
 
 def write_table(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
     """Rows as CSV with these columns, which DVC plots; no text can pass for a spreadsheet's formula."""
-    write_text(path, pd.DataFrame(rows, columns=list(columns)).map(as_text).to_csv(index=False))
+    write_text(path, pd.DataFrame(rows, columns=list(columns)).map(_as_text).to_csv(index=False))
 
 
-def as_text(value: object) -> object:
+def _as_text(value: object) -> object:
     """Puts an apostrophe before text that a spreadsheet would compute (OWASP, "CSV Injection")."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA_STARTS) else value
 
 
 def write_records(
@@ -50,10 +50,10 @@ def read_numbers(path: Path, stage: str) -> dict[str, object]:
     return numbers
 
 
-def flat(tree: Mapping[str, Any], separator: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], separator: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of a nested mapping under joined keys: {"a": {"b": 1}} -> ("a/b", 1)."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from flat(value, separator, f"{prefix}{key}{separator}")
+            yield from flatten(value, separator, f"{prefix}{key}{separator}")
         else:
             yield f"{prefix}{key}", value

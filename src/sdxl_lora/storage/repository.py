@@ -11,20 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdxl_lora.storage.atomic_io import require_safetensors
-from sdxl_lora.storage.hub_client import RepositoryType, cached, download
+from sdxl_lora.storage.hub_client import RepositoryType, cached_snapshot, download_snapshot
 
 DIGEST_PREFIX = "sha256:"
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
-def is_folder(repository: str) -> bool:
+def is_local_folder(repository: str) -> bool:
     """Whether `repository` names a folder rather than a Hub repository, which never starts so."""
     return repository.startswith(("./", "../", "/"))
 
 
 def public_name(repository: str) -> str:
     """A repository's name; of a folder outside the project only its own, since its path is private."""
-    return Path(repository).name if is_folder(repository) and repository.startswith("/") else repository
+    return Path(repository).name if is_local_folder(repository) and repository.startswith("/") else repository
 
 
 def folder_digest(folder: Path) -> str:
@@ -92,17 +92,17 @@ def open_repository(
         OSError: the disk has too little space.
         ValueError: the folder's content has another digest, or the name is none.
     """
-    if is_folder(repository):
+    if is_local_folder(repository):
         folder = open_folder(repository, revision, key)
     else:
-        folder = download(repository, revision, key, patterns, kind)
+        folder = download_snapshot(repository, revision, key, patterns, kind)
     for pattern in patterns:
         if pattern.endswith(".safetensors"):
-            require_weights(folder, pattern, f"{key}: {repository}")
+            _require_weights(folder, pattern, f"{key}: {repository}")
     return folder
 
 
-def require_weights(folder: Path, pattern: str, place: str) -> None:
+def _require_weights(folder: Path, pattern: str, place: str) -> None:
     """Refuses a folder without safetensors, or with something else under their name.
 
     Raises:
@@ -112,26 +112,26 @@ def require_weights(folder: Path, pattern: str, place: str) -> None:
     weights = sorted(folder.glob(pattern))
     if not weights:
         beside = (folder / pattern).parent.glob("*")
-        pickles = sorted(path.name for path in beside if path.suffix in PICKLES)
+        pickles = sorted(path.name for path in beside if path.suffix in _PICKLES)
         found = f"{pattern}, but {', '.join(pickles)}" if pickles else pattern
         raise FileNotFoundError(
-            f"{place} has no {found}. Only safetensors are read: weights in pickle ({', '.join(PICKLES)}) "
+            f"{place} has no {found}. Only safetensors are read: weights in pickle ({', '.join(_PICKLES)}) "
             "can run any code. Choose a repository, revision or variant that has them"
         )
     for path in weights:
         require_safetensors(path)
 
 
-def local_copy(
+def find_local_copy(
     repository: str, revision: str, patterns: Sequence[str] = ("*",), kind: RepositoryType = "model"
 ) -> Path | None:
     """What `open_repository` would open without a network; None if it is not here, or incomplete.
 
     Its content is not checked.
     """
-    if is_folder(repository):
+    if is_local_folder(repository):
         return Path(repository) if Path(repository).is_dir() else None
-    return cached(repository, revision, patterns, kind)
+    return cached_snapshot(repository, revision, patterns, kind)
 
 
 def main() -> None:

@@ -15,18 +15,18 @@ from torch import Tensor
 
 from sdxl_lora.storage.atomic_io import require_safetensors, write_bytes
 
-ALIGNMENT = 8  # bytes: where the format wants its tensors to start
-LENGTH_SIZE = 8  # bytes, little-endian, before the header
+_ALIGNMENT = 8  # bytes: where the format wants its tensors to start
+_LENGTH_SIZE = 8  # bytes, little-endian, before the header
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     """Writes `tensors` with `header` as the file's metadata; `path` never holds half a file."""
-    layout, content = serialised(tensors)
+    layout, content = _serialised(tensors)
     text = json.dumps(
         {"__metadata__": dict(sorted(header.items())), **layout}, separators=(",", ":")
     ).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    write_bytes(path, len(text).to_bytes(LENGTH_SIZE, "little") + text + content)
+    text += b" " * (-len(text) % _ALIGNMENT)
+    write_bytes(path, len(text).to_bytes(_LENGTH_SIZE, "little") + text + content)
 
 
 def read_header(path: Path) -> dict[str, str]:
@@ -42,11 +42,11 @@ def read_header(path: Path) -> dict[str, str]:
 
 def content_digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the bytes after a file's header, in hexadecimal."""
-    return hashlib.sha256(serialised(tensors)[1]).hexdigest()
+    return hashlib.sha256(_serialised(tensors)[1]).hexdigest()
 
 
-def serialised(tensors: Mapping[str, Tensor]) -> tuple[dict[str, object], bytes]:
+def _serialised(tensors: Mapping[str, Tensor]) -> tuple[dict[str, object], bytes]:
     """Where each tensor lies in the file's content, and that content."""
     data = save(dict(tensors))
-    start = LENGTH_SIZE + int.from_bytes(data[:LENGTH_SIZE], "little")
-    return json.loads(data[LENGTH_SIZE:start]), data[start:]
+    start = _LENGTH_SIZE + int.from_bytes(data[:_LENGTH_SIZE], "little")
+    return json.loads(data[_LENGTH_SIZE:start]), data[start:]

@@ -13,14 +13,14 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from sdxl_lora import paths
-from sdxl_lora.adapters.lineage import facts_of, training_digest
+from sdxl_lora.adapters.lineage import read_lineage, training_digest
 from sdxl_lora.evaluation.gates import failures
 
-HUB_ERRORS = (HfHubHTTPError, OfflineModeIsEnabled, httpx2.TransportError)
-REFUSED = (401, 403)
+_HUB_ERRORS = (HfHubHTTPError, OfflineModeIsEnabled, httpx2.TransportError)
+_REFUSED_STATUSES = (401, 403)
 
 
-def publish(repository: str, public: bool, force: bool) -> str:
+def _upload_adapter(repository: str, public: bool, force: bool) -> str:
     """Uploads adapter, card and pictures as one commit, pictures of earlier ones removed; its address.
 
     Args:
@@ -37,8 +37,8 @@ def publish(repository: str, public: bool, force: bool) -> str:
     if failed and not force:
         reasons = "\n  ".join(failed.values())
         raise ValueError(f"the adapter fails its gates, nothing was published:\n  {reasons}")
-    require_present(paths.EXPORTED_WEIGHTS, paths.CARD)
-    if facts_of(paths.EXPORTED_WEIGHTS).get("dvc.train_lora") != training_digest(paths.LOCK):
+    _require_present(paths.EXPORTED_WEIGHTS, paths.CARD)
+    if read_lineage(paths.EXPORTED_WEIGHTS).get("dvc.train_lora") != training_digest(paths.LOCK):
         raise ValueError(f"{paths.EXPORT}/ holds another adapter than dvc.lock: `dvc repro` exports this one")
     api = HfApi()
     api.create_repo(repository, private=not public, exist_ok=True)
@@ -51,17 +51,21 @@ def publish(repository: str, public: bool, force: bool) -> str:
     return commit.commit_url
 
 
-def require_present(*files: Path) -> None:
+def _require_present(*files: Path) -> None:
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} not found: run `dvc repro export_lora` first")
 
 
-def explanation(error: Exception) -> str:
+def _explanation(error: Exception) -> str:
     """What to tell a user when the Hub took nothing."""
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        remedy = "`hf auth login` with a token that may write there" if status in REFUSED else "try again"
+        remedy = (
+            "`hf auth login` with a token that may write there"
+            if status in _REFUSED_STATUSES
+            else "try again"
+        )
         return f"the Hub answers with status {status}: {remedy}"
     return (
         f"the Hub cannot be reached ({type(error).__name__}): check the network (HF_ENDPOINT, HF_HUB_OFFLINE)"
@@ -77,11 +81,11 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="also if the adapter fails its gates")
     options = parser.parse_args()
     try:
-        address = publish(options.repository, options.public, options.force)
+        address = _upload_adapter(options.repository, options.public, options.force)
     except (FileNotFoundError, ValueError, HFValidationError) as error:
         sys.exit(f"publish: {error}")
-    except HUB_ERRORS as error:
-        sys.exit(f"publish: {explanation(error)}")
+    except _HUB_ERRORS as error:
+        sys.exit(f"publish: {_explanation(error)}")
     sys.stdout.write(f"published: {address}\n")
 
 

@@ -23,16 +23,17 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from PIL import Image
 
 from sdxl_lora.config import Params
-from sdxl_lora.runtime.stage import Execution, current_execution, git_commit, parse_execution, project_root
-from sdxl_lora.storage.report_io import flat
+from sdxl_lora.runtime.dvc_execution import DvcExecution, current_execution, parse_execution_id, project_root
+from sdxl_lora.runtime.git import head_commit
+from sdxl_lora.storage.report_io import flatten
 
 TRACKING_ERRORS = (MlflowException, OSError)  # requests' errors are OSErrors
 EXPERIMENT = "sdxl-lora"
-POINTS_A_REQUEST = 20
+_POINTS_A_REQUEST = 20
 ENTRIES_A_REQUEST = 100  # MLflow's own limit for params
-PATIENCE = 5.0  # seconds that a stage waits at its end for what is still to be sent
+PATIENCE_SECONDS = 5.0  # seconds that a stage waits at its end for what is still to be sent
 
-Call = Callable[[MlflowClient, str], object]
+_Call = Callable[[MlflowClient, str], object]
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +45,13 @@ class Connection:
     client: MlflowClient
     experiment_id: str
 
-    def new_run(self, execution: Execution, params: Params, tags: dict[str, str]) -> str:
+    def new_run(self, execution: DvcExecution, params: Params, tags: dict[str, str]) -> str:
         """Creates the run of this execution, or finds the one that an earlier stage created; its id."""
         note = execution.scratch / "run_id"
         if note.is_file():
             return note.read_text(encoding="utf-8")
         experiment = os.environ.get("DVC_EXP_NAME")
-        commit = git_commit()
+        commit = head_commit()
         name = experiment or time.strftime("repro-%m%d-%H%M%S")
         identity = {
             "dvc.execution": execution.id,
@@ -62,7 +63,7 @@ class Connection:
         run = self.client.create_run(self.experiment_id, run_name=name, tags={**identity, **tags})
         run_id: str = run.info.run_id
         note.write_text(run_id, encoding="utf-8")
-        entries = [Param(key, str(value)) for key, value in flat(params.model_dump(), ".")]
+        entries = [Param(key, str(value)) for key, value in flatten(params.model_dump(), ".")]
         for chunk in chunks(entries, ENTRIES_A_REQUEST):
             self.client.log_batch(run_id, params=chunk)
         return run_id
@@ -78,7 +79,7 @@ class Connection:
     def reap(self) -> None:
         """Marks this machine's runs as killed whose DVC command is gone; nothing else ever would."""
         for run in self.client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'"):
-            execution = parse_execution(run.data.tags.get("dvc.execution", ""))
+            execution = parse_execution_id(run.data.tags.get("dvc.execution", ""))
             if execution is not None and not execution.is_alive():
                 self.client.set_terminated(run.info.run_id, "KILLED")
 
@@ -112,7 +113,7 @@ def connect() -> Connection:
     return connection
 
 
-class LiveRun:
+class _LiveRun:
     """Curves and pictures while training runs, sent by a thread of their own: training waits for no answer.
 
     Never raises. At the first call that fails it gives up and says so once; `track_run` logs what is missing.
@@ -120,7 +121,7 @@ class LiveRun:
 
     def __init__(self, params: Params) -> None:
         self._points: list[Metric] = []
-        self._calls: SimpleQueue[Call | None] = SimpleQueue()
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         self._status: str | None = None
         self._thread = Thread(target=self._send, args=(params,), name="live run", daemon=True)
         self._thread.start()
@@ -129,7 +130,7 @@ class LiveRun:
         """Puts a point on each curve, under `train/<name>`."""
         now = int(time.time() * 1000)
         self._points += [Metric(f"train/{name}", value, now, int(step)) for name, value in values.items()]
-        if len(self._points) >= POINTS_A_REQUEST:
+        if len(self._points) >= _POINTS_A_REQUEST:
             self.flush()
 
     def flush(self) -> None:
@@ -146,14 +147,14 @@ class LiveRun:
         self.flush()
         self._status = status
         self._calls.put(None)
-        self._thread.join(PATIENCE)
+        self._thread.join(PATIENCE_SECONDS)
         if self._thread.is_alive():
             logger.warning(
                 "MLflow does not answer: training ends without it, and track_run will log the results from "
                 "their files"
             )
 
-    def _do(self, call: Call) -> None:
+    def _do(self, call: _Call) -> None:
         if self._thread.is_alive():
             self._calls.put(call)
 
@@ -173,14 +174,14 @@ class LiveRun:
             logger.warning(
                 "MLflow cannot be reached (%s): training goes on without it, and track_run will log the "
                 "results from their files",
-                cause(error),
+                error_cause(error),
             )
 
 
 @contextmanager
-def live_run(params: Params) -> Iterator[LiveRun]:
+def live_run(params: Params) -> Iterator[_LiveRun]:
     """The MLflow run of this execution, for as long as a stage reports to it."""
-    run = LiveRun(params)
+    run = _LiveRun(params)
     try:
         yield run
     except SystemExit:
@@ -192,7 +193,7 @@ def live_run(params: Params) -> Iterator[LiveRun]:
     run.end(None)
 
 
-def cause(error: BaseException) -> str:
+def error_cause(error: BaseException) -> str:
     """What went wrong at the bottom of it, unless that tells an address, which may hold a password."""
     while inner := error.__cause__ or error.__context__:
         error = inner

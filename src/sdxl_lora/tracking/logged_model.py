@@ -17,12 +17,12 @@ from mlflow.types import DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import ColSpec
 
 from sdxl_lora.config import ModelConfig, Params, SamplingConfig
-from sdxl_lora.storage.repository import is_folder, public_name
+from sdxl_lora.storage.repository import is_local_folder, public_name
 
-NAME = "adapter"
-WEIGHTS_FOLDER = "adapter_weights"
-STANDARD_FILE = "pytorch_lora_weights.safetensors"  # which diffusers looks for
-REQUIREMENTS = ("accelerate", "diffusers", "peft", "safetensors", "torch", "transformers")
+_MODEL_NAME = "adapter"
+_WEIGHTS_FOLDER = "adapter_weights"
+_STANDARD_FILE = "pytorch_lora_weights.safetensors"  # which diffusers looks for
+_REQUIREMENTS = ("accelerate", "diffusers", "peft", "safetensors", "torch", "transformers")
 
 
 def log_adapter(
@@ -37,9 +37,11 @@ def log_adapter(
     Raises:
         MlflowException, OSError: the server cannot be reached or refuses.
     """
-    settings = {"base_model": public_name(params.model.base), **lora_settings(params)}
+    settings = {"base_model": public_name(params.model.base), **_lora_settings(params)}
     experiment_id = client.get_run(run_id).info.experiment_id
-    logged = client.create_logged_model(experiment_id, NAME, run_id, params=settings, model_type="lora")
+    logged = client.create_logged_model(
+        experiment_id, _MODEL_NAME, run_id, params=settings, model_type="lora"
+    )
     model = Model(run_id=run_id, model_uuid=logged.model_id, model_id=logged.model_id, metadata=dict(facts))
     with TemporaryDirectory() as folder:
         write_model(Path(folder), model, params.model, params.sampling, weights)
@@ -50,7 +52,7 @@ def log_adapter(
     return model_id
 
 
-def lora_settings(params: Params) -> dict[str, str]:
+def _lora_settings(params: Params) -> dict[str, str]:
     return {f"lora.{name}": str(value) for name, value in params.lora.model_dump().items()}
 
 
@@ -58,25 +60,25 @@ def write_model(
     folder: Path, model: Model, config: ModelConfig, sampling: SamplingConfig, weights: Path
 ) -> None:
     """Writes `model` with its weights into `folder`, in the layout of MLflow's flavour `diffusers`."""
-    (folder / WEIGHTS_FOLDER).mkdir()
-    shutil.copy(weights, folder / WEIGHTS_FOLDER / STANDARD_FILE)
-    revision = {} if is_folder(config.base) else {"base_model_revision": config.revision}
+    (folder / _WEIGHTS_FOLDER).mkdir()
+    shutil.copy(weights, folder / _WEIGHTS_FOLDER / _STANDARD_FILE)
+    revision = {} if is_local_folder(config.base) else {"base_model_revision": config.revision}
     model.add_flavor(
         "diffusers",
         base_model=public_name(config.base),
         adapter_type="lora",
-        adapter_weights=WEIGHTS_FOLDER,
+        adapter_weights=_WEIGHTS_FOLDER,
         diffusers_version=version("diffusers"),
         **revision,
     )
     pyfunc.add_to_model(model, loader_module="mlflow.diffusers")
-    model.signature = signature(sampling)
+    model.signature = _signature(sampling)
     model.save(str(folder / "MLmodel"))
-    pins = (f"{name}=={version(name).partition('+')[0]}\n" for name in REQUIREMENTS)
+    pins = (f"{name}=={version(name).partition('+')[0]}\n" for name in _REQUIREMENTS)
     (folder / "requirements.txt").write_text("".join(pins), encoding="utf-8")
 
 
-def signature(config: SamplingConfig) -> ModelSignature:
+def _signature(config: SamplingConfig) -> ModelSignature:
     """A prompt in, a picture out; by default as the samples were drawn."""
     defaults: dict[str, tuple[DataType, object]] = {
         "num_inference_steps": (DataType.integer, config.num_inference_steps),

@@ -15,19 +15,26 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, RunTag
 from PIL import Image
 
 from sdxl_lora import paths
-from sdxl_lora.adapters.lineage import facts_of, training_digest
+from sdxl_lora.adapters.lineage import read_lineage, training_digest
 from sdxl_lora.config import Params
 from sdxl_lora.evaluation.gates import failures
+from sdxl_lora.runtime.dvc_execution import current_execution
 from sdxl_lora.runtime.dvc_lock import read_lock
-from sdxl_lora.runtime.stage import current_execution
-from sdxl_lora.storage.report_io import flat
+from sdxl_lora.storage.report_io import flatten
 from sdxl_lora.storage.repository import file_digest
-from sdxl_lora.tracking.live_run import ENTRIES_A_REQUEST, TRACKING_ERRORS, Connection, cause, chunks, connect
+from sdxl_lora.tracking.live_run import (
+    ENTRIES_A_REQUEST,
+    TRACKING_ERRORS,
+    Connection,
+    chunks,
+    connect,
+    error_cause,
+)
 from sdxl_lora.tracking.logged_model import log_adapter
 
-DIGEST_LENGTH = 36  # characters that MLflow has for a data set's digest
-RECORD_FOLDER = Path("dvc")  # of a run's artifacts
-RESULTS = (
+_DIGEST_LENGTH = 36  # characters that MLflow has for a data set's digest
+_RECORD_FOLDER = Path("dvc")  # of a run's artifacts
+_RESULTS = (
     paths.PIPELINE,
     paths.LOCK,
     paths.RAW_SOURCE,
@@ -40,7 +47,7 @@ RESULTS = (
     paths.SAMPLE_GRID,
     paths.SAMPLE_TABLE,
 )
-NOTE_LENGTH = 8000  # characters that MLflow has for a tag
+_NOTE_LENGTH = 8000  # characters that MLflow has for a tag
 
 logger = logging.getLogger(__name__)
 
@@ -56,43 +63,43 @@ def track_run(params: Params) -> dict[str, dict[str, str | None]]:
     Raises:
         FileNotFoundError: there is nothing to show, or not all of it; names a file and the remedy.
     """
-    require_results()
+    _require_results()
     try:
         connection = connect()
-        run_id = show_results(connection, params)
+        run_id = _show_results(connection, params)
         name = connection.client.get_run(run_id).info.run_name
     except TRACKING_ERRORS as error:
         logger.warning(
             "MLflow cannot be reached (%s): results are safe in their files. When it is back: "
             "`dvc repro -sf track_run`",
-            cause(error),
+            error_cause(error),
         )
         return {"mlflow": {"run": None, "id": None}}
     logger.info("MLflow run %s (%s): `make ui` shows it", name, run_id)
     return {"mlflow": {"run": name, "id": run_id}}
 
 
-def require_results() -> None:
+def _require_results() -> None:
     """Refuses results that are not all there, before their absence passes for a fault of the server."""
-    for path in files_shown():
+    for path in _files_shown():
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} not found: `dvc repro` makes what is missing, and `dvc pull` gets what others made"
             )
 
 
-def files_shown() -> Iterator[Path]:
+def _files_shown() -> Iterator[Path]:
     """All that a run cannot be shown without; the table of samples before the pictures that it names."""
-    yield from RESULTS
+    yield from _RESULTS
     samples = pd.read_json(paths.SAMPLE_TABLE, lines=True)
     yield from (paths.SAMPLES / str(file) for file in samples["file"])
 
 
-def show_results(connection: Connection, params: Params) -> str:
+def _show_results(connection: Connection, params: Params) -> str:
     """Completes this execution's run, or finds the one that shows the same results; its id."""
     client, execution = connection.client, current_execution()
     records = {name: record for name, record in execution.records().items() if name != "track_run"}
-    content = content_id()
+    content = _content_id()
     shown = connection.run_of_content(content)
     if shown is not None and not records:
         also = client.get_run(shown).data.tags.get("dvc.also", "")
@@ -100,20 +107,22 @@ def show_results(connection: Connection, params: Params) -> str:
         client.set_tag(shown, "dvc.also", ",".join(sorted(names - {""})))
         return shown
     run_id = connection.new_run(execution, params, {} if records else {"dvc.origin": "restored"})
-    log_curves(client, run_id)
-    model_id = log_adapter(client, run_id, params, paths.EXPORTED_WEIGHTS, facts_of(paths.EXPORTED_WEIGHTS))
-    log_reports(client, run_id, model_id, log_dataset(client, run_id))
-    log_pictures(client, run_id)
-    log_verdict(client, run_id, model_id)
-    for name in pipeline_stages():
+    _log_curves(client, run_id)
+    model_id = log_adapter(
+        client, run_id, params, paths.EXPORTED_WEIGHTS, read_lineage(paths.EXPORTED_WEIGHTS)
+    )
+    _log_reports(client, run_id, model_id, _log_dataset(client, run_id))
+    _log_pictures(client, run_id)
+    _log_verdict(client, run_id, model_id)
+    for name in _pipeline_stages():
         client.set_tag(run_id, f"stage.{name}", records[name].status if name in records else "cached")
         if name in records:
             client.log_metric(run_id, f"seconds/{name}", records[name].seconds)
     client.log_artifacts(run_id, str(paths.EXPORT), "adapter")
     for path in filter(Path.is_file, paths.RECORD):
-        client.log_artifact(run_id, str(path), str(RECORD_FOLDER / path.parent))
+        client.log_artifact(run_id, str(path), str(_RECORD_FOLDER / path.parent))
     client.set_tag(run_id, "memory", memory_tag())
-    client.set_tag(run_id, "mlflow.note.content", description(run_id))
+    client.set_tag(run_id, "mlflow.note.content", _run_description(run_id))
     client.set_tag(run_id, "dvc.content", content)
     client.set_tag(run_id, "dvc.train_lora", training_digest(paths.LOCK))
     client.set_terminated(run_id, "FINISHED")
@@ -121,15 +130,15 @@ def show_results(connection: Connection, params: Params) -> str:
 
 
 def download_record(run_id: str, folder: Path) -> Path:
-    """Fetches what `show_results` kept of DVC's record with a run; where it lies, laid out as the project.
+    """Fetches what `_show_results` kept of DVC's record with a run; where it lies, laid out as the project.
 
     Raises:
         MlflowException, OSError: the server cannot be reached, has no such run, or the run has no record.
     """
-    return Path(connect().client.download_artifacts(run_id, str(RECORD_FOLDER), str(folder)))
+    return Path(connect().client.download_artifacts(run_id, str(_RECORD_FOLDER), str(folder)))
 
 
-def log_curves(client: MlflowClient, run_id: str) -> None:
+def _log_curves(client: MlflowClient, run_id: str) -> None:
     """The training curves from their file, as far as the live run has not drawn them."""
     drawn = {point.step for point in client.get_metric_history(run_id, "train/loss")}
     curve = pd.read_csv(paths.LOSS_CURVE)
@@ -145,7 +154,7 @@ def log_curves(client: MlflowClient, run_id: str) -> None:
         client.log_batch(run_id, metrics=chunk)
 
 
-def log_reports(client: MlflowClient, run_id: str, model_id: str, dataset: Dataset) -> None:
+def _log_reports(client: MlflowClient, run_id: str, model_id: str, dataset: Dataset) -> None:
     """Every number of every report as a metric under the report's name, every word as a tag.
 
     What was evaluated is a metric of the model on the data set as well.
@@ -154,7 +163,7 @@ def log_reports(client: MlflowClient, run_id: str, model_id: str, dataset: Datas
     now = int(time.time() * 1000)
     for path in paths.NUMBERS:
         prefix = "" if path == paths.METRICS else f"{path.stem}/"
-        leaves = flat(json.loads(path.read_text(encoding="utf-8")), "/")
+        leaves = flatten(json.loads(path.read_text(encoding="utf-8")), "/")
         entries = {f"{prefix}{key}": value for key, value in leaves}
         words = [RunTag(key, value) for key, value in entries.items() if isinstance(value, str)]
         of = evaluated if path == paths.METRICS else {}
@@ -166,7 +175,7 @@ def log_reports(client: MlflowClient, run_id: str, model_id: str, dataset: Datas
             client.log_artifact(run_id, str(path), "reports")
 
 
-def log_verdict(client: MlflowClient, run_id: str, model_id: str) -> None:
+def _log_verdict(client: MlflowClient, run_id: str, model_id: str) -> None:
     """Tags that say whether the adapter passed its gates, and why not: `gates` and `gates.<name>`."""
     failed = failures(paths.GATES)
     tags = {"gates": "failed" if failed else "passed"}
@@ -175,13 +184,13 @@ def log_verdict(client: MlflowClient, run_id: str, model_id: str) -> None:
     client.set_logged_model_tags(model_id, tags)
 
 
-def log_dataset(client: MlflowClient, run_id: str) -> Dataset:
+def _log_dataset(client: MlflowClient, run_id: str) -> Dataset:
     """The data set that the adapter was trained on, with the digest of its images and captions."""
     record = json.loads(paths.RAW_SOURCE.read_text(encoding="utf-8"))
     digest = file_digest(paths.ENCODED_INDEX)
     dataset = Dataset(
         name=record["repository"],
-        digest=digest[:DIGEST_LENGTH],
+        digest=digest[:_DIGEST_LENGTH],
         source_type="dvc",
         source=json.dumps(record),
         profile=json.dumps({"sha256": digest, "examples": record["examples"]}),
@@ -190,7 +199,7 @@ def log_dataset(client: MlflowClient, run_id: str) -> Dataset:
     return dataset
 
 
-def log_pictures(client: MlflowClient, run_id: str) -> None:
+def _log_pictures(client: MlflowClient, run_id: str) -> None:
     """The grid, every sample under its own name, and a table of what each was drawn from."""
     client.log_artifact(run_id, str(paths.SAMPLE_GRID))
     samples = pd.read_json(paths.SAMPLE_TABLE, lines=True)
@@ -210,15 +219,15 @@ def memory_tag() -> str:
     return f"{measured:.2f} GiB ({beside})"
 
 
-def description(run_id: str) -> str:
+def _run_description(run_id: str) -> str:
     """What a run's page opens with: the model card, its pictures as MLflow's server hands them out."""
     card = paths.CARD.read_text(encoding="utf-8")
     _, _, text = card.removeprefix("---").partition("\n---\n")  # the Hub's header is not for readers
     grid = paths.SAMPLE_GRID.name
-    return text.strip().replace(f"]({grid})", f"](get-artifact?path={grid}&run_uuid={run_id})")[:NOTE_LENGTH]
+    return text.strip().replace(f"]({grid})", f"](get-artifact?path={grid}&run_uuid={run_id})")[:_NOTE_LENGTH]
 
 
-def content_id() -> str:
+def _content_id() -> str:
     """A hash of all results but the pointer to MLflow, and of the params that they came from."""
     results = {
         name: [{out["path"]: out.get("md5") for out in entry.get("outs", [])}, entry.get("params")]
@@ -228,7 +237,7 @@ def content_id() -> str:
     return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def pipeline_stages() -> list[str]:
+def _pipeline_stages() -> list[str]:
     """The stages whose results a run shows."""
     stages = yaml.safe_load(paths.PIPELINE.read_text(encoding="utf-8"))["stages"]
     return [name for name in stages if name != "track_run"]

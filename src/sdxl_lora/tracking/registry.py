@@ -16,7 +16,7 @@ from sdxl_lora.evaluation.gates import failures
 from sdxl_lora.storage.report_io import read_numbers
 from sdxl_lora.tracking.live_run import EXPERIMENT, TRACKING_ERRORS, connect
 
-ALIAS = "champion"
+_ALIAS = "champion"
 
 
 def promote() -> ModelVersion:
@@ -42,12 +42,12 @@ def promote() -> ModelVersion:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    version = version_of(client, run_id)
-    client.set_registered_model_alias(EXPERIMENT, ALIAS, version.version)
+    version = _version_of(client, run_id)
+    client.set_registered_model_alias(EXPERIMENT, _ALIAS, version.version)
     return version
 
 
-def version_of(client: MlflowClient, run_id: str) -> ModelVersion:
+def _version_of(client: MlflowClient, run_id: str) -> ModelVersion:
     """The registered version that a run's adapter is, created if need be."""
     for version in client.search_model_versions(f"name = '{EXPERIMENT}'"):
         if version.run_id == run_id:
@@ -69,7 +69,7 @@ def main() -> None:
     except TRACKING_ERRORS as error:
         sys.exit(f"promote: MLflow cannot be reached or refuses ({type(error).__name__}: {error})")
     sys.stdout.write(
-        f"{version.name} version {version.version} is now {ALIAS}: models:/{EXPERIMENT}@{ALIAS}\n"
+        f"{version.name} version {version.version} is now {_ALIAS}: models:/{EXPERIMENT}@{_ALIAS}\n"
     )
 
 

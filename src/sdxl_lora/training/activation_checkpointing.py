@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-UNITS = (BasicTransformerBlock, ResnetBlock2D, CLIPEncoderLayer)
+_UNITS = (BasicTransformerBlock, ResnetBlock2D, CLIPEncoderLayer)
 
 
 def find_units(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -22,7 +22,7 @@ def find_units(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         f"{part}.{path}": module
         for part, root in parts.items()
         for path, module in root.named_modules()
-        if isinstance(module, UNITS)
+        if isinstance(module, _UNITS)
     }
 
 

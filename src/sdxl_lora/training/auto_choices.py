@@ -13,39 +13,41 @@ from typing import Any, TypeVar
 from sdxl_lora import paths
 from sdxl_lora.config import TrainingConfig
 
-Choices = Mapping[str, Any]
+_Choices = Mapping[str, Any]
 """Values of params' section `training`, by key."""
-Made = TypeVar("Made")
+_Made = TypeVar("_Made")
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedChoices:
     """The choices of a training, as far as its report has them."""
 
-    plan: Choices = field(default_factory=dict)
+    plan: _Choices = field(default_factory=dict)
     """Micro-batch size and number of checkpointed units."""
-    attention: Choices = field(default_factory=dict)
+    attention: _Choices = field(default_factory=dict)
     """Kernels of the UNet's self-attention."""
 
 
-def choices_of(report: Mapping[str, Any]) -> Recorded:
+def choices_in(report: Mapping[str, Any]) -> RecordedChoices:
     """What a training's report says was chosen."""
     plan, keys = report.get("plan", {}), ("micro_batch_size", "checkpointing")
-    return Recorded(
+    return RecordedChoices(
         plan={key: plan[key] for key in keys if key in plan},
         attention={"attention": report["attention"]} if "attention" in report else {},
     )
 
 
-def recorded_choices(root: Path) -> Recorded:
+def recorded_choices(root: Path) -> RecordedChoices:
     """Those of the training that is being made again in the project at `root`; none in any other project."""
     note = root / paths.RECORDED_TRAINING
-    return choices_of(json.loads(note.read_text(encoding="utf-8"))) if note.is_file() else Recorded()
+    return choices_in(json.loads(note.read_text(encoding="utf-8"))) if note.is_file() else RecordedChoices()
 
 
-def as_recorded(make: Callable[[TrainingConfig], Made], config: TrainingConfig, recorded: Choices) -> Made:
+def with_recorded_choices(
+    make: Callable[[TrainingConfig], _Made], config: TrainingConfig, recorded: _Choices
+) -> _Made:
     """What `make` makes of `config` with recorded choices in place of `auto`.
 
     Where these cannot be had, as cuDNN's kernels on a CPU, a warning names them and `make` chooses anew.

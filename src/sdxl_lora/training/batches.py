@@ -14,13 +14,13 @@ from torch import Tensor
 from sdxl_lora.config import TrainingConfig
 from sdxl_lora.data.batch_sampler import batch_order
 from sdxl_lora.data.encoded_dataset import Batch, EncodedDataset, Example, Variant
-from sdxl_lora.runtime.distributed import processes
-from sdxl_lora.runtime.rng import generator
+from sdxl_lora.runtime.distributed import distributed_state
+from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training.denoiser import Denoiser
 
 
 @dataclass(frozen=True)
-class Draws:
+class NoiseDraws:
     """The random part of a batch."""
 
     latents: Tensor
@@ -29,7 +29,7 @@ class Draws:
     """Standard normal, shaped as `latents`."""
     timesteps: Tensor
     """Uniform in [0, T), int64, (B,)."""
-    captioned: Tensor
+    caption_mask: Tensor
     """0 where the caption is dropped, else 1, (B,)."""
 
     def to(self, device: torch.device) -> Self:
@@ -37,11 +37,11 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Examples:
+class TrainingBatch:
     """A micro-batch with all that is drawn for it."""
 
     batch: Batch
-    draws: Draws
+    draws: NoiseDraws
     images: list[str]
     """File names, for messages."""
     dropout_seed: int
@@ -59,9 +59,9 @@ class Examples:
         return {name: tensor for name, tensor in columns.items() if tensor is not None}
 
 
-def draw_examples(
+def training_batches(
     denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig, seed: int, first: int = 0
-) -> Iterator[Examples]:
+) -> Iterator[TrainingBatch]:
     """This process's micro-batches of a training without end, from those of step `first` on, on the CPU.
 
     All examples of a step have one size. Processes take turns in them: two with a batch each train on what
@@ -69,7 +69,7 @@ def draw_examples(
     """
     num_timesteps = len(denoiser.noise_schedule.alphas_cumprod)
     size = config.batch_size // config.accumulation
-    rank, num_processes = processes().process_index, processes().num_processes
+    rank, num_processes = distributed_state().process_index, distributed_state().num_processes
     parts = config.accumulation * num_processes
     steps = batch_order(dataset.latents_shapes, parts * size, seed, first)
     for step, examples in enumerate(steps, first):
@@ -79,43 +79,45 @@ def draw_examples(
             indices = examples[part * size : (part + 1) * size]
             variants = draw_variants([dataset.examples[index] for index in indices], start, seed)
             batch = dataset.batch(indices, variants)
-            draws = draw(batch, start, num_timesteps, config.caption_dropout, seed)
+            draws = draw_noise(batch, start, num_timesteps, config.caption_dropout, seed)
             images = [dataset.examples[index].image for index in indices]
-            yield Examples(batch, draws, images, generator(seed, "dropout", micro_step).initial_seed())
+            yield TrainingBatch(
+                batch, draws, images, keyed_generator(seed, "dropout", micro_step).initial_seed()
+            )
 
 
-def one_of_each_size(
+def one_batch_per_size(
     denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig
-) -> Iterator[Examples]:
+) -> Iterator[TrainingBatch]:
     """A micro-batch of each size of latents that there is, the largest first. Not to be trained on."""
     first = {shape: index for index, shape in reversed(list(enumerate(dataset.latents_shapes)))}
     size = config.batch_size // config.accumulation
     num_timesteps = len(denoiser.noise_schedule.alphas_cumprod)
     for shape in sorted(first, key=lambda shape: shape.numel(), reverse=True):
         batch = dataset.batch([first[shape]] * size)
-        draws = draw(batch, 0, num_timesteps, config.caption_dropout, seed=0)
-        yield Examples(batch, draws, images=[], dropout_seed=0)
+        draws = draw_noise(batch, 0, num_timesteps, config.caption_dropout, seed=0)
+        yield TrainingBatch(batch, draws, images=[], dropout_seed=0)
 
 
 def draw_variants(examples: Sequence[Example], start: int, seed: int) -> list[Variant]:
     """Which image and caption is taken of each example, at positions start, start + 1, ... of training."""
     variants = []
     for position, example in enumerate(examples, start):
-        flip, number = torch.rand(2, generator=generator(seed, "variant", position)).tolist()
+        flip, number = torch.rand(2, generator=keyed_generator(seed, "variant", position)).tolist()
         flipped = bool(example.flipped_digest) and flip < 0.5
         variants.append(Variant(flipped, int(number * (1 + len(example.more_captions)))))
     return variants
 
 
-def draw(batch: Batch, start: int, num_timesteps: int, caption_dropout: float, seed: int) -> Draws:
+def draw_noise(batch: Batch, start: int, num_timesteps: int, caption_dropout: float, seed: int) -> NoiseDraws:
     """The random part of the examples at positions start, start + 1, ... of training; on the CPU."""
     columns = []
     for row in range(len(batch)):
-        generator_ = generator(seed, "example", start + row)
+        generator = keyed_generator(seed, "example", start + row)
         mean, std = batch.latents_mean[row].float(), batch.latents_std[row].float()
-        latents = mean + std * torch.randn(mean.shape, generator=generator_)
-        noise = torch.randn(mean.shape, generator=generator_)
-        timestep = torch.randint(num_timesteps, (), generator=generator_)
-        captioned = (torch.rand((), generator=generator_) >= caption_dropout).float()
-        columns.append((latents, noise, timestep, captioned))
-    return Draws(*(torch.stack(column) for column in zip(*columns, strict=True)))
+        latents = mean + std * torch.randn(mean.shape, generator=generator)
+        noise = torch.randn(mean.shape, generator=generator)
+        timestep = torch.randint(num_timesteps, (), generator=generator)
+        caption_mask = (torch.rand((), generator=generator) >= caption_dropout).float()
+        columns.append((latents, noise, timestep, caption_mask))
+    return NoiseDraws(*(torch.stack(column) for column in zip(*columns, strict=True)))

@@ -20,17 +20,21 @@ from torch import Tensor
 
 from sdxl_lora.config import LoraConfig, ModelConfig, TrainingConfig
 from sdxl_lora.models.weights import open_base
-from sdxl_lora.runtime.device import machine
-from sdxl_lora.runtime.distributed import processes
-from sdxl_lora.storage.atomic_io import UNFINISHED, write_bytes
+from sdxl_lora.runtime.device import compute_fingerprint
+from sdxl_lora.runtime.distributed import distributed_state
+from sdxl_lora.storage.atomic_io import PARTIAL_GLOB, write_bytes
 from sdxl_lora.storage.content_store import UNUSED_SECONDS, content_key
 from sdxl_lora.storage.repository import file_digest
 from sdxl_lora.storage.safetensors_io import read_header
 
-PACKAGE = Path(__file__).parents[1]
-KEPT = 2  # a newest one that turns out to be damaged is not the end
-INERT = {"checkpoint_minutes", "deadline_minutes", "log_every"}  # these cannot change a training's result
-LIBRARIES = ("bitsandbytes", "diffusers", "peft", "torch", "transformers")
+_PACKAGE = Path(__file__).parents[1]
+_KEPT_CHECKPOINTS = 2  # a newest one that turns out to be damaged is not the end
+_INERT_KEYS = {
+    "checkpoint_minutes",
+    "deadline_minutes",
+    "log_every",
+}  # these cannot change a training's result
+_KEYED_LIBRARIES = ("bitsandbytes", "diffusers", "peft", "torch", "transformers")
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +49,7 @@ class Checkpoint:
     """What else was saved."""
 
 
-class Checkpoints:
+class Checkpointer:
     """The checkpoints of one training, in a folder that is made when the first one is saved."""
 
     def __init__(self, folder: Path, minutes: float | None) -> None:
@@ -76,13 +80,13 @@ class Checkpoints:
         content = save(copies, dict(facts))
         path = self.folder / f"step-{step:08d}-{digest(content)}.safetensors"
         write_bytes(path, content, durable=True)
-        for old in self._files()[KEPT:]:
+        for old in self._files()[_KEPT_CHECKPOINTS:]:
             old.unlink()
         self._saved = time.monotonic()
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is as it was written; None if there is none. To ask before any save."""
-        for leftover in self.folder.glob(UNFINISHED):
+        for leftover in self.folder.glob(PARTIAL_GLOB):
             leftover.unlink(missing_ok=True)  # of a process that was killed while it saved
         for path in self._files():
             content = path.read_bytes()
@@ -120,18 +124,18 @@ def training_key(
         lora=lora.model_dump(mode="json"),
         model=model.model_dump(mode="json"),
         base=open_base(model).name,  # the commit, where the revision is a branch
-        training=config.model_dump(mode="json", exclude=INERT),
+        training=config.model_dump(mode="json", exclude=_INERT_KEYS),
         data=file_digest(data),
-        code={str(path.relative_to(PACKAGE)): file_digest(path) for path in modules()},
-        libraries={library: version(library) for library in LIBRARIES},
-        machine=machine(device),
-        processes=processes().num_processes,
+        code={str(path.relative_to(_PACKAGE)): file_digest(path) for path in _modules()},
+        libraries={library: version(library) for library in _KEYED_LIBRARIES},
+        machine=compute_fingerprint(device),
+        processes=distributed_state().num_processes,
     )
 
 
-def modules() -> Iterator[Path]:
+def _modules() -> Iterator[Path]:
     """The source files of this package. More than a training reads, so a key errs on the safe side."""
-    yield from sorted(PACKAGE.rglob("*.py"))
+    yield from sorted(_PACKAGE.rglob("*.py"))
 
 
 def digest(content: bytes) -> str:

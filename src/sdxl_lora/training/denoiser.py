@@ -15,19 +15,19 @@ from sdxl_lora.models.sdxl import (
     NoiseSchedule,
     TextEncoders,
     embed_tokens,
+    force_zeros_for_empty_prompt,
     load_noise_schedule,
     load_text_encoders,
     load_unet,
     predict,
-    zeros_mean_no_caption,
 )
 from sdxl_lora.models.tokenizers import load_tokenizers, tokenize
 
-EMBEDDED_AT_ONCE = 16  # captions, whose hidden states are 0.12 GiB in a half precision
+_EMBEDDED_AT_ONCE = 16  # captions, whose hidden states are 0.12 GiB in a half precision
 
 
 @dataclass(frozen=True)
-class EmptyCaption:
+class _NullConditioning:
     """What a base model reads in place of a caption that is left out, unless that is zeros."""
 
     token_ids: Tensor
@@ -46,7 +46,7 @@ class Denoiser:
     text_encoders: TextEncoders | None
     noise_schedule: NoiseSchedule
     precision: Precision
-    empty_caption: EmptyCaption | None = None
+    null_conditioning: _NullConditioning | None = None
     """None: all zeros stand for no caption."""
 
     @property
@@ -57,8 +57,13 @@ class Denoiser:
     def device(self) -> torch.device:
         return self.noise_schedule.alphas_cumprod.device
 
-    def errors(
-        self, batch: Batch, latents: Tensor, noise: Tensor, timesteps: Tensor, captioned: Tensor | None = None
+    def per_example_mse(
+        self,
+        batch: Batch,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        caption_mask: Tensor | None = None,
     ) -> Tensor:
         """Mean squared error of each example's prediction, fp32, (B,).
 
@@ -67,18 +72,18 @@ class Denoiser:
             latents: x_0, fp32, (B, 4, H/8, W/8).
             noise: eps, shaped as `latents`.
             timesteps: int64, (B,).
-            captioned: 0 where the caption is dropped, else 1, (B,); None: all have theirs.
+            caption_mask: 0 where the caption is dropped, else 1, (B,); None: all have theirs.
         """
         alpha_bar = self.noise_schedule.alphas_cumprod[timesteps]
         prediction_type = self.noise_schedule.prediction_type
-        prompt_embeds, pooled_prompt_embeds = self.conditions(batch, captioned)
+        prompt_embeds, pooled_prompt_embeds = self.conditioning(batch, caption_mask)
         noisy_latents = add_noise(latents, noise, alpha_bar).to(DTYPES[self.precision])
         prediction = predict(
             self.unet, noisy_latents, timesteps, prompt_embeds, pooled_prompt_embeds, batch.time_ids
         )
         return squared_error(prediction, prediction_target(latents, noise, alpha_bar, prediction_type))
 
-    def conditions(self, batch: Batch, captioned: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def conditioning(self, batch: Batch, caption_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The captions as the UNet reads them, (B, 77, 2048) and (B, 1280).
 
         Where a caption is dropped, all zeros or what the base model makes of an empty one, as diffusers'
@@ -87,11 +92,11 @@ class Denoiser:
         Raises:
             ValueError: the text encoders are frozen and the data set was encoded without embeddings.
         """
-        empty = self.empty_caption
+        empty = self.null_conditioning
         if self.text_encoders is not None:
             token_ids = batch.token_ids
-            if empty is not None and captioned is not None:
-                token_ids = torch.where(captioned[:, None, None] > 0, token_ids, empty.token_ids)
+            if empty is not None and caption_mask is not None:
+                token_ids = torch.where(caption_mask[:, None, None] > 0, token_ids, empty.token_ids)
             prompt_embeds, pooled_prompt_embeds = embed_tokens(self.text_encoders, token_ids)
         elif batch.prompt_embeds is not None and batch.pooled_prompt_embeds is not None:
             prompt_embeds, pooled_prompt_embeds = batch.prompt_embeds, batch.pooled_prompt_embeds
@@ -102,14 +107,14 @@ class Denoiser:
             )
         dtype = DTYPES[self.precision]
         prompt_embeds, pooled_prompt_embeds = prompt_embeds.to(dtype), pooled_prompt_embeds.to(dtype)
-        if captioned is None:
+        if caption_mask is None:
             return prompt_embeds, pooled_prompt_embeds
         if empty is None:
-            captioned = captioned.to(dtype)
-            return prompt_embeds * captioned[:, None, None], pooled_prompt_embeds * captioned[:, None]
+            caption_mask = caption_mask.to(dtype)
+            return prompt_embeds * caption_mask[:, None, None], pooled_prompt_embeds * caption_mask[:, None]
         if self.text_encoders is not None:
             return prompt_embeds, pooled_prompt_embeds
-        kept = captioned > 0
+        kept = caption_mask > 0
         return (
             torch.where(kept[:, None, None], prompt_embeds, empty.prompt_embeds.to(dtype)),
             torch.where(kept[:, None], pooled_prompt_embeds, empty.pooled_prompt_embeds.to(dtype)),
@@ -117,23 +122,23 @@ class Denoiser:
 
 
 @torch.no_grad()
-def embed_empty_caption(text_encoders: TextEncoders, token_ids: Tensor) -> EmptyCaption:
+def embed_null_conditioning(text_encoders: TextEncoders, token_ids: Tensor) -> _NullConditioning:
     """The empty caption as these text encoders read it.
 
     Args:
         token_ids: its, where the text encoders are, (1, 2, 77).
     """
-    return EmptyCaption(token_ids, *embed_tokens(text_encoders, token_ids))
+    return _NullConditioning(token_ids, *embed_tokens(text_encoders, token_ids))
 
 
-def load_empty_caption(
+def _load_null_conditioning(
     config: ModelConfig, precision: Precision, device: torch.device
-) -> EmptyCaption | None:
+) -> _NullConditioning | None:
     """None if zeros stand for no caption. Loads the text encoders, and lets go of them again."""
-    if zeros_mean_no_caption(config):
+    if force_zeros_for_empty_prompt(config):
         return None
     token_ids = tokenize(load_tokenizers(config), [""]).to(device)
-    return embed_empty_caption(load_text_encoders(config, precision, device), token_ids)
+    return embed_null_conditioning(load_text_encoders(config, precision, device), token_ids)
 
 
 @torch.no_grad()
@@ -144,7 +149,7 @@ def with_captions_embedded(denoiser: Denoiser, dataset: EncodedDataset) -> Encod
     """
     assert denoiser.text_encoders is not None
     embeds = []
-    for token_ids in dataset.token_ids().split(EMBEDDED_AT_ONCE):
+    for token_ids in dataset.token_ids().split(_EMBEDDED_AT_ONCE):
         rows = embed_tokens(denoiser.text_encoders, token_ids.to(denoiser.device))
         embeds.append([tensor.cpu() for tensor in rows])
     return dataset.with_embeddings(*(torch.cat(column) for column in zip(*embeds, strict=True)))
@@ -154,7 +159,9 @@ def load_denoiser(
     config: ModelConfig, precision: Precision, device: torch.device, quantization: Quantization = "none"
 ) -> Denoiser:
     """The base model's UNet, frozen, and its text encoders unless `config` has them frozen."""
-    empty_caption = load_empty_caption(config, precision, device)  # before the rest, which takes its place
+    null_conditioning = _load_null_conditioning(
+        config, precision, device
+    )  # before the rest, which takes its place
     cpu = torch.device("cpu")  # where they lie in full until they are quantised
     text_encoders = None
     if config.text_encoders != "frozen":
@@ -163,4 +170,4 @@ def load_denoiser(
     unet = quantize(load_unet(config, precision, cpu), quantization, device)
     schedule = load_noise_schedule(config)
     schedule = NoiseSchedule(schedule.alphas_cumprod.to(device), schedule.prediction_type)
-    return Denoiser(unet, text_encoders, schedule, precision, empty_caption)
+    return Denoiser(unet, text_encoders, schedule, precision, null_conditioning)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class LossScale:
+class GradScaler:
     """Dynamic loss scaling (Micikevicius et al. 2018, arXiv:1710.03740), with PyTorch's constants."""
 
     INITIAL = 65536.0

@@ -10,16 +10,16 @@ from safetensors.torch import save
 
 from sdxl_lora import paths
 from sdxl_lora.data.encoded_dataset import Example
-from sdxl_lora.runtime.distributed import processes
+from sdxl_lora.runtime.distributed import distributed_state
 from sdxl_lora.storage.atomic_io import write_bytes, write_text
 from sdxl_lora.training.trainer import NotFiniteError
 
-INPUTS = "inputs.safetensors"
-REPORT = "report.json"
+_INPUTS_FILE = "inputs.safetensors"
+_REPORT_FILE = "report.json"
 
 
 @contextmanager
-def failed_steps_kept(root: Path, dataset: Sequence[Example]) -> Iterator[None]:
+def dump_nonfinite_steps(root: Path, dataset: Sequence[Example]) -> Iterator[None]:
     """Writes what a step was made from that fails in the block, and adds to its error where that is.
 
     Args:
@@ -32,11 +32,11 @@ def failed_steps_kept(root: Path, dataset: Sequence[Example]) -> Iterator[None]:
     try:
         yield
     except NotFiniteError as error:
-        folder = write_failed_step(root / paths.FAILED_STEPS, error, dataset)
+        folder = _write_nonfinite_step(root / paths.FAILED_STEPS, error, dataset)
         raise FloatingPointError(f"{error}. Its inputs are in {folder.relative_to(root)}/") from error
 
 
-def write_failed_step(folder: Path, error: NotFiniteError, dataset: Sequence[Example]) -> Path:
+def _write_nonfinite_step(folder: Path, error: NotFiniteError, dataset: Sequence[Example]) -> Path:
     """Writes the step's inputs as tensors, `<micro-batch>.<name>`, and its report and examples as JSON.
 
     Each process writes those of its own examples.
@@ -44,13 +44,13 @@ def write_failed_step(folder: Path, error: NotFiniteError, dataset: Sequence[Exa
     Returns:
         The folder that holds both files.
     """
-    target = folder / f"step-{error.report.step:08d}-process-{processes().process_index}"
+    target = folder / f"step-{error.report.step:08d}-process-{distributed_state().process_index}"
     tensors = {
         f"{number}.{name}": tensor.contiguous()
         for number, part in enumerate(error.examples)
         for name, tensor in part.named_tensors().items()
     }
-    write_bytes(target / INPUTS, save(tensors))
+    write_bytes(target / _INPUTS_FILE, save(tensors))
     by_image: Mapping[str, Example] = {example.image: example for example in dataset}
     examples = [by_image[image] for part in error.examples for image in part.images]
     report = {
@@ -59,5 +59,5 @@ def write_failed_step(folder: Path, error: NotFiniteError, dataset: Sequence[Exa
         "examples": [{"id": e.id, "image": e.image, "caption": e.caption} for e in examples],
     }
     text = json.dumps(report, indent=2, ensure_ascii=False)
-    write_text(target / REPORT, text + "\n")
+    write_text(target / _REPORT_FILE, text + "\n")
     return target

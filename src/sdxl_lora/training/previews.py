@@ -13,13 +13,13 @@ from sdxl_lora.config import ModelConfig
 from sdxl_lora.data.encoded_dataset import EncodedDataset
 from sdxl_lora.models.sdxl import load_vae
 from sdxl_lora.models.weights import open_base
-from sdxl_lora.runtime.rng import generator
-from sdxl_lora.storage.atomic_io import written_whole
+from sdxl_lora.runtime.rng import keyed_generator
+from sdxl_lora.storage.atomic_io import atomic_write
 from sdxl_lora.training.denoiser import Denoiser
 
 # A preview is looked at and thrown away: what it costs matters more than its last detail.
-NUM_INFERENCE_STEPS = 20
-GUIDANCE_SCALE = 5.0
+_NUM_INFERENCE_STEPS = 20
+_GUIDANCE_SCALE = 5.0
 
 
 class Previewer:
@@ -45,22 +45,22 @@ class Previewer:
 
     def save(self, path: Path) -> Image:
         """Draws the image and keeps it as a PNG at `path`."""
-        image = self.draw()
-        with written_whole(path) as partial:
+        image = self.generate()
+        with atomic_write(path) as partial:
             image.save(partial)
         return image
 
     @torch.no_grad()
-    def draw(self) -> Image:
+    def generate(self) -> Image:
         """The held-out caption's image at the size that training sees, without the adapters' dropout."""
-        with evaluating(self._denoiser.modules):
+        with _evaluating(self._denoiser.modules):
             return self._draw()
 
     def _draw(self) -> Image:
         denoiser = self._denoiser
-        noise = torch.randn(self._batch.latents_mean.shape, generator=generator("preview"))
-        prompt_embeds, pooled_prompt_embeds = denoiser.conditions(self._batch)
-        no_caption = denoiser.conditions(self._batch, captioned=torch.zeros(1, device=denoiser.device))
+        noise = torch.randn(self._batch.latents_mean.shape, generator=keyed_generator("preview"))
+        prompt_embeds, pooled_prompt_embeds = denoiser.conditioning(self._batch)
+        no_caption = denoiser.conditioning(self._batch, caption_mask=torch.zeros(1, device=denoiser.device))
         height, width = self._batch.time_ids[0, 4:].tolist()
         return self._pipeline(
             prompt_embeds=prompt_embeds,
@@ -70,13 +70,13 @@ class Previewer:
             latents=noise.to(denoiser.device, prompt_embeds.dtype),
             height=height,
             width=width,
-            num_inference_steps=NUM_INFERENCE_STEPS,
-            guidance_scale=GUIDANCE_SCALE,
+            num_inference_steps=_NUM_INFERENCE_STEPS,
+            guidance_scale=_GUIDANCE_SCALE,
         ).images[0]
 
 
 @contextmanager
-def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Takes the modules out of training mode while the block runs."""
     for module in modules:
         module.eval()

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sdxl_lora.config import TrainingConfig
-from sdxl_lora.kernels.cuda_graph import Inputs, Recorder
-from sdxl_lora.runtime.distributed import processes, sum_over_processes
-from sdxl_lora.training.flat_parameters import FlatAdapters
-from sdxl_lora.training.grad_scaler import LossScale
+from sdxl_lora.kernels.cuda_graph import GraphedCallable, Inputs
+from sdxl_lora.runtime.distributed import all_reduce_sum, distributed_state
+from sdxl_lora.training.flat_parameters import FlatParameters
+from sdxl_lora.training.grad_scaler import GradScaler
 
 
 @dataclass(frozen=True)
-class Group:
+class ParameterGroup:
     """Parameters that share a learning rate."""
 
     parameters: Sequence[Parameter]
@@ -31,7 +31,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Update:
+class StepResult:
     """What a step found out."""
 
     loss: float
@@ -44,7 +44,7 @@ class Update:
     """Whether any process voted to stop."""
 
 
-class Engine(Generic[Inputs]):
+class TrainStep(Generic[Inputs]):
     """Minimises `loss` over parameters: any number of micro-batches accumulated, then an update.
 
     While it works the parameters' values are in `dtype`; `finish` gives them their fp32 values.
@@ -53,7 +53,7 @@ class Engine(Generic[Inputs]):
     def __init__(
         self,
         loss: Callable[[Inputs], Tensor],
-        groups: Sequence[Group],
+        groups: Sequence[ParameterGroup],
         config: TrainingConfig,
         dtype: torch.dtype,
         recorded: bool,
@@ -63,19 +63,19 @@ class Engine(Generic[Inputs]):
         Args:
             loss: mean over a micro-batch, a scalar with a gradient for every parameter.
             dtype: of the arithmetic; fp16 has its loss scaled.
-            recorded: replay forward and backward as a CUDA graph. `loss` must allow it (see `Recorder`).
+            recorded: replay forward and backward as a CUDA graph; `GraphedCallable` says what `loss` may do.
         """
         self._loss = loss
         self._config = config
-        self._adapters = FlatAdapters([group.parameters for group in groups], dtype)
+        self._adapters = FlatParameters([group.parameters for group in groups], dtype)
         self._optimizer = make_optimizer(self._adapters.masters, groups, config)
         device = self._adapters.gradient.device
         self._device = device
-        self._scale = LossScale(device, enabled=dtype == torch.float16)
+        self._scale = GradScaler(device, enabled=dtype == torch.float16)
         self._micro_batches = 0
-        self._recorder = Recorder(self._forward_and_backward, device) if recorded else None
+        self._recorder = GraphedCallable(self._forward_and_backward, device) if recorded else None
         decay = config.ema_decay
-        self._average = MovingAverage(self._adapters.master, decay) if decay else None
+        self._average = _MovingAverage(self._adapters.master, decay) if decay else None
         self._updates = 0
 
     def accumulate(self, inputs: Inputs) -> None:
@@ -84,21 +84,21 @@ class Engine(Generic[Inputs]):
         if self._recorder is None:
             self._forward_and_backward(inputs.to(self._device))
             return
-        self.record([inputs])
+        self.capture([inputs])
         self._recorder.replay(inputs)
 
-    def record(self, several: Iterable[Inputs]) -> None:
+    def capture(self, several: Iterable[Inputs]) -> None:
         """Records steps for inputs of these shapes, the largest first, if steps are recorded at all.
 
         Without it, each is recorded when it is first met. All at once, they share the memory of the largest.
         """
         if self._recorder is None:
             return
-        unknown = [inputs for inputs in several if not self._recorder.knows(inputs)]
+        unknown = [inputs for inputs in several if not self._recorder.has(inputs)]
         if unknown:
-            kept = self._adapters.sums.clone()
-            self._recorder.record(*unknown)
-            self._adapters.sums.copy_(kept)
+            kept = self._adapters.reduce_buffer.clone()
+            self._recorder.capture(*unknown)
+            self._adapters.reduce_buffer.copy_(kept)
 
     def _forward_and_backward(self, inputs: Inputs) -> None:
         loss = self._loss(inputs)
@@ -112,7 +112,7 @@ class Engine(Generic[Inputs]):
         return self._adapters.gradient.split([parameter.numel() for parameter in parameters])
 
     @torch.no_grad()
-    def update(self, learning_rate_factor: float, stop: bool = False) -> Update:
+    def update(self, learning_rate_factor: float, stop: bool = False) -> StepResult:
         """Moves the weights along the mean gradient of what all processes have accumulated, clipped.
 
         A loss or gradient that is not finite leaves the weights alone; fp16's scale is halved for the next.
@@ -122,29 +122,32 @@ class Engine(Generic[Inputs]):
             stop: this process's vote to stop after this step. It travels with the gradients, so that all
                 processes learn of it in the same step, for nothing.
         """
-        gradient, micro_batches = self._adapters.gradient, self._micro_batches * processes().num_processes
-        self._adapters.votes.fill_(stop)
-        sum_over_processes(self._adapters.sums)
-        found = [self._adapters.loss, gradient.norm(), self._adapters.votes]
+        gradient, micro_batches = (
+            self._adapters.gradient,
+            self._micro_batches * distributed_state().num_processes,
+        )
+        self._adapters.stop_votes.fill_(stop)
+        all_reduce_sum(self._adapters.reduce_buffer)
+        found = [self._adapters.loss, gradient.norm(), self._adapters.stop_votes]
         loss, scaled_norm, votes = torch.stack(found).tolist()  # the only wait
         factor = 1 / (self._scale.value * micro_batches)
         norm = scaled_norm * factor
-        report = Update(loss / micro_batches, norm, self._scale.value, votes > 0)
+        report = StepResult(loss / micro_batches, norm, self._scale.value, votes > 0)
         if math.isfinite(norm):
             gradient.mul_(factor * min(1.0, self._config.max_grad_norm / (norm + 1e-6)))
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate_factor * group["peak_learning_rate"]
             self._optimizer.step()
-            self._adapters.refresh()
+            self._adapters.cast_master()
             if self._average is not None:
                 self._average.update(self._updates)
             self._updates += 1
         self._scale.update(math.isfinite(norm))
-        self._adapters.sums.zero_()
+        self._adapters.reduce_buffer.zero_()
         self._micro_batches = 0
         return report
 
-    def restrict(self, num_groups: int, loss: Callable[[Inputs], Tensor]) -> None:
+    def freeze_groups_from(self, num_groups: int, loss: Callable[[Inputs], Tensor]) -> None:
         """Goes on, from a step to the next, with the first groups alone and a loss of theirs.
 
         The other parameters keep the values that they have now, in `finish` too: no moving average of theirs.
@@ -152,11 +155,11 @@ class Engine(Generic[Inputs]):
         """
         assert self._micro_batches == 0, "a step is under way"
         self._loss = loss
-        self._adapters.restrict(num_groups)
+        self._adapters.freeze_groups_from(num_groups)
         if self._average is not None:
             self._average.settle(self._adapters.gradient.numel())
         if self._recorder is not None:
-            self._recorder = Recorder(self._forward_and_backward, self._device)
+            self._recorder = GraphedCallable(self._forward_and_backward, self._device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the next step depends on beside its inputs. No copies: the next step changes them."""
@@ -165,18 +168,18 @@ class Engine(Generic[Inputs]):
         if self._average is not None:
             state["average"] = self._average.value
         for number, entries in self._optimizer.state_dict()["state"].items():
-            for name, value in leaves(entries):
+            for name, value in _flatten_state(entries):
                 state[f"optimizer.{number}.{name}"] = torch.as_tensor(value)
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from a state, of an engine over equal groups that are all still trained.
+        """Goes on from a state, of a TrainStep over equal groups that are all still trained.
 
         In place, since a recorded graph knows the weights and the loss scale by their addresses.
         """
         self._adapters.master.copy_(state["master"])
-        self._adapters.refresh()
+        self._adapters.cast_master()
         self._scale.load_state_dict(state)
         self._updates = int(state["updates"])
         if self._average is not None:
@@ -193,10 +196,10 @@ class Engine(Generic[Inputs]):
 
     def finish(self) -> None:
         """Gives the parameters their values in fp32: the last ones, or their moving average."""
-        self._adapters.bind(self._adapters.master if self._average is None else self._average.value)
+        self._adapters.view_into(self._adapters.master if self._average is None else self._average.value)
 
 
-class MovingAverage:
+class _MovingAverage:
     """Exponential moving average of a tensor, warmed up so that the start is soon forgotten."""
 
     def __init__(self, tensor: Tensor, decay: float) -> None:
@@ -213,17 +216,17 @@ class MovingAverage:
         self.value[start:] = self._tensor[start:]
 
 
-def leaves(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _flatten_state(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The leaves of a nested mapping by their own names: bitsandbytes hides its tensors from FSDP in one."""
     for name, value in entries.items():
         if isinstance(value, Mapping):
-            yield from leaves(value)
+            yield from _flatten_state(value)
         else:
             yield name, value
 
 
 def make_optimizer(
-    masters: Sequence[Parameter], groups: Sequence[Group], config: TrainingConfig
+    masters: Sequence[Parameter], groups: Sequence[ParameterGroup], config: TrainingConfig
 ) -> torch.optim.Optimizer:
     """AdamW over the masters, with a peak learning rate each."""
     kind = bitsandbytes.optim.AdamW8bit if config.optimizer == "adamw_8bit" else torch.optim.AdamW

@@ -16,18 +16,18 @@ from sdxl_lora.config import AttentionBackend, TrainingConfig
 from sdxl_lora.data.encoded_dataset import EncodedDataset
 from sdxl_lora.kernels.attention import choose_attention
 from sdxl_lora.models.diffusion import min_snr_weight
-from sdxl_lora.models.fused import attention_shapes, fuse, fuse_unet
+from sdxl_lora.models.fused import attention_shapes, fuse_modules, fuse_unet
 from sdxl_lora.models.sdxl import DTYPES
 from sdxl_lora.runtime.device import peak_memory_gib
-from sdxl_lora.runtime.distributed import processes
+from sdxl_lora.runtime.distributed import distributed_state
 from sdxl_lora.training.activation_checkpointing import checkpoint_units
-from sdxl_lora.training.batches import Examples, draw_examples, one_of_each_size
-from sdxl_lora.training.denoiser import Denoiser, embed_empty_caption, with_captions_embedded
-from sdxl_lora.training.train_step import Engine, Group
+from sdxl_lora.training.batches import TrainingBatch, one_batch_per_size, training_batches
+from sdxl_lora.training.denoiser import Denoiser, embed_null_conditioning, with_captions_embedded
+from sdxl_lora.training.train_step import ParameterGroup, TrainStep
 
 
 @dataclass(frozen=True)
-class Report:
+class StepMetrics:
     """What one optimizer step did."""
 
     step: int
@@ -47,13 +47,13 @@ class Report:
 class NotFiniteError(FloatingPointError):
     """A step whose loss or gradient is no number, with all that it was made from."""
 
-    def __init__(self, message: str, report: Report, examples: Sequence[Examples]) -> None:
+    def __init__(self, message: str, report: StepMetrics, examples: Sequence[TrainingBatch]) -> None:
         super().__init__(message)
         self.report = report
         self.examples = examples
 
 
-class Training(Iterable[Report]):
+class Trainer(Iterable[StepMetrics]):
     """Trains the adapters of a denoiser in place and reports each step; they hold the result at the end.
 
     Between two steps it has a state. Another process that loads it goes on to the same result, to the bit:
@@ -63,17 +63,17 @@ class Training(Iterable[Report]):
     def __init__(
         self, denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig, seed: int
     ) -> None:
-        self.reports: list[Report] = []
+        self.history: list[StepMetrics] = []
         """Of the steps that are done, those before a resume included."""
         self._denoiser, self._dataset = denoiser, dataset
         self._config, self._seed = config, seed
-        self._engine = make_engine(denoiser, config)
+        self._train_step = make_train_step(denoiser, config)
         self._asked_to_stop = False
 
     @property
     def step(self) -> int:
         """Steps that are done."""
-        return len(self.reports)
+        return len(self.history)
 
     @property
     def is_finished(self) -> bool:
@@ -86,13 +86,13 @@ class Training(Iterable[Report]):
         """
         self._asked_to_stop = True
 
-    def __iter__(self) -> Iterator[Report]:
+    def __iter__(self) -> Iterator[StepMetrics]:
         """Goes on from the steps that are done.
 
         Raises:
             NotFiniteError: the loss is no number; names the step and the images.
         """
-        config, engine, voted = self._config, self._engine, False
+        config, train_step, voted = self._config, self._train_step, False
         for module in self._denoiser.modules:
             module.train()
         micro_batches = self._micro_batches()
@@ -100,33 +100,33 @@ class Training(Iterable[Report]):
         while not self.is_finished and not self._stops(voted):
             start = perf_counter()
             if self._text_encoders_have_had_their_steps():
-                frozen = freeze_text_encoders(engine, self._denoiser, self._dataset, config)
+                frozen = _freeze_text_encoders(train_step, self._denoiser, self._dataset, config)
                 self._denoiser, self._dataset = frozen
                 micro_batches = self._micro_batches()
                 examples = next(micro_batches)  # the one drawn ahead, once more: now it has its embeddings
             taken = []
             for _ in range(config.accumulation):
-                engine.accumulate(examples)
+                train_step.accumulate(examples)
                 taken.append(examples)
                 examples = next(micro_batches)  # drawn on the CPU while the GPU computes
             rate = learning_rate_factor(self.step, config)
-            update = engine.update(rate, self._asked_to_stop)
+            update = train_step.update(rate, self._asked_to_stop)
             voted, seconds, learning_rate = update.stop, perf_counter() - start, rate * config.learning_rate
-            report = Report(
+            report = StepMetrics(
                 self.step + 1, update.loss, update.grad_norm, learning_rate, update.loss_scale, seconds
             )
-            require_finite(report, config, taken)
-            self.reports.append(report)
+            _require_finite(report, config, taken)
+            self.history.append(report)
             yield report
         if self.is_finished:
-            engine.finish()
+            train_step.finish()
             for module in self._denoiser.modules:
                 module.eval()
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the remaining steps depend on, and the reports. No copies: the next step changes them."""
-        rows = [astuple(report) for report in self.reports]
-        return {"reports": torch.tensor(rows, dtype=torch.float64), **self._engine.state_dict()}
+        rows = [astuple(report) for report in self.history]
+        return {"reports": torch.tensor(rows, dtype=torch.float64), **self._train_step.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from the state of another training with the same arguments, of which no step is done yet.
@@ -134,12 +134,12 @@ class Training(Iterable[Report]):
         Text encoders that were frozen by then are frozen again before the first step, from the weights that
         they were frozen with; they embed the captions as they did.
         """
-        self.reports = [Report(int(step), *rest) for step, *rest in state["reports"].tolist()]
-        self._engine.load_state_dict(state)
+        self.history = [StepMetrics(int(step), *rest) for step, *rest in state["reports"].tolist()]
+        self._train_step.load_state_dict(state)
 
-    def _micro_batches(self) -> Iterator[Examples]:
-        self._engine.record(one_of_each_size(self._denoiser, self._dataset, self._config))
-        return draw_examples(self._denoiser, self._dataset, self._config, self._seed, self.step)
+    def _micro_batches(self) -> Iterator[TrainingBatch]:
+        self._train_step.capture(one_batch_per_size(self._denoiser, self._dataset, self._config))
+        return training_batches(self._denoiser, self._dataset, self._config, self._seed, self.step)
 
     def _text_encoders_have_had_their_steps(self) -> bool:
         steps = self._config.text_encoder_steps
@@ -147,47 +147,50 @@ class Training(Iterable[Report]):
 
     def _stops(self, voted: bool) -> bool:
         """Whether all processes stop here. Several go by their last common vote, one need not vote."""
-        return voted if processes().num_processes > 1 else self._asked_to_stop
+        return voted if distributed_state().num_processes > 1 else self._asked_to_stop
 
 
 def train_lora(
     denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig, seed: int
-) -> Iterator[Report]:
+) -> Iterator[StepMetrics]:
     """The whole of a training whose state nobody asks for."""
-    return iter(Training(denoiser, dataset, config, seed))
+    return iter(Trainer(denoiser, dataset, config, seed))
 
 
-def make_engine(denoiser: Denoiser, config: TrainingConfig) -> Engine[Examples]:
-    """The engine over all adapters: a group for the UNet and one for each text encoder."""
+def make_train_step(denoiser: Denoiser, config: TrainingConfig) -> TrainStep[TrainingBatch]:
+    """The TrainStep over all adapters: a group for the UNet and one for each text encoder."""
     rates = [config.learning_rate, config.text_encoder_learning_rate, config.text_encoder_learning_rate]
     groups = [
-        Group(lora_parameters(module), rate) for module, rate in zip(denoiser.modules, rates, strict=False)
+        ParameterGroup(lora_parameters(module), rate)
+        for module, rate in zip(denoiser.modules, rates, strict=False)
     ]
     recorded = denoiser.device.type == "cuda" and not has_dropout(denoiser)
-    return Engine(make_loss(denoiser, config), groups, config, DTYPES[config.precision], recorded)
+    return TrainStep(_make_loss(denoiser, config), groups, config, DTYPES[config.precision], recorded)
 
 
-def make_loss(denoiser: Denoiser, config: TrainingConfig) -> Callable[[Examples], Tensor]:
-    """What the engine minimises."""
+def _make_loss(denoiser: Denoiser, config: TrainingConfig) -> Callable[[TrainingBatch], Tensor]:
+    """What the TrainStep minimises."""
     return partial(denoising_loss, denoiser, min_snr_gamma=config.min_snr_gamma, seeded=has_dropout(denoiser))
 
 
-def freeze_text_encoders(
-    engine: Engine[Examples], denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig
+def _freeze_text_encoders(
+    train_step: TrainStep[TrainingBatch], denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig
 ) -> tuple[Denoiser, EncodedDataset]:
     """Goes on with the UNet alone; returns it, and the examples with their captions embedded once for all."""
-    text_encoders, empty = denoiser.text_encoders, denoiser.empty_caption
+    text_encoders, empty = denoiser.text_encoders, denoiser.null_conditioning
     assert text_encoders is not None, "they are frozen"
     for text_encoder in text_encoders:
         text_encoder.eval()
     if empty is not None:
-        empty = embed_empty_caption(text_encoders, empty.token_ids)
-    unet_alone = replace(denoiser, text_encoders=None, empty_caption=empty)
-    engine.restrict(1, make_loss(unet_alone, config))  # before the captions, as it makes room on the GPU
+        empty = embed_null_conditioning(text_encoders, empty.token_ids)
+    unet_alone = replace(denoiser, text_encoders=None, null_conditioning=empty)
+    train_step.freeze_groups_from(
+        1, _make_loss(unet_alone, config)
+    )  # before the captions, as it makes room on the GPU
     return unet_alone, with_captions_embedded(denoiser, dataset)
 
 
-def prepare(
+def prepare_modules(
     denoiser: Denoiser, config: TrainingConfig, latents: torch.Size, checkpointed: Iterable[str] = ()
 ) -> AttentionBackend:
     """Sets up the base model's modules to train as `config` says; returns the attention that was chosen.
@@ -204,7 +207,7 @@ def prepare(
     backend = choose_attention(config.attention, shapes, DTYPES[config.precision], denoiser.device)
     fuse_unet(denoiser.unet, backend)
     for text_encoder in denoiser.text_encoders or ():
-        fuse(text_encoder)
+        fuse_modules(text_encoder)
     checkpoint_units(named_parts(denoiser.unet, denoiser.text_encoders), checkpointed)
     return backend
 
@@ -215,7 +218,7 @@ def has_dropout(denoiser: Denoiser) -> bool:
     return any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in layers)
 
 
-def require_finite(report: Report, config: TrainingConfig, examples: Sequence[Examples]) -> None:
+def _require_finite(report: StepMetrics, config: TrainingConfig, examples: Sequence[TrainingBatch]) -> None:
     """Lets pass what fp16 overflows in its gradients now and then, and nothing else.
 
     Raises:
@@ -235,7 +238,7 @@ def require_finite(report: Report, config: TrainingConfig, examples: Sequence[Ex
 
 
 def denoising_loss(
-    denoiser: Denoiser, examples: Examples, min_snr_gamma: float | None, seeded: bool
+    denoiser: Denoiser, examples: TrainingBatch, min_snr_gamma: float | None, seeded: bool
 ) -> Tensor:
     """Mean over the examples of the squared error, times its Min-SNR weight if there is a gamma.
 
@@ -245,8 +248,8 @@ def denoising_loss(
     if seeded:
         torch.manual_seed(examples.dropout_seed)
     draws = examples.draws
-    errors = denoiser.errors(
-        examples.batch, draws.latents, draws.noise, draws.timesteps, captioned=draws.captioned
+    errors = denoiser.per_example_mse(
+        examples.batch, draws.latents, draws.noise, draws.timesteps, caption_mask=draws.caption_mask
     )
     if min_snr_gamma is not None:
         schedule = denoiser.noise_schedule
@@ -268,22 +271,24 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def mean_report(reports: Sequence[Report]) -> dict[str, float]:
+def mean_metrics(reports: Sequence[StepMetrics]) -> dict[str, float]:
     """One point of the curves: the last report's step and the means of everything else."""
-    columns = {field.name: [getattr(report, field.name) for report in reports] for field in fields(Report)}
+    columns = {
+        field.name: [getattr(report, field.name) for report in reports] for field in fields(StepMetrics)
+    }
     return {"step": columns.pop("step")[-1], **{name: fmean(values) for name, values in columns.items()}}
 
 
-def loss_curve(reports: Sequence[Report], every: int) -> pd.DataFrame:
+def loss_curve(reports: Sequence[StepMetrics], every: int) -> pd.DataFrame:
     """The curves of a whole run, a point every `every` steps."""
     starts = range(0, len(reports), every)
-    return pd.DataFrame([mean_report(reports[start : start + every]) for start in starts])
+    return pd.DataFrame([mean_metrics(reports[start : start + every]) for start in starts])
 
 
-def summarise(reports: Sequence[Report], denoiser: Denoiser, config: TrainingConfig) -> dict[str, float]:
+def summarise(reports: Sequence[StepMetrics], denoiser: Denoiser, config: TrainingConfig) -> dict[str, float]:
     """The whole run in a few numbers."""
     seconds = sum(report.seconds for report in reports)
-    examples = len(reports) * config.batch_size * processes().num_processes
+    examples = len(reports) * config.batch_size * distributed_state().num_processes
     last_tenth = reports[-max(1, len(reports) // 10) :]
     return {
         "steps": len(reports),

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from sdxl_lora.config import load_params
 from sdxl_lora.paths import PARAMS
-from sdxl_lora.reproducibility.checklist import as_json, exit_status, line, verdict
+from sdxl_lora.reproducibility.checklist import checks_as_json, exit_status, format_check, summarize_checks
 
-WIDTH = 10  # of the longest check's name
-LIBRARY_SETTINGS = {
+_WIDTH = 10  # of the longest check's name
+_LIBRARY_SETTINGS = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic kernels need it before CUDA starts
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -34,24 +34,24 @@ def main() -> None:
         params = load_params(arguments.recipe)
     except (ValueError, OSError) as error:
         sys.exit(f"doctor: {error}")
-    for name, value in LIBRARY_SETTINGS.items():
+    for name, value in _LIBRARY_SETTINGS.items():
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of 4 bits, used on no CPU
-    from sdxl_lora.cli.doctor.context import Patient
+    from sdxl_lora.cli.doctor.context import RunContext
     from sdxl_lora.cli.doctor.examinations import (
-        examine,  # only now: libraries read their settings when imported
+        run_checks,  # only now: libraries read their settings when imported
     )
     from sdxl_lora.runtime.device import choose_device
 
-    patient, checks = Patient(params, choose_device()), []
-    for check in examine(patient):
+    context, checks = RunContext(params, choose_device()), []
+    for check in run_checks(context):
         checks.append(check)
         if not arguments.json:
-            sys.stdout.write(f"{line(check, WIDTH)}\n")
+            sys.stdout.write(f"{format_check(check, _WIDTH)}\n")
             sys.stdout.flush()
-    patient.leave()
-    summary = f"{verdict(checks)}, in {time.monotonic() - start:.0f} s"
-    sys.stdout.write(f"{as_json(checks) if arguments.json else summary}\n")
+    context.cleanup()
+    summary = f"{summarize_checks(checks)}, in {time.monotonic() - start:.0f} s"
+    sys.stdout.write(f"{checks_as_json(checks) if arguments.json else summary}\n")
     sys.exit(exit_status(checks))
 
 

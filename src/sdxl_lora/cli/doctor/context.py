@@ -10,22 +10,22 @@ from tempfile import mkdtemp
 
 import torch
 
-from sdxl_lora.cli.doctor.dry_run import Trial
+from sdxl_lora.cli.doctor.dry_run import DryRun
 from sdxl_lora.config import Params, TrainingConfig
-from sdxl_lora.memory.planner import Plan, Planner, refusal
-from sdxl_lora.memory.training_forecast import Workload
-from sdxl_lora.models.architecture import Shapes, read_shapes
+from sdxl_lora.memory.planner import Planner, TrainingPlan, refusal
+from sdxl_lora.memory.training_forecast import TrainingSpec
+from sdxl_lora.models.architecture import SDXLArchitecture, read_architecture
 from sdxl_lora.models.weights import local_models
 from sdxl_lora.reproducibility.checklist import Check
 from sdxl_lora.storage.atomic_io import GIB
 
 
-class NotTriedError(Exception):
+class CheckSkippedError(Exception):
     """A check cannot be made, since something that another check is about is not there; says what."""
 
 
 @dataclass(frozen=True)
-class Patient:
+class RunContext:
     """A recipe on a machine."""
 
     params: Params
@@ -48,24 +48,24 @@ class Patient:
             NotTriedError: one is missing.
         """
         if not self.has_its_gpu:
-            raise NotTriedError("there is no GPU, and this recipe is made for one")
+            raise CheckSkippedError("there is no GPU, and this recipe is made for one")
         if missing := [key for key, folder in self.models.items() if folder is None]:
-            raise NotTriedError(f"{', '.join(missing)} is not here yet")
+            raise CheckSkippedError(f"{', '.join(missing)} is not here yet")
 
     @cached_property
-    def shapes(self) -> Shapes:
-        return read_shapes(self.params.model)
+    def shapes(self) -> SDXLArchitecture:
+        return read_architecture(self.params.model)
 
     @cached_property
-    def work(self) -> Workload:
+    def work(self) -> TrainingSpec:
         """The training that the params ask for."""
         side = self.params.encoding.resolution // self.shapes.pixels_per_latent
         trained = self.params.model.text_encoders != "frozen"
         size = torch.Size((1, 4, side, side))
-        return Workload(self.shapes, trained, self.params.lora, self.params.training, size)
+        return TrainingSpec(self.shapes, trained, self.params.lora, self.params.training, size)
 
     @cached_property
-    def plan(self) -> Plan:
+    def plan(self) -> TrainingPlan:
         """The fastest plan within training.vram_gib, with its forecast.
 
         Raises:
@@ -83,14 +83,14 @@ class Patient:
         return self.plan.applied_to(self.params.training)
 
     @cached_property
-    def trial(self) -> Trial:
+    def dry_run(self) -> DryRun:
         """The model with adapters, ready to be trained on noise."""
         self.require_models()
         if self.device.type == "cuda":
             self.limit_memory(self.params.training.vram_gib)
-        return Trial(self.params, self.work, self.config, self.plan.checkpointed, self.device)
+        return DryRun(self.params, self.work, self.config, self.plan.checkpointed, self.device)
 
-    def end_trial(self) -> None:
+    def release_model(self) -> None:
         """Gives its memory to what comes after it."""
         vars(self).pop("trial", None)
         if self.device.type == "cuda":
@@ -110,10 +110,10 @@ class Patient:
         scratch.mkdir(parents=True, exist_ok=True)
         return Path(mkdtemp(prefix="doctor-", dir=scratch))
 
-    def leave(self) -> None:
+    def cleanup(self) -> None:
         """Deletes what the trial wrote."""
         if "folder" in vars(self):
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-Examination = Callable[[Patient], Iterator[Check]]
+CheckFunction = Callable[[RunContext], Iterator[Check]]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from sdxl_lora.cli.doctor.context import Examination, NotTriedError, Patient
+from sdxl_lora.cli.doctor.context import CheckFunction, CheckSkippedError, RunContext
 from sdxl_lora.cli.doctor.resources import check_disk, check_gpu_memory, check_memory, check_models
 from sdxl_lora.cli.doctor.services import check_mlflow, check_remote
 from sdxl_lora.cli.doctor.smoke_tests import (
@@ -16,7 +16,7 @@ from sdxl_lora.cli.doctor.smoke_tests import (
 from sdxl_lora.cli.doctor.software import check_gpu, check_libraries, check_precision, check_python
 from sdxl_lora.reproducibility.checklist import Check, failed, warned
 
-EXAMINATIONS: list[Examination] = [
+CHECKS: list[CheckFunction] = [
     check_python,
     check_libraries,
     check_gpu,
@@ -36,13 +36,13 @@ EXAMINATIONS: list[Examination] = [
 ]
 
 
-def examine(patient: Patient) -> Iterator[Check]:
+def run_checks(context: RunContext) -> Iterator[Check]:
     """Each check as soon as it is made. What goes wrong in one is its finding."""
-    for examination in EXAMINATIONS:
+    for examination in CHECKS:
         name = examination.__name__.removeprefix("check_").replace("_", " ")
         try:
-            yield from examination(patient)
-        except NotTriedError as reason:
+            yield from examination(context)
+        except CheckSkippedError as reason:
             yield warned(name, f"not tried: {reason}", "see the line about that")
         except Exception as error:  # whatever it is, the run would have met it
             yield failed(

@@ -12,19 +12,19 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sdxl_lora.reproducibility.checklist import Check, failed, passed, warned
-from sdxl_lora.runtime.stage import project_root
+from sdxl_lora.runtime.dvc_execution import project_root
 
 if TYPE_CHECKING:
-    from sdxl_lora.cli.doctor.context import Patient
+    from sdxl_lora.cli.doctor.context import RunContext
 
-PATIENCE = 20  # seconds that an answer may take
-QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8", "AWS_MAX_ATTEMPTS": "1"}
+ANSWER_SECONDS = 20  # seconds that an answer may take
+_QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8", "AWS_MAX_ATTEMPTS": "1"}
 """So that a dead server is told from a slow one within that time."""
 
 
-def check_mlflow(_: "Patient") -> Iterator[Check]:
+def check_mlflow(_: "RunContext") -> Iterator[Check]:
     """Whether live curves will be shown. A run goes on without them."""
-    answers, words = ask("mlflow")
+    answers, words = _ask("mlflow")
     if answers:
         yield passed("mlflow", words)
     else:
@@ -32,9 +32,9 @@ def check_mlflow(_: "Patient") -> Iterator[Check]:
         yield warned("mlflow", words, remedy)
 
 
-def check_remote(_: "Patient") -> Iterator[Check]:
+def check_remote(_: "RunContext") -> Iterator[Check]:
     """Whether results can be pushed."""
-    answers, words = ask("remote")
+    answers, words = _ask("remote")
     if answers:
         yield passed("remote", words)
     else:
@@ -43,25 +43,25 @@ def check_remote(_: "Patient") -> Iterator[Check]:
         )
 
 
-def ask(service: str) -> tuple[bool, str]:
+def _ask(service: str) -> tuple[bool, str]:
     """Whether it answers well and in time, and what is to be said of that."""
     command = [sys.executable, "-m", "sdxl_lora.cli.doctor.services", service]
     try:
         result = subprocess.run(
             command,
-            env={**os.environ, **QUICK},
+            env={**os.environ, **_QUICK},
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=ANSWER_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return False, f"no answer in {PATIENCE} s"
+        return False, f"no answer in {ANSWER_SECONDS} s"
     lines = (result.stdout.strip() or result.stderr.strip()).splitlines()
     return result.returncode == 0, lines[-1] if lines else f"status {result.returncode}"
 
 
-def ask_mlflow() -> str:
+def _ask_mlflow() -> str:
     """Opens the project's experiment, creating it if need be, as the first stage would."""
     from sdxl_lora.tracking.live_run import connect  # seconds, which the other question need not wait for
 
@@ -69,7 +69,7 @@ def ask_mlflow() -> str:
     return "mlflow.db, in this folder" if uri.startswith("sqlite:") else f"{uri.rpartition('@')[2]} answers"
 
 
-def ask_remote() -> str:
+def _ask_remote() -> str:
     """Writes a small file to the default remote and deletes it.
 
     Raises:
@@ -88,7 +88,7 @@ def ask_remote() -> str:
 
 
 def main() -> None:
-    questions = {"mlflow": ask_mlflow, "remote": ask_remote}
+    questions = {"mlflow": _ask_mlflow, "remote": _ask_remote}
     try:
         sys.stdout.write(f"{questions[sys.argv[1]]()}\n")
     except Exception as error:  # clients of a dozen stores raise whatever they like

@@ -7,34 +7,34 @@ import numpy as np
 from PIL import Image
 
 from sdxl_lora import paths
-from sdxl_lora.adapters.lora import WEIGHTS
-from sdxl_lora.cli.doctor.context import NotTriedError, Patient
+from sdxl_lora.adapters.lora import WEIGHTS_FILE
+from sdxl_lora.cli.doctor.context import CheckSkippedError, RunContext
 from sdxl_lora.config import DownloadConfig
 from sdxl_lora.data.encoders import encode_images
 from sdxl_lora.data.images import decode_image, resize_and_crop, to_bytes
 from sdxl_lora.inference.sampling import load_adapter, sample_images
 from sdxl_lora.models.sdxl import load_pipeline, load_vae
 from sdxl_lora.reproducibility.checklist import Check, failed, passed
-from sdxl_lora.runtime.device import deterministic
-from sdxl_lora.runtime.rng import generator
-from sdxl_lora.storage.repository import is_folder
+from sdxl_lora.runtime.device import deterministic_kernels
+from sdxl_lora.runtime.rng import keyed_generator
+from sdxl_lora.storage.repository import is_local_folder
 
-PICTURES = 3
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
-INFERENCE_STEPS = 2
-DRAWN_SIDE = 256  # pixels of pictures that are drawn, where there are none yet
-SHOWN = 3  # adapters that a line names
+_NUM_IMAGES = 3
+_IMAGE_PATTERNS = {".png", ".jpg", ".jpeg", ".webp"}
+_INFERENCE_STEPS = 2
+_DRAWN_SIDE = 256  # pixels of pictures that are drawn, where there are none yet
+_MAX_SHOWN = 3  # adapters that a line names
 
 
-def check_vae(patient: Patient) -> Iterator[Check]:
+def check_vae(context: RunContext) -> Iterator[Check]:
     """Whether the VAE encodes three pictures into numbers: SDXL's own overflows in fp16."""
-    patient.require_models()
-    config = patient.params.encoding
-    vae = load_vae(patient.params.model, config.vae_precision, patient.device)
-    origin, pictures = some_pictures(patient.params.download)
+    context.require_models()
+    config = context.params.encoding
+    vae = load_vae(context.params.model, config.vae_precision, context.device)
+    origin, pictures = _some_pictures(context.params.download)
     size = (config.resolution, config.resolution)
     for name, picture in pictures:
-        part, _ = resize_and_crop(picture, size, config.crop, generator("doctor"))
+        part, _ = resize_and_crop(picture, size, config.crop, keyed_generator("doctor"))
         mean, std = encode_images(vae, to_bytes(part)[None])
         if not (mean.isfinite().all() and std.isfinite().all()):
             yield failed(
@@ -46,15 +46,15 @@ def check_vae(patient: Patient) -> Iterator[Check]:
     yield passed("vae", f"{len(pictures)} pictures ({origin}) give finite latents in {config.vae_precision}")
 
 
-def some_pictures(config: DownloadConfig) -> tuple[str, list[tuple[str, Image.Image]]]:
+def _some_pictures(config: DownloadConfig) -> tuple[str, list[tuple[str, Image.Image]]]:
     """Where three pictures come from, and their names and contents: the data set's, else drawn ones."""
-    folders = [paths.RAW_IMAGES, *([Path(config.repository)] if is_folder(config.repository) else [])]
+    folders = [paths.RAW_IMAGES, *([Path(config.repository)] if is_local_folder(config.repository) else [])]
     for folder in folders:
-        files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES)[:PICTURES]
+        files = sorted(path for path in folder.rglob("*") if path.suffix in _IMAGE_PATTERNS)[:_NUM_IMAGES]
         if files:
             return "of the data set", [(path.name, decode_image(path.read_bytes())) for path in files]
-    levels = np.random.default_rng(0).integers(0, 256, (DRAWN_SIDE, DRAWN_SIDE, 3), dtype=np.uint8)
-    side = (DRAWN_SIDE, DRAWN_SIDE)
+    levels = np.random.default_rng(0).integers(0, 256, (_DRAWN_SIDE, _DRAWN_SIDE, 3), dtype=np.uint8)
+    side = (_DRAWN_SIDE, _DRAWN_SIDE)
     drawn = {
         "noise": Image.fromarray(levels),
         "black": Image.new("RGB", side, "black"),
@@ -63,29 +63,29 @@ def some_pictures(config: DownloadConfig) -> tuple[str, list[tuple[str, Image.Im
     return "drawn, as there is no data set yet", list(drawn.items())
 
 
-def check_gradient(patient: Patient) -> Iterator[Check]:
+def check_gradient(context: RunContext) -> Iterator[Check]:
     """Whether the loss moves every matrix of every adapter."""
-    with deterministic(patient.params.training.deterministic):
-        gradients = patient.trial.gradients()
+    with deterministic_kernels(context.params.training.deterministic):
+        gradients = context.dry_run.gradients()
     unmoved = [name for name, gradient in gradients.items() if not gradient.any()]
     if unmoved:
         yield failed(
             "gradient",
-            f"none reaches {len(unmoved)} of {len(gradients)}: {', '.join(unmoved[:SHOWN])}",
+            f"none reaches {len(unmoved)} of {len(gradients)}: {', '.join(unmoved[:_MAX_SHOWN])}",
             "take these layers out of lora.unet_modules or lora.text_encoder_modules",
         )
     else:
         yield passed(
-            "gradient", f"reaches all {len(gradients)} matrices; attention: {patient.trial.attention}"
+            "gradient", f"reaches all {len(gradients)} matrices; attention: {context.dry_run.attention}"
         )
 
 
-def check_step(patient: Patient) -> Iterator[Check]:
+def check_step(context: RunContext) -> Iterator[Check]:
     """Whether a step of the optimizer changes the adapters and leaves them finite."""
-    with deterministic(patient.params.training.deterministic):
-        before = patient.trial.state()["master"]
-        update = patient.trial.step()
-        after = patient.trial.state()["master"]
+    with deterministic_kernels(context.params.training.deterministic):
+        before = context.dry_run.state()["master"]
+        update = context.dry_run.step()
+        after = context.dry_run.state()["master"]
     moved = float((after - before).norm())
     if after.isfinite().all() and moved > 0:
         yield passed("step", f"loss {update.loss:.4f}, gradient {update.grad_norm:.3g}, moved by {moved:.3g}")
@@ -97,10 +97,10 @@ def check_step(patient: Patient) -> Iterator[Check]:
         )
 
 
-def check_resume(patient: Patient) -> Iterator[Check]:
+def check_resume(context: RunContext) -> Iterator[Check]:
     """Whether a step from a checkpoint is the step that followed it, to the bit."""
-    with deterministic(patient.params.training.deterministic):
-        same = patient.trial.resumed(patient.folder / "checkpoints")
+    with deterministic_kernels(context.params.training.deterministic):
+        same = context.dry_run.resumes_bit_exactly(context.folder / "checkpoints")
     if same:
         yield passed("resume", "the step after a checkpoint is the same, to the bit")
     else:
@@ -111,26 +111,26 @@ def check_resume(patient: Patient) -> Iterator[Check]:
         )
 
 
-def check_save(patient: Patient) -> Iterator[Check]:
+def check_save(context: RunContext) -> Iterator[Check]:
     """Whether the adapters can be written and read back, to the bit."""
-    same = patient.trial.saved(patient.folder)
-    size = (patient.folder / WEIGHTS).stat().st_size
-    patient.end_trial()
+    same = context.dry_run.round_trips(context.folder)
+    size = (context.folder / WEIGHTS_FILE).stat().st_size
+    context.release_model()
     if same:
         yield passed("save", f"{size / 1e6:.1f} MB, read back to the bit")
     else:
         yield failed("save", "what was read back is not what was trained", "check the disk")
 
 
-def check_sample(patient: Patient) -> Iterator[Check]:
+def check_sample(context: RunContext) -> Iterator[Check]:
     """Whether a picture can be drawn with the saved adapter."""
-    patient.require_models()
-    if not (patient.folder / WEIGHTS).is_file():
-        raise NotTriedError("no adapter was saved")
-    config = patient.params.sampling
+    context.require_models()
+    if not (context.folder / WEIGHTS_FILE).is_file():
+        raise CheckSkippedError("no adapter was saved")
+    config = context.params.sampling
     one = {"prompts": config.prompts[:1], "seeds": config.seeds[:1], "strengths": [1.0]}
-    config = config.model_copy(update={**one, "num_inference_steps": INFERENCE_STEPS})
-    pipeline = load_pipeline(patient.params.model, config.precision, patient.device)
-    load_adapter(pipeline, patient.folder)
+    config = config.model_copy(update={**one, "num_inference_steps": _INFERENCE_STEPS})
+    pipeline = load_pipeline(context.params.model, config.precision, context.device)
+    load_adapter(pipeline, context.folder)
     ((_, image),) = sample_images(pipeline, config)
-    yield passed("sample", f"{image.width} x {image.height} pixels in {INFERENCE_STEPS} steps, all finite")
+    yield passed("sample", f"{image.width} x {image.height} pixels in {_INFERENCE_STEPS} steps, all finite")

@@ -7,33 +7,33 @@ from pathlib import Path
 
 import torch
 
-from sdxl_lora.cli.doctor.context import Patient
+from sdxl_lora.cli.doctor.context import RunContext
 from sdxl_lora.config import Params, Precision
 from sdxl_lora.reproducibility.checklist import Check, failed, passed, warned
-from sdxl_lora.runtime.environment import LIBRARIES, installed_version
+from sdxl_lora.runtime.environment import NUMERICAL_LIBRARIES, installed_version
 
-LOCK = Path("requirements.lock")
-PYTHONS = ((3, 11), (3, 14))
+_LOCK_FILE = Path("requirements.lock")
+_PYTHONS = ((3, 11), (3, 14))
 """The first that will do, and the first that is too new."""
-NATIVE_BF16 = 8  # compute capability, Ampere
-OPTIONAL = {"triton", "xformers"}
-SHOWN = 4  # packages that a line names
+_NATIVE_BF16 = 8  # compute capability, Ampere
+_OPTIONAL = {"triton", "xformers"}
+_MAX_SHOWN = 4  # packages that a line names
 
 
-def check_python(_: Patient, version: tuple[int, ...] = sys.version_info[:3]) -> Iterator[Check]:
+def check_python(_: RunContext, version: tuple[int, ...] = sys.version_info[:3]) -> Iterator[Check]:
     """Whether this Python is one that the project is made for."""
-    text, (first, last) = ".".join(map(str, version)), PYTHONS
+    text, (first, last) = ".".join(map(str, version)), _PYTHONS
     if first <= version[:2] < last:
         yield passed("python", text)
     else:
         yield failed("python", f"{text} is not 3.11, 3.12 or 3.13", "`make setup PYTHON=python3.12`")
 
 
-def check_libraries(_: Patient, lock: Path = LOCK) -> Iterator[Check]:
+def check_libraries(_: RunContext, lock: Path = _LOCK_FILE) -> Iterator[Check]:
     """Whether the packages that results go through have the versions of the lock."""
     pinned = pinned_versions(lock.read_text(encoding="utf-8"))
-    installed = {name: installed_version(name) for name in LIBRARIES if name in pinned}
-    if missing := [name for name, version in installed.items() if version is None and name not in OPTIONAL]:
+    installed = {name: installed_version(name) for name in NUMERICAL_LIBRARIES if name in pinned}
+    if missing := [name for name, version in installed.items() if version is None and name not in _OPTIONAL]:
         yield failed("libraries", f"not installed: {', '.join(missing)}", "`make setup`")
     others = [
         f"{name} {version} (lock: {pinned[name]})"
@@ -41,10 +41,10 @@ def check_libraries(_: Patient, lock: Path = LOCK) -> Iterator[Check]:
         if version is not None and version.partition("+")[0] != pinned[name]
     ]
     if others:
-        rest = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        rest = f" and {len(others) - _MAX_SHOWN} more" if len(others) > _MAX_SHOWN else ""
         yield warned(
             "libraries",
-            f"{', '.join(others[:SHOWN])}{rest}: results may round otherwise",
+            f"{', '.join(others[:_MAX_SHOWN])}{rest}: results may round otherwise",
             "`make setup` installs the lock",
         )
     elif not missing:
@@ -56,17 +56,17 @@ def pinned_versions(lock: str) -> dict[str, str]:
     return dict(re.findall(r"^([A-Za-z0-9._-]+)(?:\[.*\])?==(\S+)", lock, re.MULTILINE))
 
 
-def check_gpu(patient: Patient) -> Iterator[Check]:
+def check_gpu(context: RunContext) -> Iterator[Check]:
     """Whether there is a GPU if the recipe needs one, and PyTorch has kernels for it."""
-    if patient.device.type != "cuda":
-        if patient.has_its_gpu:
+    if context.device.type != "cuda":
+        if context.has_its_gpu:
             yield passed("gpu", "none, and this recipe needs none")
         else:
-            needed = f"training.vram_gib is {patient.params.training.vram_gib:g} and PyTorch sees no GPU"
+            needed = f"training.vram_gib is {context.params.training.vram_gib:g} and PyTorch sees no GPU"
             yield failed("gpu", needed, "run on a machine with one; `make recipe NAME=demo` needs none")
         return
-    name = torch.cuda.get_device_name(patient.device)
-    capability, kernels = torch.cuda.get_device_capability(patient.device), torch.cuda.get_arch_list()
+    name = torch.cuda.get_device_name(context.device)
+    capability, kernels = torch.cuda.get_device_capability(context.device), torch.cuda.get_arch_list()
     architecture = f"sm_{capability[0]}{capability[1]}"
     if has_kernels(capability, kernels):
         yield passed("gpu", f"{name}, {architecture}")
@@ -93,10 +93,10 @@ def has_kernels(capability: tuple[int, int], kernels: Sequence[str]) -> bool:
     return False
 
 
-def check_precision(patient: Patient) -> Iterator[Check]:
+def check_precision(context: RunContext) -> Iterator[Check]:
     """Whether the device computes in the precisions that the params name."""
-    precisions = precisions_of(patient.params)
-    cuda = patient.device.type == "cuda"
+    precisions = _precisions_of(context.params)
+    cuda = context.device.type == "cuda"
     halves = [key for key, precision in precisions.items() if precision == "fp16"]
     if halves and not cuda:
         yield failed(
@@ -104,7 +104,7 @@ def check_precision(patient: Patient) -> Iterator[Check]:
         )
         return
     wanted = [key for key, precision in precisions.items() if precision == "bf16"]
-    native = cuda and torch.cuda.get_device_capability(patient.device)[0] >= NATIVE_BF16
+    native = cuda and torch.cuda.get_device_capability(context.device)[0] >= _NATIVE_BF16
     if wanted and not native:
         yield warned(
             "precision", f"{', '.join(wanted)}: bf16 is emulated here, slowly", "set them to fp16 or fp32"
@@ -114,7 +114,7 @@ def check_precision(patient: Patient) -> Iterator[Check]:
         yield passed("precision", f"{used}; bf16 is {'native' if native else 'not native'} here")
 
 
-def precisions_of(params: Params) -> Mapping[str, Precision]:
+def _precisions_of(params: Params) -> Mapping[str, Precision]:
     """The precisions that stages compute in, by params key."""
     return {
         "encoding.vae_precision": params.encoding.vae_precision,

@@ -40,7 +40,7 @@ def rows(tensor: Tensor) -> Rows:
 
 
 @triton.jit
-def places(tensor, head, num_heads, row, WIDTH: tl.constexpr):
+def _places(tensor, head, num_heads, row, WIDTH: tl.constexpr):
     """Where rows of a head lie; heads are numbered through all examples."""
     start = tensor.start + (head // num_heads).to(tl.int64) * tensor.batch + head % num_heads * tensor.head
     return start + row[:, None] * tensor.row + tl.arange(0, WIDTH)[None, :]
@@ -49,7 +49,7 @@ def places(tensor, head, num_heads, row, WIDTH: tl.constexpr):
 @triton.jit
 def load(tensor, head, num_heads, row, num_rows, WIDTH: tl.constexpr):
     """Rows of a head, zeros beyond the last."""
-    return tl.load(places(tensor, head, num_heads, row, WIDTH), (row < num_rows)[:, None], 0.0)
+    return tl.load(_places(tensor, head, num_heads, row, WIDTH), (row < num_rows)[:, None], 0.0)
 
 
 @triton.jit
@@ -58,21 +58,21 @@ def load_some(tensor, head, num_heads, row, num_rows, RAGGED: tl.constexpr, WIDT
     if RAGGED:
         tile = load(tensor, head, num_heads, row, num_rows, WIDTH)
     else:
-        tile = tl.load(places(tensor, head, num_heads, row, WIDTH))
+        tile = tl.load(_places(tensor, head, num_heads, row, WIDTH))
     return tile
 
 
 @triton.jit
 def store(tensor, head, num_heads, row, num_rows, values, WIDTH: tl.constexpr):
     values = values.to(tensor.start.dtype.element_ty)
-    tl.store(places(tensor, head, num_heads, row, WIDTH), values, (row < num_rows)[:, None])
+    tl.store(_places(tensor, head, num_heads, row, WIDTH), values, (row < num_rows)[:, None])
 
 
 @triton.jit
-def product(left, right):
+def tile_product(left, right):
     return tl.dot(left, right, input_precision="ieee")
 
 
 @triton.jit
-def add_product(left, right, total):
+def add_tile_product(left, right, total):
     return tl.dot(left, right, total, input_precision="ieee")

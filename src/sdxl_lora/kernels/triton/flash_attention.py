@@ -12,22 +12,22 @@ from torch import Tensor
 from sdxl_lora.kernels.triton.attention_common import (
     LOG2_E,
     Tiles,
-    add_product,
+    add_tile_product,
     load,
     load_some,
-    product,
     rows,
     store,
+    tile_product,
 )
 
 # By bytes of an element: measured on an H100 at SDXL's sizes; fp32 has to fit into shared memory.
-FORWARD = {2: Tiles(64, 64, 4, 3), 4: Tiles(32, 32, 4, 1)}
-QUERY_GRADIENT = {2: Tiles(128, 64, 8, 3), 4: Tiles(32, 32, 4, 1)}
-KEY_GRADIENT = {2: Tiles(64, 64, 4, 3), 4: Tiles(32, 32, 4, 1)}
+_FORWARD = {2: Tiles(64, 64, 4, 3), 4: Tiles(32, 32, 4, 1)}
+_QUERY_GRADIENT = {2: Tiles(128, 64, 8, 3), 4: Tiles(32, 32, 4, 1)}
+_KEY_GRADIENT = {2: Tiles(64, 64, 4, 3), 4: Tiles(32, 32, 4, 1)}
 
 
 @triton.jit
-def flash_kernel(
+def _flash_kernel(
     query,
     key,
     value,
@@ -52,21 +52,21 @@ def flash_kernel(
         column = start + tl.arange(0, KEYS)
         k = load_some(key, head, num_heads, column, num_keys, RAGGED, WIDTH)
         v = load_some(value, head, num_heads, column, num_keys, RAGGED, WIDTH)
-        scores = product(q, tl.trans(k))
+        scores = tile_product(q, tl.trans(k))
         if RAGGED:
             scores = tl.where((column < num_keys)[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1) * log_scale)
         powers = tl.exp2(scores * log_scale - new_top[:, None])
         decay = tl.exp2(top - new_top)
         total = total * decay + tl.sum(powers, 1)
-        values = add_product(powers.to(v.dtype), v, values * decay[:, None])
+        values = add_tile_product(powers.to(v.dtype), v, values * decay[:, None])
         top = new_top
     store(output, head, num_heads, row, num_queries, values / total[:, None], WIDTH)
     tl.store(log_sums + head.to(tl.int64) * num_queries + row, top + tl.log2(total), row < num_queries)
 
 
 @triton.jit
-def flash_query_gradient_kernel(
+def _flash_query_gradient_kernel(
     doutput,
     output,
     query,
@@ -100,17 +100,17 @@ def flash_query_gradient_kernel(
         column = start + tl.arange(0, KEYS)
         k = load_some(key, head, num_heads, column, num_keys, RAGGED, WIDTH)
         v = load_some(value, head, num_heads, column, num_keys, RAGGED, WIDTH)
-        scores = product(q, tl.trans(k))
+        scores = tile_product(q, tl.trans(k))
         if RAGGED:
             scores = tl.where((column < num_keys)[None, :], scores, float("-inf"))
         p = tl.exp2(scores * log_scale - log_sum[:, None])
-        ds = p * (product(dy, tl.trans(v)) - delta[:, None])
-        dq = add_product(ds.to(k.dtype), k, dq)
+        ds = p * (tile_product(dy, tl.trans(v)) - delta[:, None])
+        dq = add_tile_product(ds.to(k.dtype), k, dq)
     store(dquery, head, num_heads, row, num_queries, dq * scale, WIDTH)
 
 
 @triton.jit
-def flash_key_gradient_kernel(
+def _flash_key_gradient_kernel(
     doutput,
     query,
     key,
@@ -145,20 +145,20 @@ def flash_key_gradient_kernel(
             delta = tl.load(deltas + first + row, row < num_queries, 0.0)
         else:
             log_sum, delta = tl.load(log_sums + first + row), tl.load(deltas + first + row)
-        p = tl.exp2(product(k, tl.trans(q)) * log_scale - log_sum[None, :])
-        dv = add_product(p.to(dy.dtype), dy, dv)
-        ds = p * (product(v, tl.trans(dy)) - delta[None, :])
-        dk = add_product(ds.to(q.dtype), q, dk)
+        p = tl.exp2(tile_product(k, tl.trans(q)) * log_scale - log_sum[None, :])
+        dv = add_tile_product(p.to(dy.dtype), dy, dv)
+        ds = p * (tile_product(v, tl.trans(dy)) - delta[None, :])
+        dk = add_tile_product(ds.to(q.dtype), q, dk)
     store(dkey, head, num_heads, column, num_keys, dk * scale, WIDTH)
     store(dvalue, head, num_heads, column, num_keys, dv, WIDTH)
 
 
-def flash(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def launch_flash_forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     (batch, num_queries, num_heads, width), num_keys = query.shape, key.shape[1]
     output = query.new_empty(query.shape)
     log_sums = query.new_empty(batch, num_heads, num_queries, dtype=torch.float32)
-    tiles = FORWARD[query.itemsize]
-    flash_kernel[(triton.cdiv(num_queries, tiles.queries), batch * num_heads)](
+    tiles = _FORWARD[query.itemsize]
+    _flash_kernel[(triton.cdiv(num_queries, tiles.queries), batch * num_heads)](
         *(rows(tensor) for tensor in (query, key, value, output)),
         *(log_sums, num_queries, num_keys, num_heads, width**-0.5 * LOG2_E),
         *(num_keys % tiles.keys != 0, width, tiles.queries, tiles.keys),
@@ -168,7 +168,7 @@ def flash(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return output, log_sums
 
 
-def flash_gradient(
+def launch_flash_backward(
     doutput: Tensor,
     query: Tensor,
     key: Tensor,
@@ -182,16 +182,16 @@ def flash_gradient(
     (batch, num_queries, num_heads, width), num_keys = query.shape, key.shape[1]
     deltas = torch.empty_like(log_sums)
     sizes = (num_queries, num_keys, num_heads, width**-0.5 * LOG2_E, width**-0.5)
-    tiles = QUERY_GRADIENT[query.itemsize]
-    flash_query_gradient_kernel[(triton.cdiv(num_queries, tiles.queries), batch * num_heads)](
+    tiles = _QUERY_GRADIENT[query.itemsize]
+    _flash_query_gradient_kernel[(triton.cdiv(num_queries, tiles.queries), batch * num_heads)](
         *(rows(tensor) for tensor in (doutput, output, query, key, value, dquery)),
         *(log_sums, deltas, *sizes),
         *(num_keys % tiles.keys != 0, width, tiles.queries, tiles.keys),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    tiles = KEY_GRADIENT[query.itemsize]
-    flash_key_gradient_kernel[(triton.cdiv(num_keys, tiles.keys), batch * num_heads)](
+    tiles = _KEY_GRADIENT[query.itemsize]
+    _flash_key_gradient_kernel[(triton.cdiv(num_keys, tiles.keys), batch * num_heads)](
         *(rows(tensor) for tensor in (doutput, query, key, value, dkey, dvalue)),
         *(log_sums, deltas, *sizes),
         *(num_queries % tiles.queries != 0, width, tiles.queries, tiles.keys),

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 1024  # of a program of GEGLU
+_COLUMNS = 1024  # of a program of GEGLU
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def gelu(x):
 
 
 @triton.jit
-def geglu_kernel(x, y, width, COLUMNS: tl.constexpr):
+def _geglu_kernel(x, y, width, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
@@ -27,7 +27,7 @@ def geglu_kernel(x, y, width, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def geglu_gradient_kernel(dy, x, dx, width, COLUMNS: tl.constexpr):
+def _geglu_gradient_kernel(dy, x, dx, width, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
@@ -40,22 +40,22 @@ def geglu_gradient_kernel(dy, x, dx, width, COLUMNS: tl.constexpr):
     tl.store(dx + row * 2 * width + width + column, gradient * hidden * (cumulative + gate * density), inside)
 
 
-def geglu(x: Tensor) -> Tensor:
+def launch_geglu_forward(x: Tensor) -> Tensor:
     width = x.shape[-1] // 2
     y = x.new_empty(*x.shape[:-1], width)
-    geglu_kernel[(y.numel() // width, triton.cdiv(width, COLUMNS))](x, y, width, COLUMNS)
+    _geglu_kernel[(y.numel() // width, triton.cdiv(width, _COLUMNS))](x, y, width, _COLUMNS)
     return y
 
 
-def geglu_gradient(dy: Tensor, x: Tensor) -> Tensor:
+def launch_geglu_backward(dy: Tensor, x: Tensor) -> Tensor:
     width = dy.shape[-1]
     dx = torch.empty_like(x)
-    geglu_gradient_kernel[(dy.numel() // width, triton.cdiv(width, COLUMNS))](dy, x, dx, width, COLUMNS)
+    _geglu_gradient_kernel[(dy.numel() // width, triton.cdiv(width, _COLUMNS))](dy, x, dx, width, _COLUMNS)
     return dx
 
 
 @triton.jit
-def add_norm_kernel(residual, update, total, y, mean, rstd, weight, bias, width, eps, WIDTH: tl.constexpr):
+def _add_norm_kernel(residual, update, total, y, mean, rstd, weight, bias, width, eps, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < width
@@ -75,7 +75,7 @@ def add_norm_kernel(residual, update, total, y, mean, rstd, weight, bias, width,
 
 
 @triton.jit
-def add_norm_gradient_kernel(dtotal, dy, total, mean, rstd, weight, dx, width, WIDTH: tl.constexpr):
+def _add_norm_gradient_kernel(dtotal, dy, total, mean, rstd, weight, dx, width, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < width
@@ -90,7 +90,7 @@ def add_norm_gradient_kernel(dtotal, dy, total, mean, rstd, weight, dx, width, W
     tl.store(dx + place, tl.load(dtotal + place, inside, 0.0).to(tl.float32) + through, inside)
 
 
-def add_norm(
+def launch_add_norm_forward(
     residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     width = residual.shape[-1]
@@ -98,14 +98,14 @@ def add_norm(
     mean = residual.new_empty(residual.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
     size = triton.next_power_of_2(width)
-    add_norm_kernel[(mean.numel(),)](residual, update, total, y, mean, rstd, weight, bias, width, eps, size)
+    _add_norm_kernel[(mean.numel(),)](residual, update, total, y, mean, rstd, weight, bias, width, eps, size)
     return total, y, mean, rstd
 
 
-def add_norm_gradient(
+def launch_add_norm_backward(
     dtotal: Tensor, dy: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
 ) -> Tensor:
     width, dx = total.shape[-1], torch.empty_like(total)
     size = triton.next_power_of_2(width)
-    add_norm_gradient_kernel[(mean.numel(),)](dtotal, dy, total, mean, rstd, weight, dx, width, size)
+    _add_norm_gradient_kernel[(mean.numel(),)](dtotal, dy, total, mean, rstd, weight, dx, width, size)
     return dx

@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 64  # of a tile
-CHANNELS = 64  # of a tile: one line of the cache in half precision
-TILES = 256  # whose sums are added at once: all of the UNet's at 1024 px, a 64th of the VAE's
-VALUES = 1024  # of a program that adds a bias
+_ROWS = 64  # of a tile
+_CHANNELS = 64  # of a tile: one line of the cache in half precision
+_TILES = 256  # whose sums are added at once: all of the UNet's at 1024 px, a 64th of the VAE's
+_VALUES = 1024  # of a program that adds a bias
 
 
 @triton.jit
-def own_tile(num_rows, num_channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def _own_tile(num_rows, num_channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """A program's image, tile and channels; which channels and values there are, and where values lie."""
     tile, n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = tile * ROWS + tl.arange(0, ROWS)
@@ -29,9 +29,9 @@ def own_tile(num_rows, num_channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr)
 
 
 @triton.jit
-def channel_sums_kernel(x, sums, num_rows, num_channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def _channel_sums_kernel(x, sums, num_rows, num_channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """A tile's sums and sums of squares, less the image's first pixel: a large mean costs no digits."""
-    n, tile, channel, inside, there, place = own_tile(num_rows, num_channels, ROWS, CHANNELS)
+    n, tile, channel, inside, there, place = _own_tile(num_rows, num_channels, ROWS, CHANNELS)
     pivot = tl.load(x + n * num_rows * num_channels + channel, inside, 0.0).to(tl.float32)
     values = tl.load(x + place, there, 0.0).to(tl.float32)
     values = tl.where(there, values - pivot[None, :], 0.0)
@@ -41,7 +41,7 @@ def channel_sums_kernel(x, sums, num_rows, num_channels, ROWS: tl.constexpr, CHA
 
 
 @triton.jit
-def both_sums(sums, n, channel, inside, num_channels, num_tiles, TILES: tl.constexpr, WIDTH: tl.constexpr):
+def _both_sums(sums, n, channel, inside, num_channels, num_tiles, TILES: tl.constexpr, WIDTH: tl.constexpr):
     """The two sums of each channel of a group, over all tiles."""
     first, second = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
     for start in range(0, num_tiles, TILES):
@@ -54,7 +54,7 @@ def both_sums(sums, n, channel, inside, num_channels, num_tiles, TILES: tl.const
 
 
 @triton.jit
-def moments_kernel(
+def _moments_kernel(
     x,
     shift,
     sums,
@@ -72,7 +72,7 @@ def moments_kernel(
     n, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     offset = tl.arange(0, WIDTH)
     channel, inside = group * width + offset, offset < width
-    total, squares = both_sums(sums, n, channel, inside, num_channels, num_tiles, TILES, WIDTH)
+    total, squares = _both_sums(sums, n, channel, inside, num_channels, num_tiles, TILES, WIDTH)
     pivot = tl.load(x + n * num_rows * num_channels + channel, inside, 0.0).to(tl.float32)
     if shift is not None:
         pivot += tl.load(shift + n * num_channels + channel, inside, 0.0).to(tl.float32)
@@ -85,7 +85,7 @@ def moments_kernel(
 
 
 @triton.jit
-def channel_average(mean, shift, n, group, channel, inside, num_channels):
+def _channel_average(mean, shift, n, group, channel, inside, num_channels):
     """What to subtract from each channel of x: its group's mean, less what the channel is shifted by."""
     average = tl.load(mean + group, inside, 0.0)
     if shift is not None:
@@ -94,7 +94,7 @@ def channel_average(mean, shift, n, group, channel, inside, num_channels):
 
 
 @triton.jit
-def normalise_kernel(
+def _normalise_kernel(
     x,
     shift,
     y,
@@ -109,10 +109,10 @@ def normalise_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    n, _, channel, inside, there, place = own_tile(num_rows, num_channels, ROWS, CHANNELS)
+    n, _, channel, inside, there, place = _own_tile(num_rows, num_channels, ROWS, CHANNELS)
     group = n * (num_channels // width) + channel // width
     scale = tl.load(rstd + group, inside, 0.0) * tl.load(weight + channel, inside, 0.0).to(tl.float32)
-    average = channel_average(mean, shift, n, group, channel, inside, num_channels)
+    average = _channel_average(mean, shift, n, group, channel, inside, num_channels)
     offset = tl.load(bias + channel, inside, 0.0).to(tl.float32) - average * scale
     values = tl.load(x + place, there, 0.0).to(tl.float32) * scale[None, :] + offset[None, :]
     if SILU:
@@ -121,7 +121,7 @@ def normalise_kernel(
 
 
 @triton.jit
-def normalised_gradient(
+def _normalised_gradient(
     dy, x, average, rstd, weight, bias, place, there, channel, inside, group, SILU: tl.constexpr
 ):
     """The normalised values, and the loss's gradient by them, of a tile."""
@@ -137,7 +137,7 @@ def normalised_gradient(
 
 
 @triton.jit
-def gradient_sums_kernel(
+def _gradient_sums_kernel(
     dy,
     x,
     shift,
@@ -153,10 +153,10 @@ def gradient_sums_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    n, tile, channel, inside, there, place = own_tile(num_rows, num_channels, ROWS, CHANNELS)
+    n, tile, channel, inside, there, place = _own_tile(num_rows, num_channels, ROWS, CHANNELS)
     group = n * (num_channels // width) + channel // width
-    average = channel_average(mean, shift, n, group, channel, inside, num_channels)
-    normal, gradient = normalised_gradient(
+    average = _channel_average(mean, shift, n, group, channel, inside, num_channels)
+    normal, gradient = _normalised_gradient(
         dy, x, average, rstd, weight, bias, place, there, channel, inside, group, SILU
     )
     out = sums + (n * tl.num_programs(0) + tile) * 2 * num_channels + channel
@@ -165,18 +165,20 @@ def gradient_sums_kernel(
 
 
 @triton.jit
-def group_sums_kernel(sums, totals, num_channels, num_tiles, width, TILES: tl.constexpr, WIDTH: tl.constexpr):
+def _group_sums_kernel(
+    sums, totals, num_channels, num_tiles, width, TILES: tl.constexpr, WIDTH: tl.constexpr
+):
     n, group, num_groups = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     offset = tl.arange(0, WIDTH)
     channel, inside = group * width + offset, offset < width
-    first, second = both_sums(sums, n, channel, inside, num_channels, num_tiles, TILES, WIDTH)
+    first, second = _both_sums(sums, n, channel, inside, num_channels, num_tiles, TILES, WIDTH)
     out = totals + n * 2 * num_groups + group
     tl.store(out, tl.sum(first, 0))
     tl.store(out + num_groups, tl.sum(second, 0))
 
 
 @triton.jit
-def normalise_gradient_kernel(
+def _normalise_gradient_kernel(
     dx_beside,
     dy,
     x,
@@ -195,11 +197,11 @@ def normalise_gradient_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    n, tile, channel, inside, there, place = own_tile(num_rows, num_channels, ROWS, CHANNELS)
+    n, tile, channel, inside, there, place = _own_tile(num_rows, num_channels, ROWS, CHANNELS)
     num_groups = num_channels // width
     group = n * num_groups + channel // width
-    average = channel_average(mean, shift, n, group, channel, inside, num_channels)
-    normal, gradient = normalised_gradient(
+    average = _channel_average(mean, shift, n, group, channel, inside, num_channels)
+    normal, gradient = _normalised_gradient(
         dy, x, average, rstd, weight, bias, place, there, channel, inside, group, SILU
     )
     count = num_rows * width
@@ -217,7 +219,7 @@ def normalise_gradient_kernel(
 
 
 @triton.jit
-def add_bias_kernel(residual, update, bias, y, count, num_channels, VALUES: tl.constexpr):
+def _add_bias_kernel(residual, update, bias, y, count, num_channels, VALUES: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)
     there = place < count
     values = tl.load(update + place, there).to(tl.float32)
@@ -227,25 +229,25 @@ def add_bias_kernel(residual, update, bias, y, count, num_channels, VALUES: tl.c
     tl.store(y + place, values, there)
 
 
-def group_norm(
+def launch_group_norm_forward(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, num_channels, num_rows = len(x), x.shape[1], x[0, 0].numel()
-    width, grid = num_channels // num_groups, tiles(x)
+    width, grid = num_channels // num_groups, _tiles(x)
     num_tiles = grid[0]
     sums = x.new_empty(batch, num_tiles, 2, num_channels, dtype=torch.float32)
     mean = x.new_empty(batch, num_groups, dtype=torch.float32)
     rstd, y = torch.empty_like(mean), torch.empty_like(x)
-    channel_sums_kernel[grid](x, sums, num_rows, num_channels, ROWS, CHANNELS)
-    moments_kernel[(batch, num_groups)](
-        x, shift, sums, mean, rstd, num_rows, num_channels, num_tiles, width, eps, *at_once(num_tiles, width)
+    _channel_sums_kernel[grid](x, sums, num_rows, num_channels, _ROWS, _CHANNELS)
+    _moments_kernel[(batch, num_groups)](
+        x, shift, sums, mean, rstd, num_rows, num_channels, num_tiles, width, eps, *_at_once(num_tiles, width)
     )
-    sizes = (num_rows, num_channels, width, silu, ROWS, CHANNELS)
-    normalise_kernel[grid](x, shift, y, mean, rstd, weight, bias, *sizes)
+    sizes = (num_rows, num_channels, width, silu, _ROWS, _CHANNELS)
+    _normalise_kernel[grid](x, shift, y, mean, rstd, weight, bias, *sizes)
     return y, mean, rstd
 
 
-def group_norm_gradient(
+def launch_group_norm_backward(
     dx_beside: Tensor | None,
     dy: Tensor,
     x: Tensor,
@@ -257,32 +259,32 @@ def group_norm_gradient(
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
     (batch, num_groups), num_channels, num_rows = mean.shape, x.shape[1], x[0, 0].numel()
-    width, grid = num_channels // num_groups, tiles(x)
+    width, grid = num_channels // num_groups, _tiles(x)
     num_tiles = grid[0]
     known = (dy, x, shift, mean, rstd, weight, bias)
-    sizes = (num_rows, num_channels, width, silu, ROWS, CHANNELS)
+    sizes = (num_rows, num_channels, width, silu, _ROWS, _CHANNELS)
     sums = x.new_empty(batch, num_tiles, 2, num_channels, dtype=torch.float32)
-    gradient_sums_kernel[grid](*known, sums, *sizes)
+    _gradient_sums_kernel[grid](*known, sums, *sizes)
     totals = x.new_empty(batch, 2, num_groups, dtype=torch.float32)
-    group_sums_kernel[(batch, num_groups)](
-        sums, totals, num_channels, num_tiles, width, *at_once(num_tiles, width)
+    _group_sums_kernel[(batch, num_groups)](
+        sums, totals, num_channels, num_tiles, width, *_at_once(num_tiles, width)
     )
     dx = torch.empty_like(x)
     dshift = None if shift is None else x.new_empty(batch, num_tiles, num_channels, dtype=torch.float32)
-    normalise_gradient_kernel[grid](dx_beside, *known, totals, dx, dshift, *sizes)
+    _normalise_gradient_kernel[grid](dx_beside, *known, totals, dx, dshift, *sizes)
     return dx, x.new_empty(0) if dshift is None else dshift.sum(1).to(x.dtype)
 
 
-def tiles(x: Tensor) -> tuple[int, int, int]:
+def _tiles(x: Tensor) -> tuple[int, int, int]:
     """Programs by tile of rows, image and tile of channels: a grid's first side alone goes beyond 65,535."""
-    return triton.cdiv(x[0, 0].numel(), ROWS), len(x), triton.cdiv(x.shape[1], CHANNELS)
+    return triton.cdiv(x[0, 0].numel(), _ROWS), len(x), triton.cdiv(x.shape[1], _CHANNELS)
 
 
-def at_once(num_tiles: int, width: int) -> tuple[int, int]:
+def _at_once(num_tiles: int, width: int) -> tuple[int, int]:
     """How many tiles and channels a program that adds up a group's sums holds."""
-    return min(triton.next_power_of_2(num_tiles), TILES), triton.next_power_of_2(width)
+    return min(triton.next_power_of_2(num_tiles), _TILES), triton.next_power_of_2(width)
 
 
-def add_bias(residual: Tensor | None, update: Tensor, bias: Tensor, y: Tensor) -> None:
-    grid = (triton.cdiv(y.numel(), VALUES),)
-    add_bias_kernel[grid](residual, update, bias, y, y.numel(), len(bias), VALUES)
+def launch_add_bias(residual: Tensor | None, update: Tensor, bias: Tensor, y: Tensor) -> None:
+    grid = (triton.cdiv(y.numel(), _VALUES),)
+    _add_bias_kernel[grid](residual, update, bias, y, y.numel(), len(bias), _VALUES)

@@ -14,22 +14,22 @@ from sdxl_lora.kernels.triton.attention_common import (
     LOG2_E,
     Rows,
     Tiles,
-    add_product,
+    add_tile_product,
     load,
-    product,
     rows,
     store,
+    tile_product,
 )
 
 # By bytes of an element: measured on an H100 at SDXL's sizes; fp32 has to fit into shared memory.
-FORWARD = {2: Tiles(64, 0, 4, 1), 4: Tiles(16, 0, 8, 1)}
-GRADIENT = {2: Tiles(32, 0, 4, 3), 4: Tiles(16, 0, 8, 1)}
-PART = 256  # queries at least, over which a program sums the gradients of the keys
-MOST_PARTS = 8
+_FORWARD = {2: Tiles(64, 0, 4, 1), 4: Tiles(16, 0, 8, 1)}
+_GRADIENT = {2: Tiles(32, 0, 4, 3), 4: Tiles(16, 0, 8, 1)}
+_PART = 256  # queries at least, over which a program sums the gradients of the keys
+_MOST_PARTS = 8
 
 
 @triton.jit
-def few_keys_kernel(
+def _short_kv_forward_kernel(
     query,
     key,
     value,
@@ -52,14 +52,14 @@ def few_keys_kernel(
     seen = (column < num_keys)[None, :]
     if CAUSAL:
         seen = seen & (column[None, :] <= row[:, None])
-    scores = tl.where(seen, product(q, tl.trans(k)) * log_scale, float("-inf"))
+    scores = tl.where(seen, tile_product(q, tl.trans(k)) * log_scale, float("-inf"))
     powers = tl.exp2(scores - tl.max(scores, 1)[:, None])
     total = tl.sum(powers, 1)[:, None]
-    store(output, head, num_heads, row, num_queries, product(powers.to(v.dtype), v) / total, WIDTH)
+    store(output, head, num_heads, row, num_queries, tile_product(powers.to(v.dtype), v) / total, WIDTH)
 
 
 @triton.jit
-def few_keys_gradient_kernel(
+def _short_kv_backward_kernel(
     doutput,
     query,
     key,
@@ -95,14 +95,14 @@ def few_keys_gradient_kernel(
         seen = (column < num_keys)[:, None]
         if CAUSAL:
             seen = seen & (column[:, None] <= row[None, :])
-        scores = tl.where(seen, product(k, tl.trans(q)) * log_scale, float("-inf"))
+        scores = tl.where(seen, tile_product(k, tl.trans(q)) * log_scale, float("-inf"))
         powers = tl.exp2(scores - tl.max(scores, 0)[None, :])
         p = powers / tl.sum(powers, 0)[None, :]
-        dp = product(v, tl.trans(dy))
-        dv = add_product(p.to(q.dtype), dy, dv)
+        dp = tile_product(v, tl.trans(dy))
+        dv = add_tile_product(p.to(q.dtype), dy, dv)
         ds = (p * (dp - tl.sum(p * dp, 0)[None, :])).to(q.dtype)
-        dk = add_product(ds, q, dk)
-        store(dquery, head, num_heads, row, num_queries, product(tl.trans(ds), k) * scale, WIDTH)
+        dk = add_tile_product(ds, q, dk)
+        store(dquery, head, num_heads, row, num_queries, tile_product(tl.trans(ds), k) * scale, WIDTH)
     shift = part.to(tl.int64) * part_size
     dkey_part = Rows(dkey.start + shift, dkey.batch, dkey.row, dkey.head)
     store(dkey_part, head, num_heads, column, num_keys, dk * scale, WIDTH)
@@ -111,7 +111,7 @@ def few_keys_gradient_kernel(
 
 
 @triton.jit
-def add_parts_kernel(parts, dkey, dvalue, num_parts, part_size, num_keys, num_values, VALUES: tl.constexpr):
+def _add_parts_kernel(parts, dkey, dvalue, num_parts, part_size, num_keys, num_values, VALUES: tl.constexpr):
     """Adds up one key's row of all parts, in their order, for dK or dV."""
     example, row, which = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     column = tl.arange(0, VALUES)
@@ -127,11 +127,11 @@ def add_parts_kernel(parts, dkey, dvalue, num_parts, part_size, num_keys, num_va
     tl.store(place + column, total.to(dkey.start.dtype.element_ty), inside)
 
 
-def few_keys(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+def launch_short_kv_forward(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
     batch, num_queries, num_heads, width = query.shape
     output = query.new_empty(query.shape)
-    tiles = FORWARD[query.itemsize]
-    few_keys_kernel[(triton.cdiv(num_queries, tiles.queries), batch * num_heads)](
+    tiles = _FORWARD[query.itemsize]
+    _short_kv_forward_kernel[(triton.cdiv(num_queries, tiles.queries), batch * num_heads)](
         *(rows(tensor) for tensor in (query, key, value, output)),
         *(num_queries, key.shape[1], num_heads, width**-0.5 * LOG2_E),
         *(causal, width, tiles.queries, max(triton.next_power_of_2(key.shape[1]), 16)),
@@ -141,7 +141,7 @@ def few_keys(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
     return output
 
 
-def few_keys_gradient(
+def launch_short_kv_backward(
     doutput: Tensor,
     query: Tensor,
     key: Tensor,
@@ -152,15 +152,15 @@ def few_keys_gradient(
     causal: bool,
 ) -> None:
     (batch, num_queries, num_heads, width), num_keys = query.shape, key.shape[1]
-    tiles = GRADIENT[query.itemsize]
-    num_parts = min(triton.cdiv(num_queries, PART), MOST_PARTS)
+    tiles = _GRADIENT[query.itemsize]
+    num_parts = min(triton.cdiv(num_queries, _PART), _MOST_PARTS)
     num_rows = triton.cdiv(triton.cdiv(num_queries, num_parts), tiles.queries) * tiles.queries
     num_parts = triton.cdiv(num_queries, num_rows)
     sums = [dkey, dvalue]
     if num_parts > 1:
         parts = key.new_empty(num_parts, 2, *key.shape, dtype=torch.float32)
         sums = list(parts[0])
-    few_keys_gradient_kernel[(num_parts, batch * num_heads)](
+    _short_kv_backward_kernel[(num_parts, batch * num_heads)](
         *(rows(tensor) for tensor in (doutput, query, key, value, dquery, *sums)),
         *(2 * key.numel(), num_queries, num_keys, num_heads, num_rows, width**-0.5 * LOG2_E, width**-0.5),
         *(causal, width, tiles.queries, max(triton.next_power_of_2(num_keys), 16)),
@@ -169,7 +169,7 @@ def few_keys_gradient(
     )
     if num_parts > 1:
         num_values = num_heads * width
-        add_parts_kernel[(batch, num_keys, 2)](
+        _add_parts_kernel[(batch, num_keys, 2)](
             *(parts, rows(dkey), rows(dvalue), num_parts, parts[0].numel(), num_keys, num_values),
             triton.next_power_of_2(num_values),
         )
