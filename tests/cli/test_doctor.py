@@ -120,7 +120,7 @@ def test_other_version_than_the_locks_warns_and_a_missing_package_fails() -> Non
 
 
 def test_package_that_is_not_installed_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(software, "LIBRARIES", ("torch", "no-such-package"))
+    monkeypatch.setattr(software, "NUMERICAL_LIBRARIES", ("torch", "no-such-package"))
     Path("requirements.lock").write_text("torch==2.13.0\nno-such-package==1.0\n", encoding="utf-8")
     check = found(software.check_libraries)
     assert (check.status, check.detail) == ("fail", "not installed: no-such-package")

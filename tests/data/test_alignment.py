@@ -99,7 +99,7 @@ def micro_batches(
 ) -> list[tuple[int, TrainingBatch]]:
     """What a process trains on, stopped and resumed at these steps, with the number of each one's step."""
     state = SimpleNamespace(process_index=rank, num_processes=PROCESSES)
-    monkeypatch.setattr(examples_module, "processes", lambda: state)
+    monkeypatch.setattr(examples_module, "distributed_state", lambda: state)
     prediction_type: PredictionType = "epsilon"
     schedule = NoiseSchedule(torch.zeros(1000), prediction_type)
     denoiser = Denoiser(torch.nn.Identity(), None, schedule, "fp32")

@@ -97,5 +97,5 @@ def at_step(step: int, patch: pytest.MonkeyPatch, act: Callable[[], object]) -> 
                 yield report
 
     with patch.context() as inner:
-        inner.setattr(train_lora, "Training", Disturbed)
+        inner.setattr(train_lora, "Trainer", Disturbed)
         yield
