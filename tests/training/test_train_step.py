@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import bitsandbytes
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,9 @@ from torch.nn import Parameter
 from sdxl_lora.config import TrainingConfig, load_params
 from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training.grad_scaler import GradScaler
+from sdxl_lora.training.optimizers import OPTIMIZERS
 from sdxl_lora.training.train_step import ParameterGroup, StepResult, TrainStep
+from tests.support.optimizers import EXACT, REFERENCES
 
 CPU = torch.device("cpu")
 PEAK_RATES = (1e-2, 1e-3)
@@ -80,7 +81,7 @@ def make(
     ]
     device = next(model.parameters()).device
     model[3].to(dtype)
-    return TrainStep(loss_of(model), groups, config, dtype, recorded=device.type == "cuda")
+    return TrainStep(loss_of(model), groups, config, dtype, use_graph=device.type == "cuda")
 
 
 def trainable(model: nn.Sequential) -> list[Parameter]:
@@ -97,16 +98,15 @@ def distance(ours: nn.Sequential, theirs: nn.Sequential) -> float:
     return float((mine - other).norm() / other.norm())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_twenty_steps_are_those_of_torch(config: TrainingConfig, optimizer: str, accumulation: int) -> None:
     """Against the textbook: backward, clip_grad_norm_, AdamW with a group for each layer."""
     config = with_(config, optimizer=optimizer)
     ours, theirs = network(), network()
     engine = make(ours, config)
-    kind = bitsandbytes.optim.AdamW8bit if optimizer == "adamw_8bit" else torch.optim.AdamW
     groups = [{"params": list(theirs[i].parameters()), "lr": 0.0} for i in (0, 2)]
-    reference = kind(groups, betas=config.betas, weight_decay=config.weight_decay)
+    reference = REFERENCES[optimizer](groups, config)
     loss = loss_of(theirs)
     for step in range(20):
         factor = 1 / (step + 1)
@@ -123,24 +123,22 @@ def test_twenty_steps_are_those_of_torch(config: TrainingConfig, optimizer: str,
         reference.step()
         assert update.loss == pytest.approx(mean_loss.item(), rel=1e-4)
         assert update.grad_norm == pytest.approx(norm.item(), rel=1e-4)
-    # 8-bit moments share a scale by blocks of 256, and the engine's blocks run on across layers.
-    assert distance(ours, theirs) < (1e-6 if optimizer == "adamw" else 1e-3)
+    assert distance(ours, theirs) < (1e-6 if optimizer in EXACT else 1e-3)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("ema_decay", [None, 0.5])
 def test_restricted_engine_goes_on_as_torch_with_the_others_frozen(
     config: TrainingConfig, optimizer: str, ema_decay: float | None
 ) -> None:
     """Against the textbook: what needs no gradient has no momentum, no decay and no share in clipping."""
     config = with_(config, optimizer=optimizer, ema_decay=ema_decay, weight_decay=0.1)
-    exact = optimizer == "adamw"
+    exact = optimizer in EXACT
     ours, theirs = network(), network()
     engine, loss = make(ours, config), loss_of(theirs)
-    kind = torch.optim.AdamW if exact else bitsandbytes.optim.AdamW8bit
     rates = dict(zip((0, 2), PEAK_RATES, strict=True))
     groups = [{"params": list(theirs[layer].parameters()), "lr": rate} for layer, rate in rates.items()]
-    reference = kind(groups, betas=config.betas, weight_decay=config.weight_decay)
+    reference = REFERENCES[optimizer](groups, config)
     average = copies(theirs[0])
     for step in range(20):
         if step == 10:
@@ -236,7 +234,7 @@ def test_parameters_are_views_of_one_tensor(config: TrainingConfig) -> None:
 
 @pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("ema_decay", [None, 0.5])
 def test_loaded_state_goes_on_to_the_bit(
     config: TrainingConfig,
@@ -303,11 +301,11 @@ def test_replayed_graph_is_the_eager_step_to_the_bit(config: TrainingConfig, dty
     """With two shapes of input, one first met in the middle of an accumulation; then with one group alone."""
     device = torch.device("cuda")
     results = []
-    for recorded in (True, False):
+    for use_graph in (True, False):
         model = network(device)
         engine = make(model, config, dtype)
-        if not recorded:
-            engine._recorder = None
+        if not use_graph:
+            engine._graph = None
         updates = []
         for step in range(6):
             if step == 4:

@@ -22,6 +22,7 @@ from sdxl_lora.storage.atomic_io import GIB
 from sdxl_lora.training.activation_checkpointing import find_units
 from sdxl_lora.training.batches import NoiseDraws, TrainingBatch
 from sdxl_lora.training.denoiser import Denoiser
+from sdxl_lora.training.optimizers import OPTIMIZERS
 from sdxl_lora.training.trainer import has_dropout, make_train_step, prepare_modules
 
 META = torch.device("meta")
@@ -57,7 +58,7 @@ class MemoryForecast:
     adapters: int
     """Trained weights: fp32 master, gradient, copy to compute with, moving average."""
     optimizer: int
-    """AdamW's moments."""
+    """The optimizer's state."""
     activations: int
     """Whatever a step or a forward pass makes, at the moment when it is most."""
     previews: int
@@ -106,7 +107,7 @@ class TrainingTrace:
     optimizer: int
     """Bytes of the optimizer's state, made after the first step."""
     update: int
-    """Bytes that an update makes in passing: AdamW in fp32, the square roots of all second moments."""
+    """Bytes that the optimizer allocates and frees in an update."""
     recorded: bool
     """Whether a CUDA graph keeps the step's memory to itself."""
     flops: int
@@ -147,14 +148,15 @@ class MetaTrainingRun:
         events = self._trace.events[start:]
         trainable = [p for module in self._denoiser.modules for p in lora_parameters(module)]
         num_parameters = sum(parameter.numel() for parameter in trainable)
+        optimizer = OPTIMIZERS[self._spec.config.optimizer]
         return TrainingTrace(
             setup=self._setup,
             step=events,
             outputs=self._trace.outputs,
             weights=self._weights,
             adapters=live_bytes(self._setup) - self._weights,
-            optimizer=optimizer_bytes(num_parameters, self._spec.config),
-            update=num_parameters * 4 if self._spec.config.optimizer == "adamw" else 0,
+            optimizer=optimizer.state_bytes(num_parameters),
+            update=optimizer.update_bytes(num_parameters),
             recorded=not has_dropout(self._denoiser),
             flops=self._trace.total_flops,
             units=_rank_units(list(self._units), events, self._trace),
@@ -214,17 +216,6 @@ def make_examples(work: TrainingSpec, size: int) -> TrainingBatch:
     )
     draws = NoiseDraws(latents, latents, torch.zeros(size, dtype=torch.long), torch.zeros(size))
     return TrainingBatch(batch, draws, images=[], dropout_seed=0)
-
-
-def optimizer_bytes(num_parameters: int, config: TrainingConfig) -> int:
-    """Bytes of AdamW's two moments.
-
-    In 8 bits each block of 256 values has an fp32 scale, as bitsandbytes chooses (Dettmers et al. 2022,
-    arXiv:2110.02861, section 2.1, has 2,048).
-    """
-    if config.optimizer == "adamw_8bit":
-        return num_parameters * 2 + -(-num_parameters // 256) * 2 * 4
-    return num_parameters * 2 * 4
 
 
 def _rank_units(names: Sequence[str], events: Sequence[Event], trace: MemoryTrace) -> tuple[_Unit, ...]:
