@@ -1,4 +1,10 @@
-"""Which examples each step trains on: a function of the seed and the step's number, with no state to keep."""
+"""The examples of each step, as a function of the seed and the step's number, without state to save.
+
+Symbols of the closed form: bucket b has m_b members, a batch takes n. An epoch visits every member once and
+carries over those that fill no batch. So after e epochs bucket b has completed floor(e m_b / n) batches, and
+(e m_b) mod n of its examples wait, whatever the shuffles were. Both are arithmetic: a resume at step 100,000
+replays at most the last few shuffles and not all before it.
+"""
 
 from bisect import bisect_right
 from collections import Counter
@@ -25,6 +31,8 @@ def batch_order(buckets: Sequence[Hashable], size: int, seed: int, first: int = 
         seed: key of the shuffles.
     """
     epoch, skipped = _epoch_of_batch(Counter(buckets), size, first)
+    # The epoch's batches before `first` are formed again and dropped: their number is known, but not which
+    # examples they took.
     waiting = _carried_over(buckets, size, seed, epoch)
     while True:
         for example in _shuffled(len(buckets), seed, epoch):
@@ -41,21 +49,25 @@ def batch_order(buckets: Sequence[Hashable], size: int, seed: int, first: int = 
 
 
 def _epoch_of_batch(members: Counter[Hashable], size: int, number: int) -> tuple[int, int]:
-    """The epoch in which batch `number` is completed, and how many of that epoch are completed before it."""
+    """Return the epoch that completes batch `number`, and how many batches it completes before that."""
 
     def batches_before(epoch: int) -> int:
         return sum(epoch * count // size for count in members.values())
 
-    enough = (number + len(members) + 1) * size // members.total() + 1  # these epochs have more than `number`
+    # An upper end for the bisection. Each of k buckets loses less than a batch to the floor, so e epochs of M
+    # examples complete more than e M / n - k batches: more than `number` if e >= (number + k) n / M.
+    enough = (number + len(members) + 1) * size // members.total() + 1
     epoch = bisect_right(range(enough + 1), number, key=batches_before) - 1
     return epoch, number - batches_before(epoch)
 
 
 def _carried_over(buckets: Sequence[Hashable], size: int, seed: int, epoch: int) -> dict[Hashable, list[int]]:
-    """Examples of each bucket that are in no batch yet when an epoch begins, in the order of their coming."""
+    """Return each bucket's examples that are in no batch when an epoch begins, in the order of visits."""
     members = Counter(buckets)
     waiting: dict[Hashable, list[int]] = {bucket: [] for bucket in members}
     numbers = {bucket: epoch * count % size for bucket, count in members.items()}
+    # The waiting examples are the bucket's latest visits. To go back to them takes one epoch, or a few if a
+    # bucket has fewer members than a batch has places.
     epochs_back = max(-(-number // members[bucket]) for bucket, number in numbers.items())
     for past in range(epoch - epochs_back, epoch):
         for example in _shuffled(len(buckets), seed, past):
