@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdxl_lora.adapters.lora import add_adapters
+from sdxl_lora.adapters.lora import add_adapters, named_parts
 from sdxl_lora.config import load_params
 from sdxl_lora.models import architecture
 
@@ -73,7 +73,7 @@ def adapted(text_encoders: bool) -> tuple[nn.Module, ...]:
     encoders = architecture.SDXL_BASE.make_text_encoders("fp32", META) if text_encoders else None
     modules = (unet, *(encoders or ()))
     config = load_params(RECIPE).lora.model_copy(update={"rank": RANK})
-    add_adapters(unet, encoders, config, seed=0)
+    add_adapters(named_parts(unet, encoders), config, seed=0)
     return modules
 
 

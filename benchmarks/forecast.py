@@ -23,7 +23,7 @@ from sdxl_lora.adapters.lora import add_adapters
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.memory.planner import TrainingPlan, choose_plan
 from sdxl_lora.runtime.device import acquire_device, deterministic_kernels
-from sdxl_lora.training.trainer import prepare_modules, train_lora
+from sdxl_lora.training.trainer import Trainer, prepare_modules
 
 STEPS = 4  # the first records, and all take the same memory, but for text encoders that freeze after two
 
@@ -120,9 +120,9 @@ def measure(name: str, recipe: Params, plan: TrainingPlan) -> dict[str, Any]:
         dataset: Any = RandomDataset(params.encoding.resolution)  # acts as an EncodedDataset
         trained = params.model.text_encoders != "frozen"
         denoiser = random_denoiser(config.precision, device, trained, config.quantization)
-        add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
+        add_adapters(denoiser.parts, params.lora, params.seed)
         prepare_modules(denoiser, config, dataset.latents, plan.checkpointed)
-        seconds = [round(report.seconds, 4) for report in train_lora(denoiser, dataset, config, params.seed)]
+        seconds = [round(report.seconds, 4) for report in Trainer(denoiser, dataset, config, params.seed)]
         peaks = allocator_peaks(device)
     return {"seconds": seconds, **peaks, "peak_device_gib": memory.peak_gib}
 

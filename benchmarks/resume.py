@@ -81,7 +81,7 @@ def train(
         plan = choose_plan(params.model, params.lora, params.training, dataset.latents, device)
         config = plan.applied_to(params.training)
         denoiser = random_denoiser(config.precision, device, True, config.quantization)
-        add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
+        add_adapters(denoiser.parts, params.lora, params.seed)
         attention = prepare_modules(denoiser, config, dataset.latents, plan.checkpointed)
         training = Trainer(denoiser, dataset, config, params.seed)
         checkpoints, saving = Checkpointer(folder, minutes=None), []

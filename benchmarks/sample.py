@@ -26,7 +26,7 @@ from benchmarks.random_sdxl import random_pipeline
 from benchmarks.results import GIB, OK, Configuration, Result, now, publish, this_machine
 from benchmarks.tables import WAYS
 from benchmarks.timing import wait_for
-from sdxl_lora.adapters.lora import adapter_strength, add_adapters, lora_parameters
+from sdxl_lora.adapters.lora import adapter_strength, add_adapters, lora_parameters, named_parts
 from sdxl_lora.config import Params, Precision, SamplingConfig, load_params
 from sdxl_lora.inference.pipeline import generate_images, prepare_pipeline, use_cuda_graph
 from sdxl_lora.inference.sampling import adapted_modules, initial_noise
@@ -157,7 +157,7 @@ def adapted_pipeline(
     text_encoders = None
     if params.model.text_encoders != "frozen":
         text_encoders = pipeline.text_encoder, pipeline.text_encoder_2
-    add_adapters(pipeline.unet, text_encoders, params.lora, seed=0)
+    add_adapters(named_parts(pipeline.unet, text_encoders), params.lora, seed=0)
     for module in adapted_modules(pipeline):
         for number, parameter in enumerate(lora_parameters(module)):
             if not parameter.any():

@@ -26,7 +26,7 @@ from sdxl_lora.adapters.lora import add_adapters
 from sdxl_lora.config import Attention, Params, Quantization, load_params
 from sdxl_lora.memory.planner import TrainingPlan, choose_plan
 from sdxl_lora.runtime.device import acquire_device, choose_device, deterministic_kernels
-from sdxl_lora.training.trainer import StepMetrics, prepare_modules, train_lora
+from sdxl_lora.training.trainer import StepMetrics, Trainer, prepare_modules
 
 WARMUP_STEPS = 4
 VARIED = (
@@ -173,9 +173,9 @@ def training(params: Params, plan: TrainingPlan, device: torch.device, dataset: 
     """The library's own loop, on random weights and latents."""
     config, trained = plan.applied_to(params.training), params.model.text_encoders != "frozen"
     denoiser = random_denoiser(config.precision, device, trained, config.quantization)
-    add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
+    add_adapters(denoiser.parts, params.lora, params.seed)
     prepare_modules(denoiser, config, dataset.latents, plan.checkpointed)
-    yield from train_lora(denoiser, dataset, config, params.seed)
+    yield from Trainer(denoiser, dataset, config, params.seed)
 
 
 if __name__ == "__main__":

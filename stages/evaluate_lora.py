@@ -33,7 +33,7 @@ def main() -> None:
         require_precision(device, config.precision, "evaluation.precision")
         held_out, training = (EncodedDataset(paths.ENCODED, split) for split in ("held_out", "train"))
         denoiser = load_denoiser(params.model, config.precision, device)
-        load_lora(paths.LORA, denoiser.unet, denoiser.text_encoders)
+        load_lora(paths.LORA, denoiser.parts)
         errors = []
         with tqdm(total=len(held_out_jobs(held_out, config)), desc="held-out loss", unit="draw") as progress:
             for batch in held_out_errors(denoiser, held_out, config):

@@ -288,8 +288,8 @@ def test_resume_that_forgets_something_fails(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_file_that_holds_something_else_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rounded(folder: Path, *modules: Any) -> None:
-        save_lora(folder, *modules)
+    def rounded(folder: Path, parts: dict[str, Any]) -> None:
+        save_lora(folder, parts)
         path = folder / WEIGHTS_FILE
         save_file({name: tensor.half().float() for name, tensor in load_file(path).items()}, path)
 

@@ -78,7 +78,7 @@ def test_held_out_errors_are_those_of_a_loop_over_base_and_adapted_model(
     trained = write_adapter(tmp_path, model, params.lora)
     base = load_denoiser(model, "fp32", CPU)
     denoiser = load_denoiser(model, "fp32", CPU)
-    load_lora(tmp_path, denoiser.unet, denoiser.text_encoders)
+    load_lora(tmp_path, denoiser.parts)
     errors = [error for batch in held_out_errors(denoiser, dataset, config) for error in batch]
     expected_base = by_a_loop(base.unet, base.text_encoders, dataset, config)
     expected_adapter = by_a_loop(trained.unet, trained.text_encoders, dataset, config)

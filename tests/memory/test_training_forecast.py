@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from sdxl_lora.adapters.lora import add_adapters, lora_parameters
 from sdxl_lora.config import Params, Precision, TrainingConfig, load_params
@@ -19,14 +18,12 @@ from sdxl_lora.memory.training_forecast import (
     forecast_training,
     make_denoiser,
     make_examples,
-    optimizer_bytes,
     record_events,
     with_checkpointing,
 )
 from sdxl_lora.models.architecture import read_architecture
 from sdxl_lora.storage.atomic_io import GIB
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
-from sdxl_lora.training.train_step import ParameterGroup, make_optimizer
 from sdxl_lora.training.trainer import make_train_step
 from tests.support.traced import peak
 
@@ -57,7 +54,7 @@ def real_denoiser(params: Params, config: TrainingConfig) -> Denoiser:
 
 def step_of(denoiser: Denoiser, work: TrainingSpec) -> list[Event]:
     """A step's events, with the modules as diffusers has them: on a CPU the library's own are others."""
-    add_adapters(denoiser.unet, denoiser.text_encoders, work.lora, seed=0)
+    add_adapters(denoiser.parts, work.lora, seed=0)
     examples = make_examples(work, 2)
     trace = MemoryTrace(denoiser.device)
     with trace:
@@ -116,7 +113,7 @@ def test_unit_that_frees_nothing_is_no_choice(trace: TrainingTrace, work: Traini
 
 def test_parts_are_what_they_are_made_of(work: TrainingSpec, trace: TrainingTrace) -> None:
     denoiser = make_denoiser(work)
-    add_adapters(denoiser.unet, denoiser.text_encoders, work.lora, seed=0)
+    add_adapters(denoiser.parts, work.lora, seed=0)
     adapters = sum(p.numel() for module in denoiser.modules for p in lora_parameters(module))
     frozen = sum(p.numel() for module in denoiser.modules for p in module.parameters() if not p.requires_grad)
     forecast = forecast_training(trace, [], 0)
@@ -132,18 +129,6 @@ def test_moving_average_is_another_copy_of_the_adapters(work: TrainingSpec, trac
     averaging = replace(work, config=work.config.model_copy(update={"ema_decay": 0.99}))
     more = MetaTrainingRun(averaging).step(4).adapters - trace.adapters
     assert more == pytest.approx(trace.adapters * 4 / 10, rel=1e-3)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
-def test_optimizer_is_as_large_as_the_real_one(params: Params, optimizer: str) -> None:
-    config = params.training.model_copy(update={"optimizer": optimizer})
-    master = nn.Parameter(torch.zeros(100_000))
-    master.grad = torch.zeros_like(master)
-    real = make_optimizer([master], [ParameterGroup([master], 1e-3)], config)
-    real.step()
-    tables = ("qmap1", "qmap2", "step")  # the same few bytes for any number of parameters
-    state = {name: value for name, value in real.state[master].items() if name not in tables}
-    assert optimizer_bytes(100_000, config) == sum(tensor.nbytes for tensor in state.values())
 
 
 def test_previews_come_on_top_of_a_recorded_step(work: TrainingSpec, trace: TrainingTrace) -> None:
@@ -175,7 +160,7 @@ def test_workspace_keeps_the_segment_in_which_it_lies() -> None:
 def test_adamw_in_fp32_updates_with_one_more_copy(trace: TrainingTrace, work: TrainingSpec) -> None:
     plain = replace(work, config=work.config.model_copy(update={"optimizer": "adamw"}))
     denoiser = make_denoiser(work)
-    add_adapters(denoiser.unet, denoiser.text_encoders, work.lora, seed=0)
+    add_adapters(denoiser.parts, work.lora, seed=0)
     num_parameters = sum(p.numel() for module in denoiser.modules for p in lora_parameters(module))
     assert MetaTrainingRun(plain).step(4).update == 4 * num_parameters
     assert trace.update == 0

@@ -119,7 +119,7 @@ def test_training_stopped_again_and_again_goes_on_to_the_same_results(
     write_params(recipe, log_every=2)
     last = checkpoints()[-1]
     train_lora.main()
-    assert f"going on after step {last} of 9" in caplog.text
+    assert f"resuming after step {last} of 9" in caplog.text
     assert results() == uninterrupted
     assert list(paths.CHECKPOINTS.rglob("*.safetensors")) == []
 
@@ -134,7 +134,7 @@ def test_training_goes_on_where_no_checkpoint_can_be_written(
     paths.CHECKPOINTS.parent.mkdir(parents=True)
     paths.CHECKPOINTS.write_text("not a folder")
     train_lora.main()
-    assert caplog.text.count("training goes on") == 3
+    assert caplog.text.count("training continues") == 3
     assert saved_lora(paths.LORA).is_file()
 
 
@@ -182,7 +182,7 @@ def test_dvc_repro_goes_on_where_it_was_killed(recipe: dict[str, Any], tmp_path:
     assert project.attempt(*command).returncode != 0
     killer.join()
     assert not (root / paths.PREVIEWS / "step-000006.png").exists()
-    assert re.search(r"going on after step [345] of 9", project.run(*command))
+    assert re.search(r"resuming after step [345] of 9", project.run(*command))
     previews = [path.name for path in sorted((root / paths.PREVIEWS).iterdir())]
     assert previews == ["step-000003.png", "step-000006.png", "step-000009.png"]
     assert (root / paths.LORA).is_dir()

@@ -82,7 +82,7 @@ def dataset(folder: Path) -> EncodedDataset:
 def denoiser(dataset: EncodedDataset) -> Denoiser:
     """Ready to be trained."""
     denoiser = load_denoiser(MODEL, "fp32", CPU)
-    add_adapters(denoiser.unet, denoiser.text_encoders, PARAMS.lora, seed=0)
+    add_adapters(denoiser.parts, PARAMS.lora, seed=0)
     prepare_modules(denoiser, CONFIG, dataset.largest_latents)
     return denoiser
 
@@ -142,7 +142,7 @@ def test_training_goes_on_to_the_same_losses_across_sizes_and_freezing(
         next(steps)
     state = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
     other = load_denoiser(MODEL, "fp32", CPU)
-    add_adapters(other.unet, other.text_encoders, PARAMS.lora, seed=0)
+    add_adapters(other.parts, PARAMS.lora, seed=0)
     prepare_modules(other, CONFIG, dataset.largest_latents)
     resumed = Trainer(other, dataset, CONFIG, seed=0)
     resumed.load_state_dict(state)

@@ -135,7 +135,7 @@ def test_resumed_training_is_the_uninterrupted_one(
 
 def make(params: Params, config: TrainingConfig, encoded: Path) -> tuple[Trainer, Denoiser]:
     denoiser = load_denoiser(params.model, config.precision, CPU)
-    add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, SEED)
+    add_adapters(denoiser.parts, params.lora, SEED)
     dataset = EncodedDataset(encoded, "train")
     prepare_modules(denoiser, config, dataset.largest_latents)
     return Trainer(denoiser, dataset, config, SEED), denoiser

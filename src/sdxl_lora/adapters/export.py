@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdxl_lora.adapters.kohya import kohya_delta, kohya_name, kohya_weights, lora_delta
 from sdxl_lora.adapters.lineage import WEIGHTS_KEY
-from sdxl_lora.adapters.lora import WEIGHTS_FILE, peft_header, saved_lora, split_by_part
+from sdxl_lora.adapters.lora import WEIGHTS_FILE, peft_header, peft_scale, saved_lora, split_by_part
 from sdxl_lora.config import ExportConfig, PredictionType
 from sdxl_lora.storage.safetensors_io import content_digest, read_header, write_tensors
 
@@ -35,7 +35,7 @@ def export_lora(
     """
     path = saved_lora(source)
     weights, configs = load_file(path), split_by_part(peft_header(path))
-    alphas = {part: float(config["lora_alpha"]) for part, config in configs.items()}
+    alphas = {part: _kohya_alpha(config) for part, config in configs.items()}
     renamed = kohya_weights(weights, alphas, layers_per_block)
     target.mkdir(parents=True, exist_ok=True)
     header = {**read_header(path), **facts, WEIGHTS_KEY: content_digest(weights)}
@@ -78,10 +78,16 @@ def _update_of(weights: Mapping[str, Tensor], layer: str, scales: Mapping[str, f
 
 
 def _scales_by_part(path: Path) -> dict[str, float]:
-    """The factor alpha / rank of each part, from a file's header."""
-    return {
-        part: config["lora_alpha"] / config["r"] for part, config in split_by_part(peft_header(path)).items()
-    }
+    """Return the factor of each part's updates, from a file's header."""
+    return {part: peft_scale(config) for part, config in split_by_part(peft_header(path)).items()}
+
+
+def _kohya_alpha(config: Mapping[str, Any]) -> float:
+    """Return the alpha with which kohya's formula, alpha / rank, gives PEFT's scale.
+
+    Rounded to nine digits, which fp32 does not exceed: (5.1 / 3) * 3 is written as 5.1 again.
+    """
+    return float(f"{peft_scale(config) * config['r']:.9g}")
 
 
 def _kohya_header(config: Mapping[str, Any]) -> dict[str, str]:
@@ -93,7 +99,7 @@ def _kohya_header(config: Mapping[str, Any]) -> dict[str, str]:
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config["r"]),
-        "ss_network_alpha": str(config["lora_alpha"]),
+        "ss_network_alpha": str(_kohya_alpha(config)),
         "ss_base_model_version": "sdxl_base_v1-0",
     }
 

@@ -8,7 +8,7 @@ from math import inf
 import torch
 from torch import Tensor, nn
 
-from sdxl_lora.adapters.lora import add_adapters, lora_parameters
+from sdxl_lora.adapters.lora import add_adapters, lora_parameters, named_parts
 from sdxl_lora.config import Params, SamplingConfig
 from sdxl_lora.data.encoders import embed_captions, encode_images, tile_vae
 from sdxl_lora.inference.pipeline import fuse_pipeline
@@ -132,7 +132,7 @@ def trace_sampling(shapes: SDXLArchitecture, params: Params) -> InferenceTrace:
     text_encoders = shapes.make_text_encoders(config.precision, META)
     vae = shapes.make_vae(config.precision, META)
     adapted = text_encoders if params.model.text_encoders != "frozen" else None
-    add_adapters(unet, adapted, params.lora, seed=0)
+    add_adapters(named_parts(unet, adapted), params.lora, seed=0)
     adapters = [p for module in (unet, *text_encoders) for p in lora_parameters(module)]
     for parameter in adapters:
         parameter.data = parameter.data.to(DTYPES[config.precision])

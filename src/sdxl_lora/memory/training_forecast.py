@@ -10,7 +10,7 @@ from math import inf
 
 import torch
 
-from sdxl_lora.adapters.lora import add_adapters, lora_parameters, named_parts
+from sdxl_lora.adapters.lora import add_adapters, lora_parameters
 from sdxl_lora.config import LoraConfig, TrainingConfig
 from sdxl_lora.data.encoded_dataset import Batch
 from sdxl_lora.kernels.quantized_linear import quantize
@@ -132,12 +132,12 @@ class MetaTrainingRun:
             for module in denoiser.modules:
                 self._trace.hold([*module.parameters(), *module.buffers()])
             self._weights = live_bytes(self._trace.events)
-            add_adapters(denoiser.unet, denoiser.text_encoders, work.lora, seed=0)
+            add_adapters(denoiser.parts, work.lora, seed=0)
             prepare_modules(denoiser, work.config, work.latents, checkpointed)
             self._engine = make_train_step(denoiser, work.config)
         for module in denoiser.modules:
             module.train()
-        self._units = find_units(named_parts(denoiser.unet, denoiser.text_encoders))
+        self._units = find_units(denoiser.parts)
         self._setup = tuple(self._trace.events)
 
     def step(self, micro_batch_size: int) -> TrainingTrace:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers.models.clip.modeling_clip import ALL_ATTENTION_FUNCTIONS, CLIPAttention, CLIPEncoderLayer
 
+from sdxl_lora.adapters.lora import layers_of_same_input
 from sdxl_lora.adapters.merged_linear import is_mergeable, pack_adjacent, project, project_merged
 from sdxl_lora.config import AttentionBackend
 from sdxl_lora.kernels.attention import AttentionShape, attend
@@ -68,11 +69,14 @@ def _merge_projections(attention: Any) -> None:
 
 
 def projections_of_same_input(attention: Any) -> list[Any]:
-    """The layers that read the same input, in the order in which the module holds them."""
+    """Return the layers that read the same input: key, value, query of CLIP; query, key, value of the UNet.
+
+    The UNet's cross-attention reads the text with key and value alone.
+    """
     if isinstance(attention, CLIPAttention):
-        return [attention.k_proj, attention.v_proj, attention.q_proj]
-    keys_and_values = [attention.to_k, attention.to_v]
-    return keys_and_values if attention.is_cross_attention else [attention.to_q, *keys_and_values]
+        return layers_of_same_input(attention, ("k_proj", "v_proj", "q_proj"))
+    query = () if attention.is_cross_attention else ("to_q",)
+    return layers_of_same_input(attention, (*query, "to_k", "to_v"))
 
 
 class _FusedUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]

@@ -15,7 +15,6 @@ from sdxl_lora.adapters.lora import (
     adapter_weights,
     add_adapters,
     lora_parameters,
-    named_parts,
     save_lora,
 )
 from sdxl_lora.config import Params, TrainingConfig
@@ -55,7 +54,7 @@ class DryRun:
         self.config = config
         self._work, self._model = work, params.model
         self._denoiser = load_denoiser(params.model, config.precision, device, config.quantization)
-        add_adapters(self._denoiser.unet, self._denoiser.text_encoders, params.lora, params.seed)
+        add_adapters(self._denoiser.parts, params.lora, params.seed)
         self.attention = prepare_modules(self._denoiser, config, work.latents, checkpointed)
         self._names = _start_adapters(self._denoiser)
         self._engine = make_train_step(self._denoiser, config)
@@ -102,8 +101,8 @@ class DryRun:
     def round_trips(self, folder: Path) -> bool:
         """Writes the adapters and reads them back; whether the file holds them to the bit. Ends the trial."""
         self._engine.finish()
-        save_lora(folder, self._denoiser.unet, self._denoiser.text_encoders)
-        parts = named_parts(self._denoiser.unet, self._denoiser.text_encoders)
+        save_lora(folder, self._denoiser.parts)
+        parts = self._denoiser.parts
         weights = {
             f"{part}.{name}": tensor
             for part, module in parts.items()
@@ -116,7 +115,7 @@ class DryRun:
 def _start_adapters(denoiser: Denoiser) -> list[str]:
     """Draws every B, so that gradients reach every A; the names of all adapters, as the engine has them."""
     names = []
-    for part, module in named_parts(denoiser.unet, denoiser.text_encoders).items():
+    for part, module in denoiser.parts.items():
         own = {id(parameter): name for name, parameter in module.named_parameters()}
         for parameter in lora_parameters(module):
             name = f"{part}.{own[id(parameter)]}"
