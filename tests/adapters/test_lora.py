@@ -162,8 +162,8 @@ def test_file_names_layers_as_other_tools_do_and_tells_no_path(model: ModelConfi
     assert "base_model/" not in str(header)
 
 
-def test_adapter_trained_with_dropout_draws_without(model: ModelConfig, tmp_path: Path) -> None:
-    """Diffusers puts adapters on in training mode: a dropout in the file would garble every picture."""
+def test_adapter_trained_with_dropout_samples_without(model: ModelConfig, tmp_path: Path) -> None:
+    """Diffusers puts adapters on in training mode: a dropout in the file would garble every image."""
     trained = as_if_trained(adapted(model, config().model_copy(update={"dropout": 0.5})))
     save_lora(tmp_path, trained.parts)
     pipeline = load_pipeline(model, "fp32", CPU)

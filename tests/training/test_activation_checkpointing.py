@@ -58,7 +58,7 @@ def gradients(denoiser: Denoiser, dataset: EncodedDataset) -> tuple[Tensor, ...]
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("choice", ["all", "every third", "transformers", "resnets", "text encoders"])
-def test_gradients_are_the_same_to_the_bit(
+def test_gradients_are_bit_identical(
     params: Params, dataset: EncodedDataset, choice: str, dropout: float
 ) -> None:
     denoiser = adapted(params, dropout)

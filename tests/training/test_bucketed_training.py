@@ -133,7 +133,7 @@ def test_mirrored_images_are_drawn_for_half_of_the_visits(
         assert torch.equal(examples.batch.latents_mean[0], expected)
 
 
-def test_training_goes_on_to_the_same_losses_across_sizes_and_freezing(
+def test_resumed_training_has_the_same_losses_across_sizes_and_freezing(
     dataset: EncodedDataset, denoiser: Denoiser
 ) -> None:
     whole = Trainer(denoiser, dataset, CONFIG, seed=0)

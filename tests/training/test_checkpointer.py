@@ -85,7 +85,7 @@ def job(folder: Path, encoded: Path, params: Params, device: str, steps: int) ->
         pytest.param("cuda", 5, 200, marks=pytest.mark.gpu),
     ],
 )
-def test_killed_trainings_end_in_the_same_adapter_to_the_bit(
+def test_killed_trainings_end_in_a_bit_identical_adapter(
     params: Params,
     encoded: Path,
     tmp_path: Path,
@@ -238,7 +238,7 @@ def test_deleting_takes_forgotten_ones_of_other_trainings_along(tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["recent"]
 
 
-def test_no_training_goes_on_from_anothers_checkpoints(params: Params, encoded: Path, tmp_path: Path) -> None:
+def test_no_training_resumes_from_anothers_checkpoints(params: Params, encoded: Path, tmp_path: Path) -> None:
     def key(index: Path = encoded / INDEX, seed: int = SEED, rank: int = 4, **training: Any) -> str:
         lora = params.lora.model_copy(update={"rank": rank})
         config = params.training.model_copy(update=training)

@@ -32,7 +32,7 @@ def test_previews_of_equal_weights_are_equal_whatever_is_dropped(previewer: Prev
     assert previewer.generate() == first
 
 
-def test_training_goes_on_in_training_mode(previewer: Previewer) -> None:
+def test_training_mode_is_restored_after_a_preview(previewer: Previewer) -> None:
     previewer.generate()
     assert all(part.training for module in previewer._denoiser.modules for part in module.modules())
 

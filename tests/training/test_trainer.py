@@ -190,7 +190,7 @@ def test_training_changes_lora_weights_alone(
     assert not any(torch.equal(b, a) for b, a in pairs)
 
 
-def test_same_seed_same_adapter_to_the_bit(
+def test_same_seed_gives_a_bit_identical_adapter(
     model: ModelConfig, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig
 ) -> None:
     config, lora = with_(config, optimizer="adamw_8bit"), lora.model_copy(update={"dropout": 0.3})
@@ -200,7 +200,7 @@ def test_same_seed_same_adapter_to_the_bit(
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """A GPU that repeats itself to the bit."""
+    """A GPU with deterministic kernels."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with deterministic_kernels(True):
         yield torch.device("cuda")
@@ -213,21 +213,21 @@ def trained_on_gpu(
     config: TrainingConfig,
     device: torch.device,
     checkpointing: bool = False,
-    recorded: bool = True,
+    use_graph: bool = True,
 ) -> tuple[Denoiser, list[StepMetrics]]:
     denoiser = load_denoiser(model, config.precision, device)
     add_adapters(denoiser.parts, lora, SEED)
     units = find_units(denoiser.parts) if checkpointing else ()
     prepare_modules(denoiser, config, LATENTS, units)
-    with monkeypatched_recorder(recorded):
+    with graphs_if(use_graph):
         return denoiser, list(Trainer(denoiser, dataset, config, SEED))
 
 
 @contextmanager
-def monkeypatched_recorder(recorded: bool) -> Iterator[None]:
-    """Makes the engine run eagerly on a GPU, too, unless `recorded`."""
+def graphs_if(use_graph: bool) -> Iterator[None]:
+    """Makes the step run eagerly on a GPU, too, unless `use_graph`."""
     with pytest.MonkeyPatch.context() as patch:
-        if not recorded:
+        if not use_graph:
             patch.setattr(GraphedCallable, "has", lambda *_: True)
             patch.setattr(
                 GraphedCallable, "replay", lambda self, inputs: self._function(inputs.to(self._device))
@@ -238,7 +238,7 @@ def monkeypatched_recorder(recorded: bool) -> Iterator[None]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_replayed_steps_are_the_eager_ones_to_the_bit(
+def test_replayed_steps_are_bit_identical_to_eager_ones(
     model: ModelConfig,
     lora: LoraConfig,
     dataset: EncodedDataset,
@@ -248,7 +248,7 @@ def test_replayed_steps_are_the_eager_ones_to_the_bit(
     checkpointing: bool,
 ) -> None:
     config = with_(config, precision=precision, optimizer="adamw_8bit")
-    eager, reports = trained_on_gpu(model, lora, dataset, config, cuda, checkpointing, recorded=False)
+    eager, reports = trained_on_gpu(model, lora, dataset, config, cuda, checkpointing, use_graph=False)
     replayed, again = trained_on_gpu(model, lora, dataset, config, cuda, checkpointing)
     twice, _ = trained_on_gpu(model, lora, dataset, config, cuda, checkpointing)
     assert [(r.loss, r.grad_norm) for r in reports] == [(r.loss, r.grad_norm) for r in again]

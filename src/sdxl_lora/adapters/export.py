@@ -1,6 +1,6 @@
-"""The adapter as others take it: diffusers' file, and kohya's for ComfyUI and A1111, checked once written.
+"""The adapter as files for other tools: diffusers' format, and kohya's for ComfyUI and A1111.
 
-Both hold the same fp32 weights, and in their headers where they come from.
+Both hold the same fp32 weights and, in their headers, their lineage. They are checked once written.
 """
 
 import re
@@ -22,16 +22,16 @@ from sdxl_lora.storage.safetensors_io import content_digest, read_header, write_
 def export_lora(
     source: Path, target: Path, config: ExportConfig, facts: Mapping[str, str], layers_per_block: int
 ) -> None:
-    """Writes both files of the adapter in `source` into `target` and reads them back.
+    """Write both files of the adapter in `source` into `target`, and read them back.
 
     Args:
-        facts: entries of both headers: ModelSpec's, and where the adapter comes from.
+        facts: entries of both headers: ModelSpec's, and the lineage.
         layers_per_block: resnets in a block of the UNet's way down.
 
     Raises:
         FileNotFoundError: nothing was saved in `source`.
         ValueError: a layer has no name in kohya's format.
-        RuntimeError: a file does not hold what was trained.
+        RuntimeError: a file does not hold the trained updates.
     """
     path = saved_lora(source)
     weights, configs = load_file(path), split_by_part(peft_header(path))
@@ -51,10 +51,10 @@ def export_lora(
 
 
 def check_files(trained: Path, diffusers: Path, kohya: Path, layers_per_block: int) -> None:
-    """Reads the files back and compares what they add to each layer with what was trained, a layer at a time.
+    """Compare the files' update of each layer with the trained one, a layer at a time.
 
     Raises:
-        RuntimeError: a file adds something else to a layer, or has layers of its own.
+        RuntimeError: an update differs, or a file has other layers.
     """
     expected, again, renamed = load_file(trained), load_file(diffusers), load_file(kohya)
     scales, scales_again = (_scales_by_part(path) for path in (trained, diffusers))
@@ -72,7 +72,7 @@ def check_files(trained: Path, diffusers: Path, kohya: Path, layers_per_block: i
 
 
 def _update_of(weights: Mapping[str, Tensor], layer: str, scales: Mapping[str, float]) -> Tensor:
-    """What an adapter in diffusers' format adds to a layer's weight."""
+    """Return what an adapter in diffusers' format adds to a layer's weight."""
     up, down = (weights[f"{layer}.lora_{matrix}.weight"] for matrix in "BA")
     return scales[layer.partition(".")[0]] * lora_delta(up, down)
 
@@ -91,7 +91,7 @@ def _kohya_alpha(config: Mapping[str, Any]) -> float:
 
 
 def _kohya_header(config: Mapping[str, Any]) -> dict[str, str]:
-    """What kohya's own files say of themselves, as far as tools show it.
+    """Return the entries of kohya's headers that tools show.
 
     Args:
         config: PEFT's of the UNet.
@@ -107,7 +107,7 @@ def _kohya_header(config: Mapping[str, Any]) -> dict[str, str]:
 def model_spec(
     config: ExportConfig, trigger: str | None, resolution: int, prediction_type: PredictionType
 ) -> dict[str, str]:
-    """Entries of the Stability AI Model Metadata Standard 1.0.0 (Stability-AI/ModelSpec)."""
+    """Return entries of the Stability AI Model Metadata Standard 1.0.0 (Stability-AI/ModelSpec)."""
     entries = {
         "sai_model_spec": "1.0.0",
         "architecture": "stable-diffusion-xl-v1-base/lora",
@@ -122,5 +122,5 @@ def model_spec(
 
 
 def kohya_file(config: ExportConfig) -> str:
-    """Under which name ComfyUI and A1111 list the adapter."""
+    """Return the name under which ComfyUI and A1111 list the adapter."""
     return f"{re.sub(r'[^a-z0-9]+', '-', config.title.lower()).strip('-')}.safetensors"

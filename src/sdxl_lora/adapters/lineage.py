@@ -1,6 +1,6 @@
-"""What an adapter was made from: enough to find its data, code and params again, and to tell them apart.
+"""An adapter's lineage: what identifies the data, code and params that it was trained from.
 
-The same for the same results: no time, no id of a run. MLflow's run is found by the tag `dvc.train_lora`.
+Equal for equal results: no time, no run id. The MLflow run is found by its tag `dvc.train_lora`.
 """
 
 import hashlib
@@ -17,19 +17,19 @@ from sdxl_lora.storage.safetensors_io import read_header
 
 PREFIX = "sdxl_lora."
 WEIGHTS_KEY = f"{PREFIX}weights.sha256"
-"""Of a file's own tensors, as they lie in it."""
+"""Digest of the tensors in the same file."""
 
 
 def lineage(
     model: ModelConfig, weights: Mapping[str, str], source: Path, index: Path, lock: Path
 ) -> dict[str, str]:
-    """Facts about the adapter in words that a file's header can hold; no place on this machine.
+    """Return the adapter's lineage as entries of a file's header; no path of this machine.
 
     Args:
         weights: SHA-256 of the weights of each of the base model's parts.
-        source: where the data came from, the record that download_dataset left.
+        source: download_dataset's record of where the data came from.
         index: of the encoded data set: digests of the images, and their captions.
-        lock: dvc.lock. Without it, as where a stage is run by hand, what DVC knows is left out.
+        lock: dvc.lock. If it is absent, as after a stage run by hand, DVC's entries are left out.
     """
     record = json.loads(source.read_text(encoding="utf-8"))
     facts = {
@@ -50,20 +50,20 @@ def lineage(
 
 
 def read_lineage(path: Path) -> dict[str, str]:
-    """The facts in an adapter file's header that `lineage` found, without their prefix."""
+    """Return the lineage in an adapter file's header, without its keys' prefix."""
     header = sorted(read_header(path).items())
     return {key.removeprefix(PREFIX): value for key, value in header if key.startswith(PREFIX)}
 
 
 def training_digest(lock: Path) -> str:
-    """A hash of what DVC knows of the training: code, data, params, and the adapter that came of them."""
+    """Return a hash of dvc.lock's entry of the training: code, data, params, and the resulting adapter."""
     return entry_digest(read_lock(lock).get("train_lora", {}))
 
 
 def entry_digest(entry: Mapping[str, Any]) -> str:
-    """The same of the entry of train_lora in dvc.lock.
+    """Return the same for an entry of train_lora in dvc.lock.
 
-    Reports are left out: they hold times, which differ where nothing else does.
+    Reports are left out: they hold times, which differ even if nothing else does.
     """
     outs = [out for out in entry.get("outs", []) if not out["path"].startswith("data/reports/")]
     return json_digest([entry.get("deps"), entry.get("params"), outs])

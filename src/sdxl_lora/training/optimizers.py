@@ -19,7 +19,7 @@ arXiv:2110.02861, section 2.1, has 2,048.)"""
 
 
 @dataclass(frozen=True)
-class OptimizerSpec:
+class _OptimizerSpec:
     """What the library has to know of an optimizer."""
 
     build: Callable[[Sequence[dict[str, Any]], TrainingConfig], torch.optim.Optimizer]
@@ -41,13 +41,13 @@ def _adamw_8bit(groups: Sequence[dict[str, Any]], config: TrainingConfig) -> tor
     return optimizer
 
 
-OPTIMIZERS: Mapping[str, OptimizerSpec] = {
-    "adamw": OptimizerSpec(
+OPTIMIZERS: Mapping[str, _OptimizerSpec] = {
+    "adamw": _OptimizerSpec(
         build=_adamw,
         state_bytes=lambda num_parameters: num_parameters * 2 * 4,  # two moments in fp32
         update_bytes=lambda num_parameters: num_parameters * 4,  # the square roots of all second moments
     ),
-    "adamw_8bit": OptimizerSpec(
+    "adamw_8bit": _OptimizerSpec(
         build=_adamw_8bit,
         state_bytes=lambda num_parameters: 2 * (num_parameters + 4 * -(-num_parameters // _BLOCK)),
         update_bytes=lambda _: 0,  # one kernel, in place
