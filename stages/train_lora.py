@@ -40,10 +40,7 @@ def main() -> None:
             if not distributed_state().is_main_process:
                 loop.run_worker_rank()
                 return
-            for folder in (
-                paths.LORA,
-                paths.PREVIEWS,
-            ):  # DVC expects both, also without previews
+            for folder in (paths.LORA, paths.PREVIEWS):  # both are outputs, also without previews
                 require_writable(folder)
             previewer = make_previewer(run.denoiser, model, config.preview_every)
             with live_run(params) as live:
