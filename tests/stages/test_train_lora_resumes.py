@@ -154,7 +154,7 @@ def test_step_without_a_finite_loss_leaves_all_that_it_was_made_from(recipe: dic
     for row, number in ((slice(0, 2), 0), (slice(2, 4), 1)):
         assert inputs[f"{number}.latents_mean"].equal(batch.latents_mean[row])
         assert inputs[f"{number}.token_ids"].equal(batch.token_ids[row])
-        assert {f"{number}.noise", f"{number}.timesteps", f"{number}.captioned"} <= set(inputs)
+        assert {f"{number}.noise", f"{number}.timesteps", f"{number}.caption_mask"} <= set(inputs)
     assert all(example["image"] in str(error.value) for example in report["examples"])
 
 
