@@ -16,9 +16,8 @@ from sdxl_lora.data.encoded_dataset import (
     Variant,
     data_digest,
     text_digest,
-    write_index,
-    write_shard,
 )
+from sdxl_lora.data.shard_writer import write_index, write_shard
 
 
 def numbered(numbers: list[int], *, embeds: bool) -> Batch:

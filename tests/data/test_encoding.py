@@ -76,7 +76,7 @@ def examples_of(folder: Path) -> dict[str, Batch]:
 
 
 def entries_by_kind(store: Path) -> dict[str, set[str]]:
-    kinds = ("picture", "latents", "text")
+    kinds = ("image", "latents", "text")
     return {kind: {file.name for file in (store / kind).rglob("*") if file.is_file()} for kind in kinds}
 
 
@@ -424,7 +424,7 @@ def test_batches_are_encoded_while_those_before_them_are_written(
     encoders.vae.encoder.register_forward_pre_hook(lambda *_: events.append("encode"))
     entries = LatentCache(Watched(tmp_path / "store"), encoders, CONFIG, images)
     assert all(fault is None for _, fault in entries.encode(rows))
-    kept = [event for event in events if event != "picture"]
+    kept = [event for event in events if event != "image"]
     written = ["latents"] * CONFIG.batch_size
     assert kept == [*["encode"] * 3, *written, "encode", *written * 3]
 
@@ -488,32 +488,32 @@ class TestStore:
 
     def test_unchanged_data_encodes_nothing_and_other_shards_are_cut_from_it(self, stored: Stored) -> None:
         config = CONFIG.model_copy(update={"shard_size": 2, "held_out": 0.5})
-        assert stored.again(config=config) == {"picture": 0, "latents": 0, "text": 0}
+        assert stored.again(config=config) == {"image": 0, "latents": 0, "text": 0}
         assert stored.is_as_from_nothing(config)
 
     def test_edited_caption_encodes_its_text_alone(self, stored: Stored) -> None:
         stored.rows[5] = CaptionedImage(stored.rows[5].id, stored.rows[5].image, "another caption")
-        assert stored.again() == {"picture": 0, "latents": 0, "text": 1}
+        assert stored.again() == {"image": 0, "latents": 0, "text": 1}
         assert stored.is_as_from_nothing()
 
     def test_edited_image_encodes_its_latents_alone(self, stored: Stored) -> None:
         file = stored.images / "5.png"
         pattern(99).save(file)
         stored.rows[5] = row_of(file)
-        assert stored.again() == {"picture": 1, "latents": 1, "text": 0}
+        assert stored.again() == {"image": 1, "latents": 1, "text": 0}
         assert stored.is_as_from_nothing()
 
     def test_other_vae_encodes_all_latents_and_nothing_else(self, stored: Stored) -> None:
         other = load_encoders(PARAMS.model, CONFIG, CPU)
         with torch.no_grad():
             next(other.vae.encoder.parameters()).mul_(1.001)
-        assert stored.again(other) == {"picture": 0, "latents": COUNT, "text": 0}
+        assert stored.again(other) == {"image": 0, "latents": COUNT, "text": 0}
 
     def test_other_text_encoder_encodes_all_texts_and_nothing_else(self, stored: Stored) -> None:
         other = load_encoders(PARAMS.model, CONFIG, CPU)
         assert other.text_encoders is not None
         other.text_encoders[1].bfloat16()
-        assert stored.again(other) == {"picture": 0, "latents": 0, "text": COUNT}
+        assert stored.again(other) == {"image": 0, "latents": 0, "text": COUNT}
 
     @pytest.mark.parametrize(
         ("changes", "kinds"),
@@ -537,7 +537,7 @@ class TestStore:
         for kind in stored.before:
             for file in sorted((stored.store / kind).rglob("*/*"))[:2]:
                 file.write_bytes(file.read_bytes()[:-1] + b"?")
-        assert stored.again() == {"picture": 0, "latents": 0, "text": 0}
+        assert stored.again() == {"image": 0, "latents": 0, "text": 0}
         assert content(stored.folder / "again") == content(stored.folder / "encoded")
         assert entries_by_kind(stored.store) == stored.before
 

@@ -10,9 +10,9 @@ import torch
 from sdxl_lora import paths
 from sdxl_lora.cli.doctor.context import CheckSkippedError, RunContext
 from sdxl_lora.config import Params
+from sdxl_lora.data.latent_cache import max_example_bytes
 from sdxl_lora.memory.training_forecast import META
 from sdxl_lora.models.architecture import SDXLArchitecture
-from sdxl_lora.models.sdxl import DTYPES
 from sdxl_lora.reproducibility.checklist import Check, failed, passed, warned
 from sdxl_lora.reproducibility.integrity import check_pin
 from sdxl_lora.runtime.device import CUDA_CONTEXT
@@ -20,7 +20,6 @@ from sdxl_lora.storage.atomic_io import GIB
 from sdxl_lora.storage.repository import is_local_folder
 
 _WEIGHT_COPIES = 3  # of encoded data: the store of entries, the shards, DVC's cache
-_TOKENS = 78  # embeddings of a caption: 77 and the pooled one
 
 
 def check_gpu_memory(context: RunContext) -> Iterator[Check]:
@@ -89,16 +88,9 @@ def _number_of_examples(params: Params) -> int | None:
 
 
 def example_bytes(shapes: SDXLArchitecture, params: Params) -> int:
-    """Bytes of an encoded example: two moments of the latents, embeddings if text encoders are frozen.
-
-    No bucket has more pixels than the square. Mirrored images have latents of their own.
-    """
-    config = params.encoding
-    latents = (1 + config.flip) * 2 * 4 * (config.resolution // shapes.pixels_per_latent) ** 2
-    embeddings = _TOKENS * shapes.embedding_widths[0] if params.model.text_encoders == "frozen" else 0
-    return (
-        latents * DTYPES[config.vae_precision].itemsize + embeddings * DTYPES[config.text_precision].itemsize
-    )
+    """Return an upper bound of an encoded example with one caption, bytes."""
+    width = shapes.embedding_widths[0] if params.model.text_encoders == "frozen" else 0
+    return max_example_bytes(params.encoding, shapes.pixels_per_latent, width)
 
 
 def _compare(name: str, free: float, needed: float, remedy: str) -> Check:
