@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 
 from sdxl_lora import paths
 from sdxl_lora.adapters.lineage import read_lineage, training_digest
-from sdxl_lora.evaluation.gates import failures
+from sdxl_lora.evaluation.gates import read_gate_failures
 
 _HUB_ERRORS = (HfHubHTTPError, OfflineModeIsEnabled, httpx2.TransportError)
 _REFUSED_STATUSES = (401, 403)
@@ -33,7 +33,7 @@ def _upload_adapter(repository: str, public: bool, force: bool) -> str:
         ValueError: the adapter fails its gates, or what is exported is not the adapter of dvc.lock.
         HfHubHTTPError, OfflineModeIsEnabled, httpx2.TransportError: the Hub refuses or cannot be reached.
     """
-    failed = failures(paths.GATES)
+    failed = read_gate_failures(paths.GATES)
     if failed and not force:
         reasons = "\n  ".join(failed.values())
         raise ValueError(f"the adapter fails its gates, nothing was published:\n  {reasons}")

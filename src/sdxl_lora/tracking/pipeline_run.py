@@ -17,7 +17,7 @@ from PIL import Image
 from sdxl_lora import paths
 from sdxl_lora.adapters.lineage import read_lineage, training_digest
 from sdxl_lora.config import Params
-from sdxl_lora.evaluation.gates import failures
+from sdxl_lora.evaluation.gates import read_gate_failures
 from sdxl_lora.runtime.dvc_execution import current_execution
 from sdxl_lora.runtime.dvc_lock import read_lock
 from sdxl_lora.storage.report_io import flatten
@@ -177,7 +177,7 @@ def _log_reports(client: MlflowClient, run_id: str, model_id: str, dataset: Data
 
 def _log_verdict(client: MlflowClient, run_id: str, model_id: str) -> None:
     """Tags that say whether the adapter passed its gates, and why not: `gates` and `gates.<name>`."""
-    failed = failures(paths.GATES)
+    failed = read_gate_failures(paths.GATES)
     tags = {"gates": "failed" if failed else "passed"}
     tags |= {f"gates.{name}": reason for name, reason in failed.items()}
     client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])

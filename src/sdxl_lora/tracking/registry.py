@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 
 from sdxl_lora import paths
 from sdxl_lora.adapters.lineage import training_digest
-from sdxl_lora.evaluation.gates import failures
+from sdxl_lora.evaluation.gates import read_gate_failures
 from sdxl_lora.storage.report_io import read_numbers
 from sdxl_lora.tracking.live_run import EXPERIMENT, TRACKING_ERRORS, connect
 
@@ -27,7 +27,7 @@ def promote() -> ModelVersion:
         ValueError: the adapter fails its gates, or no MLflow run shows it; says why.
         MlflowException, OSError: the server cannot be reached or refuses.
     """
-    if failed := failures(paths.GATES):
+    if failed := read_gate_failures(paths.GATES):
         reasons = "\n  ".join(failed.values())
         raise ValueError(f"the adapter fails its gates, nothing was registered:\n  {reasons}")
     pointer = read_numbers(paths.MLFLOW_POINTER, "track_run")["mlflow"]
