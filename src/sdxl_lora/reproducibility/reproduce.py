@@ -20,6 +20,7 @@ from typing import Literal, get_args
 import yaml
 
 from sdxl_lora import paths
+from sdxl_lora.reporting.markdown import table
 from sdxl_lora.reproducibility.comparison import ReproductionVerdict, compare_runs
 from sdxl_lora.reproducibility.run_record import RunRecord, find_record, read_record, reader
 from sdxl_lora.storage.report_io import write_numbers
@@ -161,24 +162,17 @@ def _render_reproduction_page(verdict: ReproductionVerdict) -> str:
     lines += [f"- {reason}" for reason in verdict.reasons]
     lines += ["", "## Environment", ""]
     rows = [(d.stage, d.name, d.recorded, d.found) for d in verdict.environment]
-    lines += _table(("stage", "fact", "recorded", "here"), rows) or ["No recorded fact differs."]
+    lines.append(table(("stage", "fact", "recorded", "here"), rows) if rows else "No recorded fact differs.")
     lines += ["", "## Figures", ""]
     figures = [
         (f.name, f"{f.recorded:.6g}", f"{f.found:.6g}", "" if f.tolerance is None else f"{f.tolerance:.2g}")
         for f in verdict.figures
     ]
-    lines += _table(("figure", "recorded", "here", "tolerance"), figures) or ["None."]
+    lines.append(table(("figure", "recorded", "here", "tolerance"), figures) if figures else "None.")
     lines += ["", "## Outputs", ""]
-    lines += _table(("stage", "output", "compared"), [(o.stage, o.path, o.state) for o in verdict.outs])
+    outs = [(o.stage, o.path, o.state) for o in verdict.outs]
+    lines += [table(("stage", "output", "compared"), outs)] if outs else []
     return "\n".join(lines) + "\n"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Lines of Markdown; none without rows."""
-    if not rows:
-        return []
-    cells = [columns, ["---"] * len(columns), *rows]
-    return [f"| {' | '.join(str(cell).replace('|', '&#124;') for cell in row)} |" for row in cells]
 
 
 def main() -> None:
