@@ -84,8 +84,8 @@ def levels_of(file: Path) -> torch.Tensor:
     return to_bytes(decode_image(file.read_bytes()))[None]
 
 
-def test_latents_decode_to_the_picture(encoders: Encoders) -> None:
-    """The demo's small VAE gives this picture back at 34.5 dB."""
+def test_latents_decode_to_the_image(encoders: Encoders) -> None:
+    """The demo's small VAE reproduces this image at 34.5 dB."""
     levels = levels_of(PICTURE)
     latents, std = encode_images(encoders.vae, levels)
     with torch.no_grad():
@@ -98,10 +98,10 @@ def test_latents_are_what_diffusers_encodes_and_scales(encoders: Encoders) -> No
     levels = levels_of(PICTURE)
     mean, std = encode_images(encoders.vae, levels)
     pixels = to_pixels(levels)
-    drawn = [
+    sampled = [
         encoders.vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(s)) for s in range(64)
     ]
-    samples = torch.cat(drawn) * encoders.vae.config.scaling_factor
+    samples = torch.cat(sampled) * encoders.vae.config.scaling_factor
     torch.testing.assert_close(samples.mean(0), mean[0], rtol=0, atol=float(std.max()) * 5 / 8)
     assert float((samples.std(0) / std[0]).mean()) == pytest.approx(1, abs=0.02)
 
@@ -117,12 +117,12 @@ def test_latents_are_shifted_and_scaled_as_the_vae_says() -> None:
 
 
 def test_tiles_give_nearly_the_latents_of_the_whole_image() -> None:
-    """Pictures of 256 px in tiles of 128: latents off by a tenth of their spread, 0.9 dB worse decoded."""
+    """Images of 256 px in tiles of 128: latents off by a tenth of their spread, 0.9 dB worse decoded."""
     whole, tiled = (
         load_encoders(PARAMS.model, CONFIG.model_copy(update={"vae_tile": tile}), CPU).vae
         for tile in (None, 128)
     )
-    levels = torch.stack([to_bytes(four_pictures(number)) for number in range(4)])
+    levels = torch.stack([to_bytes(four_images(number)) for number in range(4)])
     expected, expected_std = encode_images(whole, levels)
     found, found_std = encode_images(tiled, levels)
     assert found.shape == expected.shape == (4, 4, 32, 32)
@@ -134,7 +134,7 @@ def test_tiles_give_nearly_the_latents_of_the_whole_image() -> None:
     assert torch.equal(encode_images(tiled, small)[0], encode_images(whole, small)[0])
 
 
-def four_pictures(number: int) -> Image.Image:
+def four_images(number: int) -> Image.Image:
     """256 x 256 pixels of the demo's data set."""
     files = sorted(PICTURE.parent.glob("*.webp"))[4 * number : 4 * number + 4]
     sheet = Image.new("RGB", (256, 256))
@@ -331,7 +331,7 @@ def examples_with_captions(folder: Path) -> dict[str, list[Batch]]:
     }
 
 
-def test_latents_are_made_anew_when_a_kernel_for_images_changes() -> None:
+def test_latents_are_encoded_again_when_a_kernel_for_images_changes() -> None:
     """Wherever it lies: a module that is new or renamed is easily forgotten."""
     modules = {
         f"{name}/{path.stem}"
@@ -356,7 +356,7 @@ def test_lines_of_one_image_are_its_captions(tmp_path: Path) -> None:
 def test_near_duplicates_are_reported_and_never_on_both_sides(
     images: Path, rows: list[CaptionedImage], encoders: Encoders, tmp_path: Path
 ) -> None:
-    """Every picture again as a small JPEG, whose hash of the file puts it on either side."""
+    """Every image again as a small JPEG, whose hash of the file puts it on either side."""
     for number in range(COUNT):
         pattern(number).resize((100, 100)).save(images / f"again-{number}.jpg", quality=90)
     for number in range(COUNT, 2 * COUNT):
@@ -379,7 +379,7 @@ def test_near_duplicates_are_reported_and_never_on_both_sides(
     assert {finding.kind for finding in report.findings} == {"upscaled"}
 
 
-def test_every_training_picture_is_looked_for_among_the_held_out(
+def test_every_training_image_is_looked_for_among_the_held_out(
     images: Path, rows: list[CaptionedImage], encoders: Encoders, tmp_path: Path
 ) -> None:
     train = split_by_content(rows, CONFIG.held_out)["train"]

@@ -91,7 +91,7 @@ def html(results: Results, folder: Path) -> str:
 
 def test_words_of_others_are_no_markup(html: str) -> None:
     assert "<script" not in html
-    assert html.count("&lt;script&gt;") == 3  # a caption and its two pictures
+    assert html.count("&lt;script&gt;") == 3  # a caption and its two images
     assert "<title>Style &lt;1&gt;</title>" in html
 
 
@@ -139,7 +139,7 @@ def test_same_results_are_the_same_page(html: str, results: Results, folder: Pat
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
-def test_browser_draws_every_picture_without_asking_for_anything(html: str, tmp_path: Path) -> None:
+def test_browser_shows_every_image_without_asking_for_anything(html: str, tmp_path: Path) -> None:
     path = tmp_path / "index.html"
     path.write_text(html, encoding="utf-8")
     asked: list[str] = []
