@@ -36,7 +36,7 @@ def test_line_goes_through_its_values_above_zero() -> None:
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.01)
     heights = [chart.bottom - y for y in (y0, y1, y2)]
     assert [height / heights[2] for height in heights] == pytest.approx([4, 2, 1], rel=1e-3)
-    assert {"loss", "step", "0", "4", "10.0", "30.0"} <= set(chart.texts)
+    assert {"loss", "step", "0", "4", "10", "30"} <= set(chart.texts)
 
 
 def test_equal_ratios_are_equal_heights_on_a_logarithmic_axis() -> None:

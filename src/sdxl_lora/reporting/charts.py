@@ -77,6 +77,7 @@ def line_chart(x: Sequence[float], lines: Mapping[str, Sequence[float]], x_label
     """Return a chart with one line a name, and a legend.
 
     Args:
+        x: whole numbers, such as steps.
         lines: positive if `log`.
         log: whether the vertical axis is logarithmic; otherwise it starts at 0.
     """
@@ -85,6 +86,7 @@ def line_chart(x: Sequence[float], lines: Mapping[str, Sequence[float]], x_label
             marker = "o" if len(x) == 1 else ""  # a line of one point cannot be seen
             chart.axes.plot(x, values, marker=marker, label=name, gid=f"line-{number}")
         chart.axes.set_xlabel(x_label)
+        chart.axes.locator_params(axis="x", integer=True)
         chart.axes.grid(axis="y")
         chart.axes.legend()
         if log:
@@ -133,4 +135,5 @@ def token_histogram(tokens: Sequence[int], limit: int) -> Markup:
         chart.axes.set_xlim(0, max(limit, *counts) + 1)
         chart.axes.set_xlabel(f"CLIP tokens; the limit is {limit}")
         chart.axes.set_ylabel("captions")
+        chart.axes.locator_params(axis="y", integer=True)
     return chart.svg
