@@ -35,6 +35,13 @@ _Statistic = Callable[[Tensor], Tensor]
 """A scalar of the samples at these indices, (N,). Indices may repeat: the bootstrap calls it on resamples."""
 
 
+class _SizedStatistic(NamedTuple):
+    """A statistic and the number of samples that it is of."""
+
+    num_samples: int
+    statistic: _Statistic
+
+
 @dataclass(frozen=True)
 class Metric:
     """One metric at every strength."""
@@ -138,13 +145,6 @@ def sample_metrics(
         )
     names = dict.fromkeys(name for statistics in by_strength.values() for name in statistics)
     return [_metric(name, by_strength) for name in names]
-
-
-class _SizedStatistic(NamedTuple):
-    """A statistic and the number of samples that it is of."""
-
-    num_samples: int
-    statistic: _Statistic
 
 
 def _metric(name: str, by_strength: Mapping[str, Mapping[str, _SizedStatistic]]) -> Metric:
