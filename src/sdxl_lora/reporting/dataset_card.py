@@ -25,7 +25,7 @@ def dataset_card(
         report: report of the encoding.
         folder: the encoded data set.
     """
-    return "\n".join(
+    return "\n\n".join(
         [
             "# Data set",
             _section("Source", _source_rows(source)),
@@ -34,7 +34,7 @@ def dataset_card(
             _section("Digests", _digest_rows(report.examples)),
             "A digest is the Merkle root over examples: each one's image, caption and tensors. "
             "Equal digests mean equal data, whatever its order and shards.",
-            _section("Shards", _shard_rows(folder)),
+            _section("Shards", _shard_rows(folder)) + "\n",
         ]
     )
 
@@ -42,7 +42,7 @@ def dataset_card(
 def _section(title: str, rows: _Rows) -> str:
     """Return a heading and a table of two columns."""
     cells = [(escape(name), escape(str(value))) for name, value in rows]
-    return f"\n## {title}\n\n{table(('', ''), cells)}\n"
+    return f"## {title}\n\n{table(('', ''), cells)}"
 
 
 def _source_rows(source: Mapping[str, object]) -> _Rows:
