@@ -1,7 +1,10 @@
 """Tests that need a GPU are skipped where there is none; those that need a Hub get one of their own."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin starve a busy machine
 
 import pytest
 import torch
@@ -9,9 +12,16 @@ from hub import Hub, serving_hub
 from huggingface_hub import constants
 from hypothesis import settings
 from interpreter import KERNEL_DEVICES, torch_device
+from patience import TEST_SECONDS, patience
 
 settings.register_profile("busy machine", deadline=None)  # else an example fails that takes 200 ms
 settings.load_profile("busy machine")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Limit each test's time, unless the command line does: pytest-timeout reads the option after this."""
+    if config.option.timeout is None:
+        config.option.timeout = patience(TEST_SECONDS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

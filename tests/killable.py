@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from patience import patience
 
 from sdxl_lora.checkpoints import Checkpoints
 from sdxl_lora.config import LoraConfig, ModelConfig, TrainingConfig
@@ -24,7 +25,7 @@ from sdxl_lora.sources import file_digest
 from sdxl_lora.training import Training, prepare
 
 SEED = 7
-SECONDS = 300  # that a process may take to say something
+SECONDS = patience(60)  # that a process may take to say something
 
 
 @dataclass(frozen=True)

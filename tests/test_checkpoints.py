@@ -11,6 +11,7 @@ import pytest
 import torch
 from encoded import write_encoded_dataset
 from killable import Job, Killer
+from patience import patience
 from torch import Tensor
 
 from sdxl_lora.checkpoints import Checkpoint, Checkpoints, training_key
@@ -76,7 +77,7 @@ def job(folder: Path, encoded: Path, params: Params, device: str, steps: int) ->
     return Job(folder, encoded, params.model, params.lora, config, device)
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(patience(360))
 @pytest.mark.parametrize(
     ("device", "kills", "steps"),
     [

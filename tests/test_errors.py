@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import patience
 
 from sdxl_lora.config import load_params
 from sdxl_lora.recipe import select
@@ -39,7 +40,9 @@ def edit(old: str, new: str) -> None:
 def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=patience(30), check=False
+    )
 
 
 def error_of(module: str, *arguments: str) -> str:

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from patience import patience
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -23,7 +24,9 @@ def _bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        ["make", *arguments], capture_output=True, text=True, timeout=patience(15), check=False
+    )
 
 
 def test_help_comes_first_and_needs_no_environment() -> None:

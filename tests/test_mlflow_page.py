@@ -9,11 +9,12 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
+from patience import patience
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 from tracked import write_results
 
-from sdxl_lora import paths
+from sdxl_lora import paths, tracking
 from sdxl_lora.config import load_params
 from sdxl_lora.execution import stage
 from sdxl_lora.projection import track_run
@@ -21,8 +22,8 @@ from sdxl_lora.tracking import live_run
 from sdxl_lora.ui import HOST, address
 
 CHROMIUM = shutil.which("chromium")
-START_SECONDS = 60
-PAGE_MILLISECONDS = 30_000
+START_SECONDS = patience(20)
+PAGE_MILLISECONDS = 1000 * patience(5)
 
 pytestmark = [
     pytest.mark.browser,
@@ -38,6 +39,7 @@ def run_name(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         monkeypatch.chdir(root)
         monkeypatch.setenv("DVC_ROOT", str(root))
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        monkeypatch.setattr(tracking, "PATIENCE", patience(5))
         write_results()
         params = load_params()
         with stage("train_lora"), live_run(params) as run:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from hub import Hub, serving_hub
+from patience import patience
 from tracked import write_gates
 from upload_hub import TOKEN, UploadHandler, Uploads
 
@@ -21,7 +22,7 @@ from sdxl_lora.tensor_files import write_tensors
 
 NAME = "someone/an-adapter"
 CARD = "---\nlibrary_name: diffusers\n---\n# An adapter\n"
-TIMEOUT = 60  # seconds
+TIMEOUT = patience(20)  # seconds
 
 
 @pytest.fixture

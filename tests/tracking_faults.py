@@ -13,6 +13,7 @@ import yaml
 from encoded import write_encoded_dataset
 from fault import Fault, at_step, news, project
 from mlflow import MlflowClient
+from patience import patience
 from small_disks import fill, small_disk
 from tracked import write_results
 from tracking_servers import PASSWORD, Gate, Trouble, gate, mlflow_server
@@ -28,7 +29,7 @@ from stages import train_lora
 STEPS = 12
 POINTS = 4  # of the curve, in a batch
 SLOW = 30  # seconds
-SECONDS = 120  # that the test waits at most
+SECONDS = patience(30)  # that the test waits at most
 
 
 @contextmanager

@@ -11,10 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
 
+from patience import patience
+
 from sdxl_lora import ui
 
 PASSWORD = "PlantedPasswordOfMLflow"
-STARTUP_SECONDS = 120
+STARTUP_SECONDS = patience(20)
 HOP_BY_HOP = {"connection", "transfer-encoding", "content-length", "date", "server"}
 Trouble = Callable[["Gate"], None]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from fault import REPOSITORY, Fault, at_step, contents, news, plain, told
+from patience import patience
 from small_disks import fill, small_disk
 from training_project import enter_project, write_params
 
@@ -22,7 +23,7 @@ from sdxl_lora.sources import file_digest
 from stages import train_lora
 
 STEPS = 4
-SECONDS = 120
+SECONDS = patience(30)
 
 
 def training_faults(folder: Path) -> Iterator[Fault]:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import yaml
 from encoded import write_encoded_dataset
+from patience import patience
 
-from sdxl_lora import paths
+from sdxl_lora import paths, tracking
 from sdxl_lora.config import load_params
 
 REPOSITORY = Path(__file__).parents[1]
@@ -23,6 +24,7 @@ def enter_project(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, An
     monkeypatch.setenv("DVC_ROOT", str(folder))
     monkeypatch.setenv("SDXL_LORA_DEVICE", "cpu")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(tracking, "PATIENCE", patience(5))
     paths.DATA.mkdir()
     write_encoded_dataset(paths.ENCODED, load_params(REPOSITORY / "recipes/demo.yaml").model)
     paths.REPORTS.mkdir()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from diffusers import StableDiffusionXLPipeline
+from patience import patience
 from PIL import Image
 from transformers import CLIPModel
 
@@ -24,7 +25,7 @@ INERT = {
     REPOSITORY / f"src/sdxl_lora/{name}.py"
     for name in ("base_model", "config", "hardware", "hub", "paths", "processes", "sources")
 }
-TIMEOUT = 1500  # seconds for the whole pipeline on a busy machine
+TIMEOUT = patience(300)  # seconds for the whole pipeline
 
 NUM_PICTURES = 6
 SMALL: dict[str, dict[str, Any]] = {
