@@ -153,8 +153,8 @@ def test_step_is_that_of_torch_alone(
 ) -> None:
     """Against the textbook: PEFT's modules, torch's AdamW, the loss written out, text encoders always run.
 
-    AdamW divides a gradient by its size: where one is nearly 0, rounding decides which way a weight moves, by a
-    whole rate. So gradients are compared with autograd's, and then torch's AdamW is given ours.
+    AdamW divides a gradient by its size: where one is nearly 0, rounding decides which way a weight moves by
+    a whole rate. So gradients are compared with autograd's, and then torch's AdamW is given ours.
     """
     model = params.model.model_copy(update={"text_encoders": text_encoders})
     config = with_(config, text_encoder_steps=text_encoder_steps)

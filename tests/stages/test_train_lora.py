@@ -79,8 +79,8 @@ def test_two_processes_train_what_one_does_with_twice_the_batch(
         # fp32 sums in another order: sqrt(100 layers) sqrt(1,000 products) 2^-24.
         assert found[column].tolist() == pytest.approx(curve[column].tolist(), rel=2e-5)
     assert set(together) == set(alone)
-    # B starts at 0: it is all that was trained. Rounding decides the sign of the 2e-5 of its gradients nearest
-    # to 0, and puts their weights off by twice their way: by 2 sqrt(2e-5) = 0.9 % of the norm.
+    # B starts at 0: it is all that was trained. Rounding decides the sign of the 2e-5 of its gradients that
+    # are nearest to 0, and puts their weights off by twice their way: by 2 sqrt(2e-5) = 0.9 % of the norm.
     up = [name for name in alone if "lora_B" in name]
     difference = torch.cat([(together[name] - alone[name]).flatten() for name in up]).norm()
     assert difference / torch.cat([alone[name].flatten() for name in up]).norm() < 1e-2
