@@ -14,7 +14,6 @@ from itertools import accumulate
 
 import matplotlib as mpl
 import matplotlib.style
-from cycler import cycler
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -29,7 +28,6 @@ _STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": cycler(color=_LINES),
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
     "axes.grid.axis": "y",
@@ -57,7 +55,7 @@ def _chart(label: str, height: float, width: float = 5.6) -> Iterator[_Chart]:
 
     Args:
         label: the chart in words, for screen readers.
-        height: inches, of 100 pixels.
+        height: inches, of 96 CSS pixels.
         width: inches.
     """
     with mpl.style.context(["default", _STYLE]):  # `default` undoes the user's matplotlibrc
@@ -84,7 +82,8 @@ def line_chart(x: Sequence[float], lines: Mapping[str, Sequence[float]], x_label
     with _chart(", ".join(lines), height=2.4) as chart:
         for number, (name, values) in enumerate(lines.items()):
             marker = "o" if len(x) == 1 else ""  # a line of one point cannot be seen
-            chart.axes.plot(x, values, marker=marker, label=name, gid=f"line-{number}")
+            colour = _LINES[number % len(_LINES)]
+            chart.axes.plot(x, values, marker=marker, color=colour, label=name, gid=f"line-{number}")
         chart.axes.set_xlabel(x_label)
         chart.axes.locator_params(axis="x", integer=True)
         chart.axes.grid(axis="y")
