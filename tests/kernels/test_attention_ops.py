@@ -19,6 +19,7 @@ from sdxl_lora.kernels.attention_ops import (
 from sdxl_lora.memory.trace import MemoryTrace
 from sdxl_lora.runtime.rng import keyed_generator
 from tests.support.interpreter import large, no_bf16_products
+from tests.support.traced import allocated_sizes
 
 META = torch.device("meta")
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -168,7 +169,7 @@ def test_attention_to_few_keys_keeps_its_output_alone_and_is_counted() -> None:
     key = torch.empty(2, 7, 3, 16, device=META, requires_grad=True)
     with MemoryTrace(META) as trace, FlopCounterMode(display=False) as counter:
         output = attend(query, key, key, "flash")
-        held = sum(event.size for event in trace.events)
+        held = sum(allocated_sizes(trace.events))
         output.sum().backward()
     assert held == output.numel() * output.itemsize
     assert counter.get_total_flops() == trace.total_flops == 7 * 2 * (2 * 3 * 64 * 7 * 16)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from sdxl_lora.config import ModelConfig, Params, TrainingConfig, load_params
-from sdxl_lora.memory.planner import Planner, TrainingPlan, choose_plan
-from sdxl_lora.memory.training_forecast import MetaTrainingRun, TrainingSpec, forecast_training
+from sdxl_lora.memory.planner import ForecastPlan, Planner, TrainingPlan, choose_plan
+from sdxl_lora.memory.training_forecast import forecast_training
+from sdxl_lora.memory.training_trace import MetaTrainingRun, TrainingSpec
 from sdxl_lora.models.architecture import read_architecture
 from sdxl_lora.storage.atomic_io import GIB
 
@@ -69,9 +70,8 @@ def with_(config: TrainingConfig, **changes: Any) -> TrainingConfig:
     return config.model_copy(update=changes)
 
 
-def total(plan: TrainingPlan | None) -> int:
+def total(plan: ForecastPlan | None) -> int:
     assert plan is not None
-    assert plan.forecast is not None
     return plan.forecast.total
 
 
@@ -147,14 +147,14 @@ def test_plan_written_into_params_gives_itself_again(
     assert choose_plan(model, params.lora, plan.applied_to(tight), LATENTS, CUDA) == plan
 
 
-def test_impossible_budget_is_refused_with_ways_that_work(
+def test_impossible_budget_is_refused_with_remedies_that_work(
     params: Params, model: ModelConfig, config: TrainingConfig, planner: Planner
 ) -> None:
     budget = total(planner.smallest()) / GIB - 0.02
     tight = with_(config, vram_gib=budget)
-    with pytest.raises(ValueError, match=r"training\.vram_gib is .*, and training takes") as caught:
+    with pytest.raises(ValueError, match=r"training\.vram_gib is .*, but training takes") as caught:
         choose_plan(model, params.lora, tight, LATENTS, CUDA)
-    ways = str(caught.value).partition("Any of these would do: ")[2].split("; ")
+    ways = str(caught.value).partition("Any one of these suffices: ")[2].split("; ")
     assert len(ways) > 1
     for way in ways:
         match way.split():
@@ -172,7 +172,7 @@ def test_impossible_budget_is_refused_with_ways_that_work(
                 pytest.fail(f"{way!r} cannot be followed")
 
 
-def test_refusal_of_a_pinned_plan_proposes_to_free_it(
+def test_refusal_of_a_pinned_plan_proposes_auto(
     params: Params, model: ModelConfig, config: TrainingConfig, planner: Planner
 ) -> None:
     pinned = with_(config, checkpointing="none", vram_gib=total(planner.smallest()) / GIB)
@@ -184,14 +184,14 @@ def test_cpu_without_a_limit_needs_no_forecast(
     params: Params, model: ModelConfig, config: TrainingConfig
 ) -> None:
     plan = choose_plan(model, params.lora, config, LATENTS, CPU)
-    assert plan == TrainingPlan(4, (), 0.0, None)
+    assert plan == TrainingPlan(4, (), 0.0)
     assert plan.numbers() == {"plan": {"micro_batch_size": 4, "checkpointing": 0, "recomputed": 0.0}}
 
 
 def test_cpu_checkpoints_what_params_pin(params: Params, model: ModelConfig, config: TrainingConfig) -> None:
     plan = choose_plan(model, params.lora, with_(config, checkpointing=5), LATENTS, CPU)
     assert len(plan.checkpointed) == 5
-    assert plan.forecast is None
+    assert not isinstance(plan, ForecastPlan)
 
 
 def test_gpu_without_a_limit_gets_a_forecast(

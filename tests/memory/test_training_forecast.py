@@ -10,18 +10,21 @@ from torch import nn
 from sdxl_lora.adapters.lora import add_adapters, lora_parameters
 from sdxl_lora.config import Params, Precision, TrainingConfig, load_params
 from sdxl_lora.memory.caching_allocator import MIB, CachingAllocator
-from sdxl_lora.memory.trace import Event, MemoryTrace
+from sdxl_lora.memory.trace import Allocate, Event, Free, MemoryTrace, NeedWorkspace
 from sdxl_lora.memory.training_forecast import (
     CUBLAS_WORKSPACE,
+    forecast_training,
+    optimizer_bytes,
+    replay_capture,
+    update_bytes,
+    with_checkpointing,
+)
+from sdxl_lora.memory.training_trace import (
     MetaTrainingRun,
     TrainingSpec,
     TrainingTrace,
-    forecast_training,
     make_denoiser,
     make_examples,
-    optimizer_bytes,
-    record_events,
-    with_checkpointing,
 )
 from sdxl_lora.models.architecture import read_architecture
 from sdxl_lora.storage.atomic_io import GIB
@@ -158,17 +161,17 @@ def test_previews_come_on_top_of_a_recorded_step(work: TrainingSpec, trace: Trai
 
 def test_workspace_keeps_the_segment_in_which_it_lies() -> None:
     """One of 512 MiB that is free again when the backward pass first needs its workspace."""
-    step = [
-        Event("workspace", 0, 0),
-        Event("allocate", 0, 512 * MIB),
-        Event("free", 0, 0),
-        Event("workspace", 1, 0),
+    step: list[Event] = [
+        NeedWorkspace(0),
+        Allocate(0, 512 * MIB),
+        Free(0),
+        NeedWorkspace(1),
     ]
-    calls, graph = record_events(step, CachingAllocator())
-    assert calls.peak_reserved == calls.reserved == CUBLAS_WORKSPACE + 512 * MIB
+    warmup, graph = replay_capture(step, CachingAllocator())
+    assert warmup.peak_reserved == warmup.reserved == CUBLAS_WORKSPACE + 512 * MIB
     assert graph.reserved == CUBLAS_WORKSPACE + 512 * MIB
-    calls, graph = record_events([step[0], step[3], *step[1:3]], CachingAllocator())
-    assert calls.reserved == 2 * CUBLAS_WORKSPACE
+    warmup, graph = replay_capture([step[0], step[3], *step[1:3]], CachingAllocator())
+    assert warmup.reserved == 2 * CUBLAS_WORKSPACE
     assert graph.reserved == 2 * CUBLAS_WORKSPACE + 512 * MIB
 
 
@@ -177,8 +180,9 @@ def test_adamw_in_fp32_updates_with_one_more_copy(trace: TrainingTrace, work: Tr
     denoiser = make_denoiser(work)
     add_adapters(denoiser.unet, denoiser.text_encoders, work.lora, seed=0)
     num_parameters = sum(p.numel() for module in denoiser.modules for p in lora_parameters(module))
-    assert MetaTrainingRun(plain).step(4).update == 4 * num_parameters
-    assert trace.update == 0
+    assert MetaTrainingRun(plain).step(4).num_parameters == trace.num_parameters == num_parameters
+    assert update_bytes(num_parameters, plain.config) == 4 * num_parameters
+    assert update_bytes(num_parameters, work.config) == 0
 
 
 def test_budget_that_is_too_small_is_an_error(trace: TrainingTrace) -> None:
