@@ -37,26 +37,26 @@ def config(params: Params) -> TrainingConfig:
 
 
 @pytest.fixture(scope="module")
-def work(params: Params, config: TrainingConfig) -> TrainingSpec:
+def spec(params: Params, config: TrainingConfig) -> TrainingSpec:
     return TrainingSpec(read_architecture(params.model), True, params.lora, config, LATENTS)
 
 
 @pytest.fixture(scope="module")
-def planner(work: TrainingSpec) -> Planner:
-    return Planner(work)
+def planner(spec: TrainingSpec) -> Planner:
+    return Planner(spec)
 
 
 @pytest.fixture(scope="module")
-def flops(work: TrainingSpec) -> dict[int, float]:
+def flops(spec: TrainingSpec) -> dict[int, float]:
     """Operations of a pass, by micro-batch size."""
-    meta_run = MetaTrainingRun(work)
+    meta_run = MetaTrainingRun(spec)
     return {size: meta_run.step(size).flops for size in (4, 2, 1)}
 
 
 @pytest.fixture(scope="module")
-def totals(work: TrainingSpec) -> dict[tuple[int, int], tuple[int, float]]:
+def totals(spec: TrainingSpec) -> dict[tuple[int, int], tuple[int, float]]:
     """Bytes and share of recomputed operations of every plan, by micro-batch size and number of units."""
-    meta_run, found = MetaTrainingRun(work), {}
+    meta_run, found = MetaTrainingRun(spec), {}
     preview = meta_run.preview()
     for size in (4, 2, 1):
         trace = meta_run.step(size)
@@ -125,8 +125,8 @@ def test_smallest_plan_is_where_refusals_begin(planner: Planner) -> None:
     "pinned",
     [{"checkpointing": "none"}, {"checkpointing": "all"}, {"checkpointing": 7}, {"micro_batch_size": 2}],
 )
-def test_pinned_choices_are_kept(work: TrainingSpec, pinned: dict[str, Any]) -> None:
-    planner = Planner(replace(work, config=with_(work.config, **pinned)))
+def test_pinned_choices_are_kept(spec: TrainingSpec, pinned: dict[str, Any]) -> None:
+    planner = Planner(replace(spec, config=with_(spec.config, **pinned)))
     plan = planner.fastest(inf)
     assert plan is not None
     count = {"none": 0, "all": 32, 7: 7}[pinned.get("checkpointing", "none")]
@@ -135,11 +135,11 @@ def test_pinned_choices_are_kept(work: TrainingSpec, pinned: dict[str, Any]) -> 
 
 
 def test_plan_written_into_params_gives_itself_again(
-    params: Params, model: ModelConfig, config: TrainingConfig, work: TrainingSpec
+    params: Params, model: ModelConfig, config: TrainingConfig, spec: TrainingSpec
 ) -> None:
     """With a budget half way between what all blocks checkpointed need at least, and none."""
     config = with_(config, micro_batch_size=4)
-    ways = [replace(work, config=with_(config, checkpointing=count)) for count in ("all", "none")]
+    ways = [replace(spec, config=with_(config, checkpointing=count)) for count in ("all", "none")]
     budget = fmean(total(Planner(way).smallest()) for way in ways)
     tight = with_(config, vram_gib=budget / GIB)
     plan = choose_plan(model, params.lora, tight, LATENTS, CUDA)

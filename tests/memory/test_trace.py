@@ -1,4 +1,4 @@
-"""Against memory counted by hand, and tensors without data against real ones."""
+"""Traces against memory counted by hand, and of tensors without data against those of real ones."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def unit() -> nn.Module:
 
 
 def train(device: torch.device, checkpointed: bool) -> list[Event]:
-    """Gradients of a tower of units; what that allocates."""
+    """Compute gradients of a tower of units and return the events."""
     with device:
         units = [unit() for _ in range(UNITS)]
         inputs = torch.ones(BATCH, WIDTH)
@@ -64,7 +64,7 @@ def test_peak_without_checkpointing_is_that_counted_by_hand(device: torch.device
 
 @pytest.mark.parametrize("device", [CPU, META], ids=str)
 def test_peak_with_checkpointing_is_that_counted_by_hand(device: torch.device) -> None:
-    """It comes where the last unit but one is computed again, beside the gradients of the last one's weights.
+    """The peak is where the last unit but one is recomputed, with the gradients of the last one's weights.
 
     Alive are weights, input and the inputs of the units so far; the gradient of the unit's output; its first
     ReLU's output, its second layer's, and that one's ReLU.
@@ -117,7 +117,7 @@ def test_attention_keeps_no_square_matrix(masked: bool) -> None:
 
 @pytest.mark.parametrize("formats", ["images", "weights", "neither"])
 def test_convolution_keeps_channels_last(formats: str) -> None:
-    """Or the copies that follow would be counted, which no GPU makes."""
+    """Otherwise later copies would be counted that no GPU makes."""
     images, weights = torch.empty(2, 8, 4, 4, device=META), torch.empty(8, 8, 3, 3, device=META)
     if formats == "images":
         images = images.to(memory_format=torch.channels_last)

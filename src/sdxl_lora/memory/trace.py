@@ -3,7 +3,7 @@
 On tensors of the `meta` device a program takes seconds and no memory: each kernel computes the shape of its
 result only. Knows neither SDXL nor the GPU's allocator.
 
-PyTorch has no public interface for three things that are needed here. Each such line says why. The tests of
+PyTorch has no public interface for four things that are needed here. Each such line says why. The tests of
 this module pass with torch 2.13.0 and 2.14.1, and with 2.10.0 but for tensors of 0 bytes, which its
 checkpointing makes on a CPU.
 """
@@ -238,6 +238,7 @@ def live_bytes(events: Iterable[Event]) -> int:
 @cache
 def _returns_its_argument(func: Any) -> bool:
     """Return whether the result lies in an argument's memory: views, and changes in place."""
+    # Private: the operator's schema, the only place that tells views and changes in place from new results.
     return any(result.alias_info is not None for result in func._schema.returns)
 
 
@@ -281,7 +282,7 @@ def _fused_attention(
 
     By plain arithmetic where the caller switched the fused kernels off (`torch.nn.attention.sdpa_kernel`).
     """
-    # Not the public function: it would call this one again.
+    # Operators with underscores, since the public function would call this one again.
     if not any(enabled() for enabled in _FUSED_KERNELS):  # type: ignore[no-untyped-call]
         options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, attn_mask, **options)[0]
