@@ -185,6 +185,15 @@ def test_adamw_in_fp32_updates_with_one_more_copy(trace: TrainingTrace, spec: Tr
     assert update_bytes(num_parameters, spec.config) == 0
 
 
+@pytest.mark.parametrize(("optimizer", "copies"), [("adamw", 1), ("adamw_8bit", 0)])
+def test_forecast_has_room_for_the_copy(trace: TrainingTrace, optimizer: str, copies: int) -> None:
+    """With so many parameters that no other gap of the pool is as large."""
+    config = trace.spec.config.model_copy(update={"optimizer": optimizer})
+    large = replace(trace, spec=replace(trace.spec, config=config), num_parameters=GIB)
+    more = forecast_training(large, [], 0).cache - forecast_training(trace, [], 0).cache
+    assert more == pytest.approx(4 * GIB * copies, abs=0.1 * GIB)
+
+
 def test_budget_that_is_too_small_is_an_error(trace: TrainingTrace) -> None:
     needed = forecast_training(trace, [], 0).total
     assert forecast_training(trace, [], 0, budget=needed).total <= needed
