@@ -147,7 +147,7 @@ def test_kernel_for_few_keys_is_for_gpus_few_keys_and_narrow_heads() -> None:
 
 
 def test_flash_attention_says_what_it_takes() -> None:
-    with pytest.raises(RuntimeError, match="heads of width 16, 32, 64, not 80"):
+    with pytest.raises(RuntimeError, match="head dimensions 16, 32, 64, not 80"):
         flash_attention(*torch.empty(3, 1, 8, 1, 80))
     with pytest.raises(RuntimeError, match=r"NVIDIA GPU of compute capability 8\.0"):
         flash_attention(*torch.empty(3, 1, 8, 1, 64))
