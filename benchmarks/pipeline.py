@@ -204,7 +204,7 @@ def parse_arguments() -> argparse.Namespace:
     weights = Path(tempfile.gettempdir()) / "random-sdxl"
     parser.add_argument("--weights", type=Path, default=weights, help="the base model; default: %(default)s")
     parser.add_argument(
-        "--folder", type=Path, required=True, help="where the project is made; must not exist"
+        "--folder", type=Path, required=True, help="where to make the project; must not exist"
     )
     return parser.parse_args()
 
