@@ -133,7 +133,7 @@ def test_results_that_the_commit_does_not_give_differ_from_the_first_stage_on(to
     status, verdict, printed = reproduce(toys, "HEAD", "--data=pull")
     assert (status, verdict["outcome"], verdict["first_difference"]) == (1, "different", "clean_captions")
     assert "Running stage 'download_dataset'" not in printed
-    assert "code that its commit does not hold: src/sdxl_lora/data/captions.py" in printed
+    assert "code that its commit does not have: src/sdxl_lora/data/captions.py" in printed
     assert "# Different: commit" in printed
     assert states(verdict)["data/captions.jsonl"] == "different"
 
@@ -153,10 +153,10 @@ def test_data_that_is_nowhere_is_refused_with_the_remedy(toys: Project) -> None:
     result = nowhere.attempt("python", "-m", "sdxl_lora.reproducibility.reproduce", "HEAD", "--data=pull")
     assert result.returncode == 1
     assert "neither in DVC's cache nor in its remote" in result.stdout
-    assert "without DATA=pull it is downloaded anew" in result.stdout
+    assert "without DATA=pull it is downloaded again" in result.stdout
 
 
 def test_name_that_is_nothing_is_refused_before_anything_runs(toys: Project) -> None:
     result = toys.attempt("python", "-m", "sdxl_lora.reproducibility.reproduce", "nothing")
     assert result.returncode == 1
-    assert result.stdout.startswith("reproduce: 'nothing' is no git revision")
+    assert result.stdout.startswith("reproduce: 'nothing' is not a git revision")
