@@ -152,7 +152,7 @@ def test_server_that_is_down_stops_nothing(params: Params, monkeypatch: pytest.M
 )
 def test_results_that_are_missing_are_no_fault_of_the_server(params: Params, path: Path) -> None:
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=f"^{path} not found: `dvc repro` makes what is missing"):
+    with pytest.raises(FileNotFoundError, match=f"^{path} not found: `dvc repro` generates missing results"):
         track_run(params)
 
 
