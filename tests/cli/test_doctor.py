@@ -296,6 +296,7 @@ def test_file_that_holds_something_else_fails(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(dry_run, "save_lora", rounded)
     someone = context()
     assert found(smoke_tests.check_save, someone).status == "fail"
+    assert "dry_run" not in vars(someone), "the next checks need its memory"
     (check,) = examine_only(context(), "sample")
     assert (check.status, check.detail) == ("warn", "not tried: no adapter was saved")
     someone.cleanup()

@@ -88,7 +88,7 @@ class RunContext:
 
     def release_model(self) -> None:
         """Free the memory of the dry run's model for the checks after it."""
-        vars(self).pop("trial", None)  # where cached_property keeps it
+        vars(self).pop("dry_run", None)  # where cached_property keeps it
         if self.device.type == "cuda":
             self.limit_memory(None)
 
