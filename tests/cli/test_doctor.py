@@ -248,7 +248,7 @@ def test_vae_whose_latents_are_not_finite_fails() -> None:
     assert (check.status, "are not finite in fp32" in check.detail) == ("fail", True)
 
 
-def test_vae_is_tried_on_drawn_pictures_where_there_is_no_data_set() -> None:
+def test_vae_is_tried_on_synthetic_images_without_a_data_set() -> None:
     check = found(smoke_tests.check_vae, context(download={"repository": "owner/data"}))
     assert (check.status, "3 images (synthetic" in check.detail) == ("pass", True)
 

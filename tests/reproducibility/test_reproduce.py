@@ -1,4 +1,4 @@
-"""Recorded runs made again, by the command that a user gives, through the real DVC.
+"""Recorded runs reproduced by the command that a user runs, with the real DVC.
 
 What makes an adapter is real in the first test and toy in those that are about what may go wrong.
 """
@@ -21,7 +21,7 @@ TIMEOUT = 600  # seconds on a busy machine
 
 
 def small_recipe() -> dict[str, Any]:
-    """The demo with few pictures and steps."""
+    """The demo with few images and steps."""
     recipe: dict[str, Any] = yaml.safe_load((REPOSITORY / "recipes/demo.yaml").read_text(encoding="utf-8"))
     recipe["download"]["max_examples"] = 24
     recipe["training"].update(steps=3, batch_size=2, warmup_steps=1, log_every=1, preview_every=None)
@@ -80,7 +80,7 @@ def states(verdict: dict[str, Any]) -> dict[str, str]:
 
 
 @pytest.mark.timeout(TIMEOUT)
-def test_adapter_made_again_from_a_fresh_clone_is_bit_identical(tmp_path: Path) -> None:
+def test_adapter_reproduced_in_a_fresh_clone_is_bit_identical(tmp_path: Path) -> None:
     """Also where the recorded training chose what this machine would not: here a note makes it."""
     project = record_run(tmp_path / "project", MAKING, toy=False, choices=CHOICES)
     assert project.read(str(paths.TRAINING_REPORT)).items() > CHOICES.items()

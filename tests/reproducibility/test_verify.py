@@ -1,4 +1,4 @@
-"""An adapter's file held against a project; each test breaks one thing that its header speaks of."""
+"""An adapter file verified against a project; each test breaks one thing that its header names."""
 
 import hashlib
 import json

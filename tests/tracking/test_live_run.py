@@ -47,7 +47,7 @@ def client() -> MlflowClient:
     return connect().client
 
 
-def test_run_shows_params_curves_numbers_pictures_and_the_adapter(params: Params) -> None:
+def test_run_shows_params_curves_numbers_images_and_the_adapter(params: Params) -> None:
     with record_stage("train_lora"):
         pass
     pointer = track_run(params)["mlflow"]

@@ -15,10 +15,10 @@ PARTIAL_GLOB = ".*-*"
 """Glob of the temporary files that a killed process leaves behind."""
 _PICKLE_STARTS = (b"\x80", b"PK\x03\x04")  # a pickle, and the ZIP archive of one that PyTorch writes
 _FREE_SPACE = (
-    "free some (`dvc gc --workspace` drops old results), then run again. "
+    "free some space (`dvc gc --workspace` deletes old results), then run again. "
     "If dvc.lock is empty: `git checkout dvc.lock`"
 )
-_ALLOW_WRITING = "let this user write there, or run in a copy of the project that may be written to"
+_ALLOW_WRITING = "give this user write access, or run in a writable copy of the project"
 _REMEDIES = {
     errno.ENOSPC: _FREE_SPACE,
     errno.EDQUOT: _FREE_SPACE,
