@@ -70,7 +70,8 @@ def test_failure_leaves_what_was_there_and_no_half(tmp_path: Path, error: BaseEx
 
 
 @pytest.mark.parametrize(
-    ("number", "remedy"), [(errno.ENOSPC, "dvc gc"), (errno.EROFS, "write access"), (errno.EACCES, "write access")]
+    ("number", "remedy"),
+    [(errno.ENOSPC, "dvc gc"), (errno.EROFS, "write access"), (errno.EACCES, "write access")],
 )
 def test_error_names_file_cause_and_remedy(tmp_path: Path, number: int, remedy: str) -> None:
     path = tmp_path / "file.txt"
