@@ -20,7 +20,7 @@ from sdxl_lora.adapters.lora import (
 )
 from sdxl_lora.config import Params, TrainingConfig
 from sdxl_lora.data.encoded_dataset import Batch
-from sdxl_lora.memory.training_forecast import TrainingSpec
+from sdxl_lora.memory.training_trace import TrainingSpec
 from sdxl_lora.models.tokenizers import load_tokenizers, tokenize
 from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training.batches import NoiseDraws, TrainingBatch
