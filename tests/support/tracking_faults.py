@@ -91,7 +91,7 @@ def tracking_faults(folder: Path) -> Iterator[Fault]:
                 patch.setenv("MLFLOW_TRACKING_URI", server.tracking_uri)
                 track_run(params)
                 lost += [] if steps_shown(server) == list(range(1, STEPS + 1)) else ["points of the curve"]
-                yield Fault(name, "; ".join(said), lost, "track_run will log the results")
+                yield Fault(name, "; ".join(said), lost, "track_run logs the results")
         told = [path for path in disk.rglob("*") if path.is_file() and PASSWORD.encode() in path.read_bytes()]
         assert told == [], "the server was told its own password"
 

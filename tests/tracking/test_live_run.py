@@ -51,7 +51,7 @@ def client() -> MlflowClient:
     return connect().client
 
 
-def test_run_shows_params_curves_numbers_pictures_and_the_adapter(params: Params) -> None:
+def test_run_shows_params_curves_numbers_images_and_the_adapter(params: Params) -> None:
     with record_stage("train_lora"):
         pass
     pointer = track_run(params)["mlflow"]
@@ -156,7 +156,7 @@ def test_server_that_is_down_stops_nothing(params: Params, monkeypatch: pytest.M
 )
 def test_results_that_are_missing_are_no_fault_of_the_server(params: Params, path: Path) -> None:
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=f"^{path} not found: `dvc repro` makes what is missing"):
+    with pytest.raises(FileNotFoundError, match=f"^{path} not found: `dvc repro` generates missing results"):
         track_run(params)
 
 

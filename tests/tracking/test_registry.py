@@ -93,7 +93,7 @@ def test_adapter_that_no_run_shows_is_refused_with_the_remedy() -> None:
 
 def test_run_of_another_adapter_is_not_promoted() -> None:
     paths.LOCK.write_text(paths.LOCK.read_text(encoding="utf-8").replace("'1'", "'2'"), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"shows another adapter than dvc\.lock"):
+    with pytest.raises(ValueError, match=r"has another adapter than dvc\.lock"):
         promote()
 
 
