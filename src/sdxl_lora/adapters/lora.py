@@ -3,7 +3,6 @@
 A layer W gets the update W + (alpha / rank) B A, with A (rank, in) drawn at random and B (out, rank) zero.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -20,13 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE, peft_header, saved_lora, split_by_part
 from sdxl_lora.config import LoraConfig
 from sdxl_lora.runtime.rng import keyed_generator
-from sdxl_lora.storage.atomic_io import explain_write_errors, require_safetensors
+from sdxl_lora.storage.atomic_io import explain_write_errors
 from sdxl_lora.storage.safetensors_io import read_header, write_tensors
 
 ADAPTER_NAME = "default"
-WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 
 
 def add_adapters(
@@ -120,20 +119,6 @@ def save_lora(
         write_tensors(folder / WEIGHTS_FILE, load_file(path), {**read_header(path), **(metadata or {})})
 
 
-def saved_lora(folder: Path) -> Path:
-    """The file that `save_lora` wrote into `folder`.
-
-    Raises:
-        FileNotFoundError: it did not.
-        ValueError: it is something else.
-    """
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: run `dvc repro train_lora` first")
-    require_safetensors(path)
-    return path
-
-
 def load_lora(folder: Path, unet: UNet2DConditionModel, text_encoders: Sequence[Any] | None) -> None:
     """Puts saved adapters onto the base model that they were trained on, in its precision, to be evaluated.
 
@@ -164,24 +149,9 @@ def load_lora(folder: Path, unet: UNet2DConditionModel, text_encoders: Sequence[
         module.eval()  # PEFT adds dropout switched on
 
 
-def peft_header(path: Path) -> dict[str, Any]:
-    """PEFT's configurations in a file's header, under keys such as `unet.r`."""
-    header: dict[str, Any] = json.loads(read_header(path)["lora_adapter_metadata"])
-    return header
-
-
 def named_parts(unet: UNet2DConditionModel, text_encoders: Sequence[Any] | None) -> dict[str, Any]:
     """The adapted modules under the names that diffusers gives them in adapter files."""
     return dict(zip(("unet", "text_encoder", "text_encoder_2"), (unet, *(text_encoders or ())), strict=False))
-
-
-def split_by_part(entries: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Splits keys such as `unet.r` at their first dot."""
-    parts: dict[str, dict[str, Any]] = {}
-    for key, value in entries.items():
-        part, _, rest = key.partition(".")
-        parts.setdefault(part, {})[rest] = value
-    return parts
 
 
 def adapter_weights(part: str, module: nn.Module) -> dict[str, Tensor]:

@@ -77,12 +77,6 @@ def load_pipeline(
     return pipeline
 
 
-def layers_per_block(config: ModelConfig) -> int:
-    """Resnets in a block of the UNet's way down."""
-    number: int = UNet2DConditionModel.load_config(open_base(config) / "unet")["layers_per_block"]
-    return number
-
-
 def load_noise_schedule(config: ModelConfig) -> NoiseSchedule:
     """The noise schedule in the base model's scheduler folder."""
     scheduler = DDPMScheduler.from_pretrained(open_base(config) / "scheduler")

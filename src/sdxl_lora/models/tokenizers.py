@@ -1,11 +1,14 @@
-"""SDXL's two tokenizers, apart from its models: what only reads captions need not wait for diffusers."""
+"""SDXL's two tokenizers, apart from its models: who only counts tokens waits for no torch."""
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
 from transformers import CLIPTokenizer
 
 from sdxl_lora.config import ModelConfig
 from sdxl_lora.models.weights import open_base
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Tokenizers = tuple[CLIPTokenizer, CLIPTokenizer]
 
@@ -16,8 +19,10 @@ def load_tokenizers(config: ModelConfig) -> Tokenizers:
     return first, second
 
 
-def tokenize(tokenizers: Tokenizers, texts: list[str]) -> Tensor:
+def tokenize(tokenizers: Tokenizers, texts: list[str]) -> "Tensor":
     """Token ids of both tokenizers, padded and truncated to 77, int64, (B, 2, 77)."""
+    import torch  # seconds, which counting tokens need not wait for
+
     options = {"padding": "max_length", "truncation": True, "max_length": 77, "return_tensors": "pt"}
     return torch.stack([tokenizer(texts, **options).input_ids for tokenizer in tokenizers], dim=1)
 

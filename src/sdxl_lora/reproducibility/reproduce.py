@@ -23,7 +23,7 @@ from sdxl_lora import paths
 from sdxl_lora.reproducibility.comparison import ReproductionVerdict, compare_runs
 from sdxl_lora.reproducibility.run_record import RunRecord, find_record, read_record, reader
 from sdxl_lora.storage.report_io import write_numbers
-from sdxl_lora.tracking.live_run import TRACKING_ERRORS
+from sdxl_lora.tracking.connection import TRACKING_ERRORS
 
 _Data = Literal["download", "pull"]
 

@@ -1,0 +1,20 @@
+"""Facts from the base model's configuration files, read as JSON: no model library is loaded for them."""
+
+import json
+
+from sdxl_lora.config import ModelConfig, PredictionType
+from sdxl_lora.models.weights import open_base
+
+
+def layers_per_block(config: ModelConfig) -> int:
+    """Return the number of resnets in a block of the UNet's way down."""
+    text = (open_base(config) / "unet" / "config.json").read_text(encoding="utf-8")
+    number: int = json.loads(text)["layers_per_block"]
+    return number
+
+
+def prediction_type(config: ModelConfig) -> PredictionType:
+    """Return what the UNet predicts: `load_noise_schedule(config).prediction_type`."""
+    text = (open_base(config) / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
+    found: PredictionType = json.loads(text).get("prediction_type", "epsilon")  # diffusers' default
+    return found
