@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
+from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -114,7 +115,7 @@ def save_lora(
     headers = {f"{name}_lora_adapter_metadata": _portable_config(module) for name, module in parts.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with explain_write_errors(folder / WEIGHTS_FILE), TemporaryDirectory(dir=folder.parent) as partial:
-        StableDiffusionXLPipeline.save_lora_weights(partial, **layers, **headers)
+        StableDiffusionXLLoraLoaderMixin.save_lora_weights(partial, **layers, **headers)
         path = Path(partial, WEIGHTS_FILE)
         write_tensors(folder / WEIGHTS_FILE, load_file(path), {**read_header(path), **(metadata or {})})
 

@@ -4,15 +4,18 @@ Everything is loaded from safetensors.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_lora.config import ModelConfig, Precision, PredictionType
 from sdxl_lora.models.weights import open_base, open_vae
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
 TextEncoders = tuple[CLIPTextModel, CLIPTextModelWithProjection]
 
@@ -38,8 +41,10 @@ def load_text_encoders(config: ModelConfig, precision: Precision, device: torch.
     )
 
 
-def load_vae(config: ModelConfig, precision: Precision, device: torch.device) -> AutoencoderKL:
+def load_vae(config: ModelConfig, precision: Precision, device: torch.device) -> "AutoencoderKL":
     """The VAE that `config` names, frozen."""
+    from diffusers import AutoencoderKL  # loads 44 modules, which training without previews does not need
+
     if config.vae is None:
         folder, variant = open_base(config) / "vae", config.variant
     else:
@@ -56,12 +61,14 @@ def load_unet(config: ModelConfig, precision: Precision, device: torch.device) -
 
 def load_pipeline(
     config: ModelConfig, precision: Precision, device: torch.device
-) -> StableDiffusionXLPipeline:
+) -> "StableDiffusionXLPipeline":
     """The whole pipeline, frozen, with the VAE that `config` names; decodes one image at a time.
 
     Frozen, because torch rounds the product with a weight that asks for gradients otherwise than with one
     that does not, also where no gradient is taken: it folds a batch into rows for the former alone.
     """
+    from diffusers import StableDiffusionXLPipeline  # likewise, for training and evaluation
+
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         open_base(config),
         dtype=DTYPES[precision],
@@ -81,14 +88,6 @@ def load_noise_schedule(config: ModelConfig) -> NoiseSchedule:
     """The noise schedule in the base model's scheduler folder."""
     scheduler = DDPMScheduler.from_pretrained(open_base(config) / "scheduler")
     return NoiseSchedule(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
-
-
-def force_zeros_for_empty_prompt(config: ModelConfig) -> bool:
-    """Whether the base model reads zeros where there is no caption, as SDXL does, or an empty caption."""
-    zeros: bool = StableDiffusionXLPipeline.load_config(open_base(config)).get(
-        "force_zeros_for_empty_prompt", True
-    )
-    return zeros
 
 
 def embed_tokens(text_encoders: TextEncoders, token_ids: Tensor) -> tuple[Tensor, Tensor]:
