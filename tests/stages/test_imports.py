@@ -1,4 +1,4 @@
-"""Stages load no library that they do not use: each costs every run of the stage up to seven seconds of CPU."""
+"""Stages load no library that they do not use: one costs each run of a stage up to seven CPU seconds."""
 
 from pathlib import Path
 
