@@ -169,7 +169,7 @@ def test_updates_of_a_kohya_file_are_pefts(model: ModelConfig, tmp_path: Path) -
     "layer", ["down_blocks.0", "encoder.layers.0", "up_blocks.0.nothing.0.conv", "mid_block.resnets.0.conv3"]
 )
 def test_layer_that_sdxl_lacks_is_refused(layer: str) -> None:
-    with pytest.raises(ValueError, match=f"{layer} is no layer of SDXL's UNet"):
+    with pytest.raises(ValueError, match=f"{layer} is not a layer of SDXL's UNet"):
         original_path(layer, 2)
 
 

@@ -7,14 +7,14 @@ from sdxl_lora.models.weights import open_base
 
 
 def force_zeros_for_empty_prompt(config: ModelConfig) -> bool:
-    """Whether the base model reads zeros where there is no caption, as SDXL does, or an empty caption."""
+    """Return whether no caption means zero embeddings, as in SDXL, or those of an empty caption."""
     text = (open_base(config) / "model_index.json").read_text(encoding="utf-8")
     zeros: bool = json.loads(text).get("force_zeros_for_empty_prompt", True)
     return zeros
 
 
 def layers_per_block(config: ModelConfig) -> int:
-    """Return the number of resnets in a block of the UNet's way down."""
+    """Return the number of resnets in a down block of the UNet."""
     text = (open_base(config) / "unet" / "config.json").read_text(encoding="utf-8")
     number: int = json.loads(text)["layers_per_block"]
     return number

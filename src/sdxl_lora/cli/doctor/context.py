@@ -12,8 +12,8 @@ import torch
 
 from sdxl_lora.cli.doctor.dry_run import DryRun
 from sdxl_lora.config import Params, TrainingConfig
-from sdxl_lora.memory.planner import Planner, TrainingPlan, refusal
-from sdxl_lora.memory.training_forecast import TrainingSpec
+from sdxl_lora.memory.planner import ForecastPlan, Planner, refusal
+from sdxl_lora.memory.training_trace import TrainingSpec
 from sdxl_lora.models.architecture import SDXLArchitecture, read_architecture
 from sdxl_lora.models.weights import local_models
 from sdxl_lora.reproducibility.checklist import Check
@@ -65,7 +65,7 @@ class RunContext:
         return TrainingSpec(self.shapes, trained, self.params.lora, self.params.training, size)
 
     @cached_property
-    def plan(self) -> TrainingPlan:
+    def plan(self) -> ForecastPlan:
         """The fastest plan within training.vram_gib, with its forecast.
 
         Raises:

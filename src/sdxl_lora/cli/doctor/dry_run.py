@@ -14,7 +14,7 @@ from sdxl_lora.adapters.lora import adapter_weights, add_adapters, lora_paramete
 from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.config import Params, TrainingConfig
 from sdxl_lora.data.encoded_dataset import Batch
-from sdxl_lora.memory.training_forecast import TrainingSpec
+from sdxl_lora.memory.training_trace import TrainingSpec
 from sdxl_lora.models.tokenizers import load_tokenizers, tokenize
 from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training.batches import NoiseDraws, TrainingBatch

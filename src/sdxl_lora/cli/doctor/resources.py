@@ -10,7 +10,7 @@ import torch
 from sdxl_lora import paths
 from sdxl_lora.cli.doctor.context import CheckSkippedError, RunContext
 from sdxl_lora.config import Params
-from sdxl_lora.memory.training_forecast import META
+from sdxl_lora.memory.training_trace import META
 from sdxl_lora.models.architecture import SDXLArchitecture
 from sdxl_lora.models.sdxl import DTYPES
 from sdxl_lora.reproducibility.checklist import Check, failed, passed, warned
@@ -36,7 +36,6 @@ def check_gpu_memory(context: RunContext) -> Iterator[Check]:
 
 def needed_gpu_memory(context: RunContext) -> float:
     """Bytes at the peak of training, CUDA's own included."""
-    assert context.plan.forecast is not None
     return context.plan.forecast.total + CUDA_CONTEXT
 
 
@@ -46,7 +45,6 @@ def check_memory(context: RunContext) -> Iterator[Check]:
     if context.device.type == "cuda" or not context.has_its_gpu:
         needed: float = _pipeline_bytes(context.shapes, context.params)
     else:
-        assert context.plan.forecast is not None
         needed = context.plan.forecast.total
     yield _compare("memory", free, needed, "end other programs, or take a machine with more")
 
