@@ -3,7 +3,8 @@
 from tqdm import tqdm
 
 from sdxl_lora import paths
-from sdxl_lora.adapters.lora import WEIGHTS_FILE, load_lora
+from sdxl_lora.adapters.lora import load_lora
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.config import load_params
 from sdxl_lora.data.encoded_dataset import EncodedDataset
 from sdxl_lora.evaluation.clip import ImageTextScorer

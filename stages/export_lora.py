@@ -5,11 +5,11 @@ import shutil
 from sdxl_lora import paths
 from sdxl_lora.adapters.export import export_lora, kohya_file, model_spec
 from sdxl_lora.adapters.lineage import lineage
-from sdxl_lora.adapters.lora import WEIGHTS_FILE
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.config import load_params
 from sdxl_lora.evaluation.gates import read_gate_failures
 from sdxl_lora.inference.samples import load_table
-from sdxl_lora.models.sdxl import layers_per_block, load_noise_schedule
+from sdxl_lora.models.base_config import layers_per_block, prediction_type
 from sdxl_lora.models.weights import weight_digests
 from sdxl_lora.reporting.model_card import CardAdapter, CardFiles, card_image, card_samples, model_card
 from sdxl_lora.runtime.stage import record_stage, run_stage
@@ -24,10 +24,9 @@ def main() -> None:
     config = params.export
     with record_stage("export_lora"):
         trigger = params.captions.trigger
-        prediction_type = load_noise_schedule(params.model).prediction_type
         weights = weight_digests(params.model)
         facts = lineage(params.model, weights, paths.RAW_SOURCE, paths.ENCODED_INDEX, paths.LOCK)
-        spec = model_spec(config, trigger, params.encoding.resolution, prediction_type)
+        spec = model_spec(config, trigger, params.encoding.resolution, prediction_type(params.model))
         export_lora(paths.LORA, paths.EXPORT, config, {**facts, **spec}, layers_per_block(params.model))
         write_numbers(paths.LINEAGE, facts)
 

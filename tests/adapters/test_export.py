@@ -9,10 +9,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sdxl_lora.adapters.export import check_files, export_lora, kohya_file, model_spec
-from sdxl_lora.adapters.lora import WEIGHTS_FILE, add_adapters, lora_parameters, save_lora
+from sdxl_lora.adapters.lora import add_adapters, lora_parameters, save_lora
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.config import ExportConfig, LoraConfig, ModelConfig, Params, load_params
 from sdxl_lora.inference.sampling import adapted_modules, initial_noise
-from sdxl_lora.models.sdxl import layers_per_block, load_pipeline
+from sdxl_lora.models.base_config import layers_per_block
+from sdxl_lora.models.sdxl import load_pipeline
 from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.storage.safetensors_io import read_header, write_tensors
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser

@@ -17,7 +17,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from sdxl_lora.adapters.lora import WEIGHTS_FILE, save_lora
+from sdxl_lora.adapters.lora import save_lora
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.cli.doctor import dry_run, resources, services, smoke_tests, software
 from sdxl_lora.cli.doctor.context import CheckFunction, RunContext
 from sdxl_lora.cli.doctor.examinations import CHECKS, run_checks

@@ -13,7 +13,7 @@ from PIL import Image as Images
 from PIL.Image import Image
 from safetensors.torch import save_file
 
-from sdxl_lora.adapters.lora import WEIGHTS_FILE
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.config import Params, SamplingConfig, load_params
 from sdxl_lora.data.encoded_dataset import Example, Split
 from sdxl_lora.data.shard_writer import write_index

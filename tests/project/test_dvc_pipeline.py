@@ -31,6 +31,7 @@ INERT = {
         "runtime/dvc_execution.py",
         "runtime/environment.py",
         "runtime/stage.py",
+        "tracking/connection.py",
         "tracking/live_run.py",
         "tracking/logged_model.py",
         "tracking/pipeline_run.py",

@@ -21,7 +21,7 @@ from sdxl_lora.adapters.lineage import lineage
 from sdxl_lora.config import load_params
 from sdxl_lora.data.encoded_dataset import EncodedDataset
 from sdxl_lora.data.shard_writer import write_index
-from sdxl_lora.models.sdxl import layers_per_block
+from sdxl_lora.models.base_config import layers_per_block
 from sdxl_lora.models.weights import weight_digests
 from sdxl_lora.reproducibility.checklist import Check, exit_status
 from sdxl_lora.reproducibility.verify import main, verify

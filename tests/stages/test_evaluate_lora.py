@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from sdxl_lora import paths
-from sdxl_lora.adapters.lora import WEIGHTS_FILE
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.config import load_params
 from sdxl_lora.inference.samples import Sample, load_table, save_table
 from stages import evaluate_lora

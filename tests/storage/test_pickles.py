@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sdxl_lora.adapters.lora import WEIGHTS_FILE, saved_lora
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE, saved_lora
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.data.download import download_dataset, open_source
 from sdxl_lora.data.encoded_dataset import EncodedDataset

@@ -13,11 +13,11 @@ import yaml
 from mlflow import MlflowClient
 
 from sdxl_lora import paths
-from sdxl_lora.adapters.lora import saved_lora
+from sdxl_lora.adapters.lora_file import saved_lora
 from sdxl_lora.cli import ui
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.storage.repository import file_digest
-from sdxl_lora.tracking.live_run import EXPERIMENT
+from sdxl_lora.tracking.connection import EXPERIMENT
 from sdxl_lora.tracking.pipeline_run import track_run
 from stages import train_lora
 from tests.support.encoded import write_encoded_dataset

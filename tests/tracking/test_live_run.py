@@ -20,7 +20,8 @@ from sdxl_lora.runtime.dvc_execution import DvcExecution, current_execution, mac
 from sdxl_lora.runtime.stage import record_stage
 from sdxl_lora.storage.report_io import write_numbers
 from sdxl_lora.storage.repository import file_digest
-from sdxl_lora.tracking.live_run import EXPERIMENT, connect, error_cause, live_run
+from sdxl_lora.tracking.connection import EXPERIMENT, connect, error_cause
+from sdxl_lora.tracking.live_run import live_run
 from sdxl_lora.tracking.pipeline_run import memory_tag, track_run
 from tests.support.patience import patience
 from tests.support.tracked import write_gates, write_results
@@ -201,7 +202,7 @@ def test_nothing_logged_tells_the_host_or_the_home_folder(params: Params) -> Non
 
 
 def test_two_processes_can_create_the_database_at_once(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from sdxl_lora.tracking.live_run import connect; connect()"]
+    command = [sys.executable, "-c", "from sdxl_lora.tracking.connection import connect; connect()"]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate(timeout=patience(30))[1].count("Traceback") for process in processes] == [
         0,

@@ -10,7 +10,7 @@ from sdxl_lora import paths
 from sdxl_lora.config import load_params
 from sdxl_lora.runtime.dvc_execution import current_execution
 from sdxl_lora.storage.report_io import write_numbers
-from sdxl_lora.tracking.live_run import EXPERIMENT, connect
+from sdxl_lora.tracking.connection import EXPERIMENT, connect
 from sdxl_lora.tracking.pipeline_run import track_run
 from sdxl_lora.tracking.registry import main, promote
 from tests.support.tracked import write_gates, write_results

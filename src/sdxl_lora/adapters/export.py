@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdxl_lora.adapters.kohya import kohya_delta, kohya_name, kohya_weights, lora_delta
 from sdxl_lora.adapters.lineage import WEIGHTS_KEY
-from sdxl_lora.adapters.lora import WEIGHTS_FILE, peft_header, saved_lora, split_by_part
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE, peft_header, saved_lora, split_by_part
 from sdxl_lora.config import ExportConfig, PredictionType
 from sdxl_lora.storage.safetensors_io import content_digest, read_header, write_tensors
 

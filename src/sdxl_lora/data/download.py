@@ -15,7 +15,6 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import datasets
 from huggingface_hub import metadata_load
 
 from sdxl_lora.config import DownloadConfig
@@ -148,6 +147,9 @@ def _open_hub_source(config: DownloadConfig) -> _Source:
             f"{_KEY}: {repository} at revision {config.revision} has no parquet file, the only format that "
             f"is read. The Hub converts public data sets: set download.revision to {_PARQUET_BRANCH}"
         )
+    import datasets  # half a second, which a folder need not wait for
+
+    datasets.config.TORCH_AVAILABLE = False  # else it loads torch, for DataLoaders
     try:
         # Streaming reads row by row instead of writing an Arrow copy; decode(False) leaves images as bytes.
         dataset = datasets.load_dataset(str(snapshot), split=config.split, streaming=True).decode(False)

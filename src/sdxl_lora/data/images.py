@@ -3,13 +3,15 @@
 import io
 import warnings
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import imagehash
 import numpy as np
-import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _Crop = Literal["center", "random"]
 _ImageFault = Literal[
@@ -119,7 +121,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def resize_and_crop(
-    image: Image.Image, size: tuple[int, int], crop: _Crop, generator: torch.Generator
+    image: Image.Image, size: tuple[int, int], crop: _Crop, generator: "torch.Generator"
 ) -> tuple[Image.Image, TimeIds]:
     """Resize and crop an image; return SDXL's size conditions too (Podell et al. 2023, section 2.2).
 
@@ -151,6 +153,8 @@ def resize_and_crop(
     if crop == "center":
         top, left = room_down // 2, room_right // 2
     else:
+        import torch  # seconds, which a page that only decodes images need not wait for
+
         top = int(torch.randint(room_down + 1, (), generator=generator))
         left = int(torch.randint(room_right + 1, (), generator=generator))
     resized = image.resize((resized_width, resized_height), Image.Resampling.LANCZOS)
@@ -158,22 +162,26 @@ def resize_and_crop(
     return part, (height, width, top, left, target_height, target_width)
 
 
-def to_bytes(image: Image.Image) -> Tensor:
+def to_bytes(image: Image.Image) -> "Tensor":
     """Return an RGB image as uint8, (3, H, W)."""
+    import torch  # as above
+
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
 
 
-def to_pixels(levels: Tensor) -> Tensor:
+def to_pixels(levels: "Tensor") -> "Tensor":
     """Scale levels of 0 to 255 to the range that the VAE reads, fp32 in [-1, 1], in the same shape."""
     return levels.float().div(127.5).sub(1)
 
 
-def fingerprint(image: Image.Image) -> Tensor:
+def fingerprint(image: Image.Image) -> "Tensor":
     """Return a hash that survives resizing and compression: packed bits, uint8, (24,).
 
     The perceptual hash (`imagehash.phash`: signs of low frequencies) of each colour channel. With greys
     alone, the emoji of a euro and of a yen banknote would count as one image.
     """
+    import torch  # as above
+
     small = image.resize((4 * _HASH_SIDE, 4 * _HASH_SIDE), Image.Resampling.LANCZOS)
     bits = [imagehash.phash(channel, _HASH_SIDE).hash for channel in small.split()]
     return torch.from_numpy(np.packbits(np.concatenate(bits, axis=None)))

@@ -7,14 +7,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Generator
 
-from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.storage.atomic_io import atomic_write, write_text
+
+if TYPE_CHECKING:
+    from torch import Generator
 
 Origin = Literal["free", "training", "held_out"]
 """Where a prompt comes from: params, the caption of a training image, or that of a held-out one."""
@@ -69,8 +70,10 @@ def _prompt_number(file: str) -> int:
     return int(Path(file).name.split("-")[0])
 
 
-def sample_generator(number: int, seed: int) -> Generator:
+def sample_generator(number: int, seed: int) -> "Generator":
     """Return the generator of the initial noise for prompt `number`."""
+    from sdxl_lora.runtime.rng import keyed_generator  # loads torch, which the table does not need
+
     return keyed_generator("sample", number, seed)
 
 

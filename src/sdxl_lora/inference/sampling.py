@@ -15,7 +15,8 @@ from PIL import ImageDraw, ImageFont
 from PIL.Image import Image, Resampling
 from torch import Tensor, nn
 
-from sdxl_lora.adapters.lora import ADAPTER_NAME, adapter_strength, saved_lora
+from sdxl_lora.adapters.lora import ADAPTER_NAME, adapter_strength
+from sdxl_lora.adapters.lora_file import saved_lora
 from sdxl_lora.config import ModelConfig, SamplingConfig
 from sdxl_lora.data.encoded_dataset import EncodedDataset, Split
 from sdxl_lora.inference.pipeline import generate_images, use_cuda_graph

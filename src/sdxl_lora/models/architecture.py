@@ -8,15 +8,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_lora.config import ModelConfig, Precision
 from sdxl_lora.models.sdxl import DTYPES, TextEncoders, freeze
 from sdxl_lora.storage.repository import open_repository
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 _Settings = Mapping[str, Any]
 
@@ -46,8 +49,10 @@ class SDXLArchitecture:
         with _default_dtype_and_device(precision, device):
             return freeze(UNet2DConditionModel.from_config(dict(self.unet)), device)
 
-    def make_vae(self, precision: Precision, device: torch.device) -> AutoencoderKL:
+    def make_vae(self, precision: Precision, device: torch.device) -> "AutoencoderKL":
         """Return the VAE, likewise."""
+        from diffusers import AutoencoderKL  # loads 44 modules, which training does not need
+
         with _default_dtype_and_device(precision, device):
             return freeze(AutoencoderKL.from_config(dict(self.vae)), device)
 
@@ -134,11 +139,15 @@ def read_architecture(config: ModelConfig) -> SDXLArchitecture:
         return shapes
     if config.vae in KNOWN_VAES:
         return replace(shapes, vae=KNOWN_VAES[config.vae])
+    from diffusers import AutoencoderKL  # as above
+
     folder = open_repository(config.vae, str(config.vae_revision), "model.vae", ["config.json"])
     return replace(shapes, vae=AutoencoderKL.load_config(folder))
 
 
 def _read_base_architecture(config: ModelConfig) -> SDXLArchitecture:
+    from diffusers import AutoencoderKL  # as above
+
     folder: Path = open_repository(config.base, config.revision, "model.base", ["*/config.json"])
     return SDXLArchitecture(
         unet=UNet2DConditionModel.load_config(folder / "unet"),

@@ -4,15 +4,18 @@ All weights are loaded from safetensors.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_lora.config import ModelConfig, Precision, PredictionType
 from sdxl_lora.models.weights import open_base, open_vae
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
 TextEncoders = tuple[CLIPTextModel, CLIPTextModelWithProjection]
 
@@ -38,8 +41,10 @@ def load_text_encoders(config: ModelConfig, precision: Precision, device: torch.
     )
 
 
-def load_vae(config: ModelConfig, precision: Precision, device: torch.device) -> AutoencoderKL:
+def load_vae(config: ModelConfig, precision: Precision, device: torch.device) -> "AutoencoderKL":
     """Load the VAE that `config` names, frozen."""
+    from diffusers import AutoencoderKL  # loads 44 modules, which training without previews does not need
+
     if config.vae is None:
         folder, variant = open_base(config) / "vae", config.variant
     else:
@@ -56,12 +61,14 @@ def load_unet(config: ModelConfig, precision: Precision, device: torch.device) -
 
 def load_pipeline(
     config: ModelConfig, precision: Precision, device: torch.device
-) -> StableDiffusionXLPipeline:
+) -> "StableDiffusionXLPipeline":
     """Load the whole pipeline, frozen, with the VAE that `config` names; it decodes one image at a time.
 
     Frozen, because PyTorch uses another matmul path for weights with requires_grad, even under no_grad, and
     that rounds differently: it folds the batch into rows.
     """
+    from diffusers import StableDiffusionXLPipeline  # likewise, for training and evaluation
+
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         open_base(config),
         dtype=DTYPES[precision],
@@ -77,24 +84,10 @@ def load_pipeline(
     return pipeline
 
 
-def layers_per_block(config: ModelConfig) -> int:
-    """Return the number of resnets in a down block of the UNet."""
-    number: int = UNet2DConditionModel.load_config(open_base(config) / "unet")["layers_per_block"]
-    return number
-
-
 def load_noise_schedule(config: ModelConfig) -> NoiseSchedule:
     """Load the noise schedule from the base model's scheduler folder."""
     scheduler = DDPMScheduler.from_pretrained(open_base(config) / "scheduler")
     return NoiseSchedule(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
-
-
-def force_zeros_for_empty_prompt(config: ModelConfig) -> bool:
-    """Return whether no caption means zero embeddings, as in SDXL, or those of an empty caption."""
-    zeros: bool = StableDiffusionXLPipeline.load_config(open_base(config)).get(
-        "force_zeros_for_empty_prompt", True
-    )
-    return zeros
 
 
 def embed_tokens(text_encoders: TextEncoders, token_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,14 @@
-"""SDXL's two tokenizers. Apart from its models, so that what reads only captions imports no diffusers."""
+"""SDXL's two tokenizers. Apart from its models, so that what reads only captions imports no model library."""
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
 from transformers import CLIPTokenizer
 
 from sdxl_lora.config import ModelConfig
 from sdxl_lora.models.weights import open_base
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Tokenizers = tuple[CLIPTokenizer, CLIPTokenizer]
 
@@ -17,8 +20,10 @@ def load_tokenizers(config: ModelConfig) -> Tokenizers:
     return first, second
 
 
-def tokenize(tokenizers: Tokenizers, texts: list[str]) -> Tensor:
+def tokenize(tokenizers: Tokenizers, texts: list[str]) -> "Tensor":
     """Return token ids of both tokenizers, padded and truncated to 77, int64, (B, 2, 77)."""
+    import torch  # seconds, which counting tokens need not wait for
+
     # 77 is the length of CLIP's position embeddings; the caption's end is cut off here, and nowhere else.
     options = {"padding": "max_length", "truncation": True, "max_length": 77, "return_tensors": "pt"}
     return torch.stack([tokenizer(texts, **options).input_ids for tokenizer in tokenizers], dim=1)

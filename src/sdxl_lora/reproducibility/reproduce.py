@@ -25,7 +25,7 @@ from sdxl_lora.reproducibility.run_record import RunRecord, find_record, read_re
 from sdxl_lora.runtime.dvc_command import cache_folder, dvc_environment, run_dvc
 from sdxl_lora.storage.atomic_io import write_text
 from sdxl_lora.storage.report_io import write_numbers
-from sdxl_lora.tracking.live_run import TRACKING_ERRORS
+from sdxl_lora.tracking.connection import TRACKING_ERRORS
 
 _Data = Literal["download", "pull"]
 

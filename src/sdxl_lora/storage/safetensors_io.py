@@ -10,18 +10,20 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from sdxl_lora.storage.atomic_io import require_safetensors, write_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ALIGNMENT = 8  # bytes; the format requires tensors to start at a multiple of it
 _LENGTH_SIZE = 8  # bytes, little-endian, before the header
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", header: Mapping[str, str]) -> None:
     """Write `tensors` with `header` as the file's metadata, atomically and deterministically."""
     layout, content = _serialize(tensors)
     text = json.dumps(
@@ -38,17 +40,19 @@ def read_header(path: Path) -> dict[str, str]:
         ValueError: the file is not a safetensors file.
     """
     require_safetensors(path)
-    with safe_open(path, "pt") as file:
+    with safe_open(path, "np") as file:  # "pt" would load torch, whatever is read
         return dict(file.metadata() or {})
 
 
-def content_digest(tensors: Mapping[str, Tensor]) -> str:
+def content_digest(tensors: "Mapping[str, Tensor]") -> str:
     """Return the SHA-256 of the bytes after a file's header, in hexadecimal."""
     return hashlib.sha256(_serialize(tensors)[1]).hexdigest()
 
 
-def _serialize(tensors: Mapping[str, Tensor]) -> tuple[dict[str, object], bytes]:
+def _serialize(tensors: "Mapping[str, Tensor]") -> tuple[dict[str, object], bytes]:
     """Return the header's entry of each tensor (dtype, shape, offsets) and the bytes after the header."""
+    from safetensors.torch import save  # loads torch: seconds that reading a header need not wait for
+
     data = save(dict(tensors))
     start = _LENGTH_SIZE + int.from_bytes(data[:_LENGTH_SIZE], "little")
     return json.loads(data[_LENGTH_SIZE:start]), data[start:]

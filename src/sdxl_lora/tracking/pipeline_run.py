@@ -27,7 +27,7 @@ from sdxl_lora.runtime.dvc_execution import current_execution
 from sdxl_lora.runtime.dvc_lock import read_lock
 from sdxl_lora.storage.report_io import flatten
 from sdxl_lora.storage.repository import file_digest
-from sdxl_lora.tracking.live_run import (
+from sdxl_lora.tracking.connection import (
     ENTRIES_A_REQUEST,
     TRACKING_ERRORS,
     Connection,

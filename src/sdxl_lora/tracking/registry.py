@@ -14,7 +14,7 @@ from sdxl_lora import paths
 from sdxl_lora.adapters.lineage import training_digest
 from sdxl_lora.evaluation.gates import read_gate_failures
 from sdxl_lora.storage.report_io import read_numbers
-from sdxl_lora.tracking.live_run import EXPERIMENT, TRACKING_ERRORS, connect
+from sdxl_lora.tracking.connection import EXPERIMENT, TRACKING_ERRORS, connect
 
 _ALIAS = "champion"
 

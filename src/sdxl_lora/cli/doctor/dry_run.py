@@ -10,14 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sdxl_lora.adapters.lora import (
-    WEIGHTS_FILE,
-    adapter_weights,
-    add_adapters,
-    lora_parameters,
-    named_parts,
-    save_lora,
-)
+from sdxl_lora.adapters.lora import adapter_weights, add_adapters, lora_parameters, named_parts, save_lora
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.config import Params, TrainingConfig
 from sdxl_lora.data.encoded_dataset import Batch
 from sdxl_lora.memory.training_trace import TrainingSpec

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from sdxl_lora import paths
-from sdxl_lora.adapters.lora import WEIGHTS_FILE
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.cli.doctor.context import CheckSkippedError, RunContext
 from sdxl_lora.config import DownloadConfig
 from sdxl_lora.data.encoders import encode_images
