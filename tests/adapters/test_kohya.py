@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdxl_lora.adapters.kohya import kohya_delta, kohya_name, kohya_weights, original_path
-from sdxl_lora.adapters.lora import WEIGHTS_FILE, add_adapters, lora_parameters, save_lora
+from sdxl_lora.adapters.lora import add_adapters, lora_parameters, save_lora
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.config import LoraConfig, ModelConfig, load_params
 from sdxl_lora.models.sdxl import load_pipeline
 from sdxl_lora.runtime.rng import keyed_generator

@@ -1,6 +1,6 @@
-"""The adapter as files for other tools: diffusers' format, and kohya's for ComfyUI and A1111.
+"""The adapter's files for other programs: diffusers' format, and kohya's for ComfyUI and A1111.
 
-Both hold the same fp32 weights and, in their headers, their lineage. They are checked once written.
+Both hold the same fp32 weights and, in their headers, their lineage. They are read back and checked.
 """
 
 import re
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdxl_lora.adapters.kohya import kohya_delta, kohya_name, kohya_weights, lora_delta
 from sdxl_lora.adapters.lineage import WEIGHTS_KEY
-from sdxl_lora.adapters.lora import WEIGHTS_FILE, peft_header, peft_scale, saved_lora, split_by_part
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE, peft_header, peft_scale, saved_lora, split_by_part
 from sdxl_lora.config import ExportConfig, PredictionType
 from sdxl_lora.storage.safetensors_io import content_digest, read_header, write_tensors
 
@@ -22,16 +22,19 @@ from sdxl_lora.storage.safetensors_io import content_digest, read_header, write_
 def export_lora(
     source: Path, target: Path, config: ExportConfig, facts: Mapping[str, str], layers_per_block: int
 ) -> None:
-    """Write both files of the adapter in `source` into `target`, and read them back.
+    """Write both files of the adapter in `source` to `target`, read them back and compare them with it.
 
     Args:
+        source: folder of the trained adapter.
+        target: folder for the files.
+        config: names the files.
         facts: entries of both headers: ModelSpec's, and the lineage.
-        layers_per_block: resnets in a block of the UNet's way down.
+        layers_per_block: resnets in a down block of the UNet.
 
     Raises:
-        FileNotFoundError: nothing was saved in `source`.
+        FileNotFoundError: there is no adapter in `source`.
         ValueError: a layer has no name in kohya's format.
-        RuntimeError: a file does not hold the trained updates.
+        RuntimeError: a file differs from the trained adapter.
     """
     path = saved_lora(source)
     weights, configs = load_file(path), split_by_part(peft_header(path))
@@ -51,7 +54,7 @@ def export_lora(
 
 
 def check_files(trained: Path, diffusers: Path, kohya: Path, layers_per_block: int) -> None:
-    """Compare the files' update of each layer with the trained one, a layer at a time.
+    """Read the files back and compare their update of each layer with the trained one.
 
     Raises:
         RuntimeError: an update differs, or a file has other layers.
@@ -60,19 +63,20 @@ def check_files(trained: Path, diffusers: Path, kohya: Path, layers_per_block: i
     scales, scales_again = (_scales_by_part(path) for path in (trained, diffusers))
     layers = [key.removesuffix(".lora_A.weight") for key in expected if key.endswith(".lora_A.weight")]
     if len(again) != len(expected) or len(renamed) != 3 * len(layers):
-        raise RuntimeError(f"{diffusers} or {kohya} has other layers than {trained}")
+        raise RuntimeError(f"{diffusers} or {kohya} has other layers than {trained}: run export_lora again")
     for layer in layers:
         update = _update_of(expected, layer, scales)
         for path, found in (
             (diffusers, _update_of(again, layer, scales_again)),
             (kohya, kohya_delta(renamed, kohya_name(layer, layers_per_block))),
         ):
+            # Not equal bits: the scale is a float64 here, and alpha an fp32 tensor in kohya's file.
             if not torch.allclose(found, update, rtol=1e-6, atol=0):
-                raise RuntimeError(f"{path} does not hold what was trained: {layer} differs")
+                raise RuntimeError(f"{path} differs from {trained} in {layer}: run export_lora again")
 
 
 def _update_of(weights: Mapping[str, Tensor], layer: str, scales: Mapping[str, float]) -> Tensor:
-    """Return what an adapter in diffusers' format adds to a layer's weight."""
+    """Return the update of a layer by an adapter in diffusers' format."""
     up, down = (weights[f"{layer}.lora_{matrix}.weight"] for matrix in "BA")
     return scales[layer.partition(".")[0]] * lora_delta(up, down)
 
@@ -91,10 +95,10 @@ def _kohya_alpha(config: Mapping[str, Any]) -> float:
 
 
 def _kohya_header(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the entries of kohya's headers that tools show.
+    """Return those header entries of kohya's files that tools display.
 
     Args:
-        config: PEFT's of the UNet.
+        config: PEFT's config of the UNet.
     """
     return {
         "ss_network_module": "networks.lora",
@@ -122,5 +126,5 @@ def model_spec(
 
 
 def kohya_file(config: ExportConfig) -> str:
-    """Return the name under which ComfyUI and A1111 list the adapter."""
+    """Return the name of kohya's file, under which ComfyUI and A1111 list the adapter."""
     return f"{re.sub(r'[^a-z0-9]+', '-', config.title.lower()).strip('-')}.safetensors"

@@ -1,8 +1,8 @@
-"""Adapters under kohya's names, which ComfyUI and A1111 read, too.
+"""Adapters in kohya's format, which ComfyUI and A1111 read as well.
 
 kohya names a layer of the UNet by its path in the original SDXL (Stability-AI/generative-models,
-openaimodel.py) and a text encoder's by its path in transformers, with `_` for `.`: in
-`lora_unet_input_blocks_4_1_proj_in.lora_down.weight` is A, in `.lora_up.weight` B, and `.alpha` is a scalar;
+openaimodel.py), and a layer of a text encoder by its path in transformers, with `_` for `.`.
+`lora_unet_input_blocks_4_1_proj_in.lora_down.weight` is A, `.lora_up.weight` is B, and `.alpha` is a scalar;
 the update is alpha / rank B A. Knows tensors and names, but no model library.
 """
 
@@ -47,7 +47,7 @@ def kohya_weights(
         weights: `<part>.<layer>.lora_A.weight`, (r, in) or (r, in, k, k), and `lora_B`, (out, r) or
             (out, r, 1, 1); a part is one of `unet`, `text_encoder`, `text_encoder_2`.
         alphas: kohya's alpha of each part, PEFT's scale times the rank.
-        layers_per_block: resnets in a block of the UNet's way down; 2 in SDXL.
+        layers_per_block: resnets in a down block of the UNet; 2 in SDXL.
 
     Raises:
         ValueError: a layer has no name in the original SDXL, or a tensor is neither A nor B.
@@ -57,7 +57,8 @@ def kohya_weights(
         layer, _, matrix = key.rpartition(".lora_")
         if f"lora_{matrix}" not in _TENSORS:
             raise ValueError(
-                f"{key} is neither A nor B of an adapter, and kohya's format has no other tensors"
+                f"{key} is neither A nor B of an adapter, and kohya's format has no name for it: export an "
+                "adapter of plain LoRA"
             )
         name = kohya_name(layer, layers_per_block)
         renamed[f"{name}.{_TENSORS[f'lora_{matrix}']}"] = tensor
@@ -69,7 +70,7 @@ def kohya_name(layer: str, layers_per_block: int) -> str:
     """Return kohya's name of a layer, `<part>.<path>`.
 
     Raises:
-        ValueError: the layer has no name in kohya's format.
+        ValueError: there is none.
     """
     part, _, path = layer.partition(".")
     path = original_path(path, layers_per_block) if part == "unet" else path
@@ -80,18 +81,24 @@ def original_path(layer: str, layers_per_block: int) -> str:
     """Return a UNet layer's path in the original SDXL, from its path in diffusers.
 
     Raises:
-        ValueError: SDXL has no such layer.
+        ValueError: there is no such layer.
     """
     if layer in _OUTSIDE_BLOCKS:
         return _OUTSIDE_BLOCKS[layer]
     match = _BLOCK_PATTERN.fullmatch(layer)
     if match is None or (match["kind"] == "resnets" and match["rest"] not in _RESNET):
-        raise ValueError(f"{layer} is not a layer of SDXL's UNet: kohya's format has no name for it")
+        raise ValueError(
+            f"{layer} is not a layer of SDXL's UNet, and kohya's format has no name for it: remove it from "
+            "lora.unet_modules"
+        )
     kind, place, rest = match["kind"], int(match["place"]), match["rest"]
     if kind == "resnets":
         rest = _RESNET[rest]
     if match["side"] is None:  # resnet 0, attention 0, resnet 1
         return f"middle_block.{2 * place if kind == 'resnets' else 1}.{rest}"
+    # The original numbers one flat list for each side: a down block has its resnets, then the downsampler; an
+    # up block has one resnet more, and the upsampler shares the number of the last. Attentions stand next to
+    # their resnet.
     first = int(match["block"]) * (layers_per_block + 1)
     slot = {"resnets": 0, "attentions": 1, "downsamplers": 0, "upsamplers": 2}[kind]
     if match["side"] == "up":
@@ -102,7 +109,7 @@ def original_path(layer: str, layers_per_block: int) -> str:
 
 
 def kohya_delta(weights: Mapping[str, Tensor], name: str) -> Tensor:
-    """Return what layer `name` of a kohya file adds to its weight: alpha / rank B A, fp32, in its shape."""
+    """Return the update of layer `name` of a kohya file: alpha / rank B A, fp32, shaped as the weight."""
     down, up = (weights[f"{name}.{tensor}"] for tensor in _TENSORS.values())
     return weights[f"{name}.alpha"] / len(down) * lora_delta(up, down)
 

@@ -1,6 +1,6 @@
-"""An adapter's lineage: what identifies the data, code and params that it was trained from.
+"""The lineage of an adapter: what identifies its data, code, params and base model.
 
-Equal for equal results: no time, no run id. The MLflow run is found by its tag `dvc.train_lora`.
+Equal for equal results: it has no time and no id of a run. MLflow's run is found by the tag `dvc.train_lora`.
 """
 
 import hashlib
@@ -23,13 +23,14 @@ WEIGHTS_KEY = f"{PREFIX}weights.sha256"
 def lineage(
     model: ModelConfig, weights: Mapping[str, str], source: Path, index: Path, lock: Path
 ) -> dict[str, str]:
-    """Return the adapter's lineage as entries of a file's header; no path of this machine.
+    """Return the lineage as entries of a file's header. No path of this machine is among them.
 
     Args:
+        model: the base model.
         weights: SHA-256 of the weights of each of the base model's parts.
-        source: download_dataset's record of where the data came from.
-        index: of the encoded data set: digests of the images, and their captions.
-        lock: dvc.lock. If it is absent, as after a stage run by hand, DVC's entries are left out.
+        source: the record of the data's source that download_dataset writes.
+        index: that of the encoded data set: digests of the images, and their captions.
+        lock: dvc.lock. If it is missing, as when a stage runs without DVC, its entries are left out.
     """
     record = json.loads(source.read_text(encoding="utf-8"))
     facts = {
@@ -50,24 +51,25 @@ def lineage(
 
 
 def read_lineage(path: Path) -> dict[str, str]:
-    """Return the lineage in an adapter file's header, without its keys' prefix."""
+    """Return the entries of `lineage` in an adapter file's header, without their prefix."""
     header = sorted(read_header(path).items())
     return {key.removeprefix(PREFIX): value for key, value in header if key.startswith(PREFIX)}
 
 
 def training_digest(lock: Path) -> str:
-    """Return a hash of dvc.lock's entry of the training: code, data, params, and the resulting adapter."""
+    """Return a hash of DVC's record of the training: code, data, params, and the resulting adapter."""
     return entry_digest(read_lock(lock).get("train_lora", {}))
 
 
 def entry_digest(entry: Mapping[str, Any]) -> str:
-    """Return the same for an entry of train_lora in dvc.lock.
+    """Return the hash for the entry of train_lora in dvc.lock.
 
-    Reports are left out: they hold times, which differ even if nothing else does.
+    Reports are left out: they contain times, which differ between runs with equal results.
     """
     outs = [out for out in entry.get("outs", []) if not out["path"].startswith("data/reports/")]
     return json_digest([entry.get("deps"), entry.get("params"), outs])
 
 
 def json_digest(value: object) -> str:
+    """Return the SHA-256 of a value's JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -4,7 +4,6 @@ A layer W becomes W + s B A, with A (rank, in) drawn at random, B (out, rank) ze
 is one adapted model, under diffusers' name for it: `unet`, `text_encoder` or `text_encoder_2`.
 """
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -13,21 +12,22 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
+from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from peft import LoraConfig as PeftConfig
-from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE, peft_header, saved_lora, split_by_part
 from sdxl_lora.config import LoraConfig
 from sdxl_lora.runtime.rng import keyed_generator
-from sdxl_lora.storage.atomic_io import explain_write_errors, require_safetensors
+from sdxl_lora.storage.atomic_io import explain_write_errors
 from sdxl_lora.storage.safetensors_io import read_header, write_tensors
 
 ADAPTER_NAME = "default"
-WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 
 
 _SEED_NAMES = {"unet": "unet", "text_encoder": "text_encoder_1", "text_encoder_2": "text_encoder_2"}
@@ -60,7 +60,7 @@ def _adapter_config(config: LoraConfig, module: nn.Module, names: Sequence[str],
     """Return PEFT's configuration for the layers of `module` that `names`, of params key `key`, match.
 
     An option of the adapter is passed to PEFT here and nowhere else. Training reads it from PEFT's layers,
-    and what handles files reads it from PEFT's configuration in their header (`peft_scale`).
+    and what handles files reads it from PEFT's configuration in their header (`lora_file.peft_scale`).
     """
     layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     for name in names:
@@ -106,19 +106,6 @@ def layers_of_same_input(module: nn.Module, names: Collection[str]) -> list[Any]
     return [child for name, child in module.named_children() if name in names]
 
 
-def peft_scale(config: Mapping[str, Any]) -> float:
-    """Return the factor s of B A that PEFT gives to an adapter with this configuration, from a file's header.
-
-    Asks PEFT, with a layer without memory, and does not repeat its formula, as options such as `use_rslora`
-    change it.
-    """
-    probe = nn.Sequential(nn.Linear(1, 1, device="meta"))
-    options = {**config, "target_modules": ["0"], "layers_to_transform": None, "layers_pattern": None}
-    inject_adapter_in_model(PeftConfig(**options), probe, ADAPTER_NAME, low_cpu_mem_usage=True)
-    layer: Any = probe[0]
-    return float(layer.scaling[ADAPTER_NAME])
-
-
 @contextmanager
 def adapter_strength(modules: Sequence[nn.Module], value: float) -> Iterator[None]:
     """Multiply the adapters' updates by `value` while the block runs; 0 switches them off."""
@@ -142,23 +129,9 @@ def save_lora(folder: Path, parts: Mapping[str, Any], metadata: Mapping[str, str
     headers = {f"{name}_lora_adapter_metadata": _portable_config(module) for name, module in parts.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with explain_write_errors(folder / WEIGHTS_FILE), TemporaryDirectory(dir=folder.parent) as partial:
-        StableDiffusionXLPipeline.save_lora_weights(partial, **layers, **headers)
+        StableDiffusionXLLoraLoaderMixin.save_lora_weights(partial, **layers, **headers)
         path = Path(partial, WEIGHTS_FILE)
         write_tensors(folder / WEIGHTS_FILE, load_file(path), {**read_header(path), **(metadata or {})})
-
-
-def saved_lora(folder: Path) -> Path:
-    """Return the path of the file that `save_lora` wrote into `folder`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a safetensors file.
-    """
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: run `dvc repro train_lora` first")
-    require_safetensors(path)
-    return path
 
 
 def load_lora(folder: Path, parts: Mapping[str, Any]) -> None:
@@ -188,21 +161,6 @@ def load_lora(folder: Path, parts: Mapping[str, Any]) -> None:
             )
         set_peft_model_state_dict(module, saved, ADAPTER_NAME)
         module.eval()  # PEFT adds dropout switched on
-
-
-def peft_header(path: Path) -> dict[str, Any]:
-    """Return PEFT's configurations from a file's header, under keys such as `unet.r`."""
-    header: dict[str, Any] = json.loads(read_header(path)["lora_adapter_metadata"])
-    return header
-
-
-def split_by_part(entries: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Split keys such as `unet.r` at their first dot."""
-    parts: dict[str, dict[str, Any]] = {}
-    for key, value in entries.items():
-        part, _, rest = key.partition(".")
-        parts.setdefault(part, {})[rest] = value
-    return parts
 
 
 def adapter_weights(part: str, module: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from PIL.Image import Image
 from torch import nn
 
@@ -35,6 +34,8 @@ class Previewer:
 
     def __init__(self, denoiser: Denoiser, dataset: EncodedDataset, config: ModelConfig) -> None:
         """Load the VAE in addition to `denoiser` (0.16 GiB in fp16)."""
+        from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline  # only previews need them
+
         vae = load_vae(config, denoiser.precision, denoiser.device)
         vae.enable_tiling()  # decoding 1024 px as a whole takes GiB
         self._denoiser = denoiser
