@@ -1,10 +1,8 @@
-"""What a recipe will take of a GPU's memory, and on which cards it fits: `python -m sdxl_lora.cli.plan`.
+"""`sdxl-lora plan`: a recipe's peak GPU memory by phase, and the cards that it fits.
 
 Needs neither a GPU nor the base model's weights.
 """
 
-import argparse
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from math import inf
@@ -18,7 +16,6 @@ from sdxl_lora.memory.planner import Planner, TrainingPlan, shortage
 from sdxl_lora.memory.savings import minimum_memory_with
 from sdxl_lora.memory.training_forecast import MemoryForecast, TrainingSpec
 from sdxl_lora.models.architecture import read_architecture
-from sdxl_lora.paths import PARAMS
 from sdxl_lora.runtime.device import CUDA_CONTEXT
 from sdxl_lora.storage.atomic_io import GIB
 
@@ -39,11 +36,30 @@ Not in it: what CUDA takes for itself ({CUDA_CONTEXT / GIB:.1f} GiB on an H100),
 Not forecast: evaluate_lora, and main memory."""
 
 
-def plan_recipe(params: Params, saves: bool = False) -> Iterator[str]:
-    """The forecast as text, piece by piece as it is made.
+def run(recipe: Path, vram_gib: float | None, saves: bool) -> None:
+    """Print the forecast of a params file, piece by piece.
 
     Args:
-        saves: say what lowers each phase that is too large for a card, too: a minute of spec more.
+        vram_gib: GPU memory for training, GiB; None: training.vram_gib of the file.
+        saves: see `plan_recipe`.
+
+    Raises:
+        ValueError: the file does not fit the schema.
+        FileNotFoundError: it does not exist.
+    """
+    params = load_params(recipe)
+    if vram_gib is not None:
+        training = params.training.model_copy(update={"vram_gib": vram_gib})
+        params = params.model_copy(update={"training": training})
+    for text in plan_recipe(params, saves):
+        print(text, flush=True)
+
+
+def plan_recipe(params: Params, saves: bool = False) -> Iterator[str]:
+    """Yield the forecast as text, piece by piece as it is computed.
+
+    Args:
+        saves: also list what lowers each phase that is too large for a card, which takes a minute more.
     """
     shapes = read_architecture(params.model)
     side = params.encoding.resolution // shapes.pixels_per_latent
@@ -77,7 +93,7 @@ def plan_recipe(params: Params, saves: bool = False) -> Iterator[str]:
         for phase, name, least in minimum_memory_with(params, spec, tight):
             yield f"  {phase:7} {name:46} {least:5.1f}"
     elif tight:
-        yield "\n`python -m sdxl_lora.cli.plan --save` says what lowers each phase (a minute)."
+        yield "\n`sdxl-lora plan --save` also lists which settings lower each phase (a minute)."
 
 
 def _headline(plan: TrainingPlan, spec: TrainingSpec) -> str:
@@ -128,24 +144,3 @@ def _plan_description(plan: TrainingPlan, spec: TrainingSpec) -> str:
     if plan.checkpointed:
         return f"{words}, {len(plan.checkpointed)} blocks checkpointed ({plan.recomputed:+.0%} arithmetic)"
     return f"{words}, no checkpointing"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sdxl_lora.cli.plan", description=__doc__.splitlines()[0])
-    parser.add_argument("--recipe", type=Path, default=PARAMS, help=f"default: {PARAMS}")
-    parser.add_argument("--vram", type=float, metavar="GIB", help="in place of training.vram_gib")
-    parser.add_argument("--save", action="store_true", help="say what lowers each phase (a minute more)")
-    arguments = parser.parse_args()
-    try:
-        params = load_params(arguments.recipe)
-        if arguments.vram is not None:
-            training = params.training.model_copy(update={"vram_gib": arguments.vram})
-            params = params.model_copy(update={"training": training})
-        for text in plan_recipe(params, arguments.save):
-            print(text, flush=True)
-    except (ValueError, OSError) as error:
-        sys.exit(f"plan: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,9 @@
-"""Makes a recorded run again and says whether it came out the same.
+"""A recorded run, run again and compared with its record.
 
 The stages run in a fresh clone that knows none of the recorded results, without DVC's run cache, with the
 libraries and the device at hand.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -12,20 +11,17 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import yaml
 
 from sdxl_lora import paths
 from sdxl_lora.reproducibility.comparison import ReproductionVerdict, compare_runs
-from sdxl_lora.reproducibility.run_record import RunRecord, find_record, read_record, reader
-from sdxl_lora.storage.report_io import write_numbers
-from sdxl_lora.tracking.live_run import TRACKING_ERRORS
+from sdxl_lora.reproducibility.run_record import RunRecord, read_record, reader
 
-_Data = Literal["download", "pull"]
+DataSource = Literal["download", "pull"]
 
 _SCRATCH_FOLDER = Path(".dvc/tmp/reproduction")
 DOWNLOAD, TRACK = "download_dataset", "track_run"
@@ -35,14 +31,15 @@ _LAST_LINES = 8  # of the output, kept to say why a run failed
 _CACHE_REMOTE = "cache-of-the-project"
 
 
-def _reproduce(record: RunRecord, data: _Data) -> ReproductionVerdict:
-    """Runs all recorded stages anew, but for the one that shows results in MLflow, and compares.
+def reproduce(record: RunRecord, data: DataSource) -> ReproductionVerdict:
+    """Run all recorded stages again, except the one that shows results in MLflow, and compare.
 
     Args:
         data: download the data set once more, or take the recorded one from DVC's cache or remote.
 
     Raises:
         ValueError: the recorded data cannot be had.
+        OSError: git cannot clone the project.
     """
     pipeline = yaml.safe_load(record.files[paths.PIPELINE])["stages"]
     stages = [name for name in pipeline if name in record.stages and name != TRACK]
@@ -72,7 +69,7 @@ def _fresh_clone(record: RunRecord) -> Iterator[Path]:
             (["checkout", "--detach", record.code_commit], clone),
             (["reset", "--soft", record.recorded_head], clone),
         ):
-            subprocess.run(["git", *command, "--quiet"], cwd=folder, check=True)
+            _run_git(folder, *command, "--quiet")
         for path in (paths.PARAMS, paths.PIPELINE, paths.LOCK):
             (clone / path).write_text(record.files[path], encoding="utf-8")
         yield clone
@@ -111,7 +108,7 @@ def _pull_data(clone: Path) -> None:
             return
     raise ValueError(
         f"the recorded {paths.RAW} is neither in DVC's cache nor in its remote ({result.stderr.strip()}); "
-        "without DATA=pull it is downloaded anew"
+        "`--data download` downloads it again"
     )
 
 
@@ -134,6 +131,17 @@ def _run_stages(clone: Path, stages: Sequence[str]) -> str | None:
     return f"`dvc repro` stopped with status {process.returncode}: {' '.join(tail)}"
 
 
+def _run_git(folder: Path, *arguments: str) -> None:
+    """Run a git command.
+
+    Raises:
+        OSError: it fails; says what git says.
+    """
+    result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise OSError(f"`git {arguments[0]}` in {folder.absolute()} fails: {result.stderr.strip()}")
+
+
 def _run_dvc(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = ["dvc", *arguments]
     environment = _environment_of(folder.absolute())
@@ -150,8 +158,8 @@ def _environment_of(project: Path) -> dict[str, str]:
     }
 
 
-def _render_reproduction_page(verdict: ReproductionVerdict) -> str:
-    """The verdict as Markdown."""
+def render_reproduction_page(verdict: ReproductionVerdict) -> str:
+    """Return the verdict as Markdown."""
     lines = [
         f"# {verdict.outcome.capitalize()}: {verdict.origin}",
         "",
@@ -179,27 +187,3 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str
         return []
     cells = [columns, ["---"] * len(columns), *rows]
     return [f"| {' | '.join(str(cell).replace('|', '&#124;') for cell in row)} |" for row in cells]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sdxl_lora.reproducibility.reproduce", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("ref", help="git revision, DVC experiment, id of an MLflow run, or adapter file")
-    parser.add_argument(
-        "--data", choices=get_args(_Data), default="download", help="where the data set comes from"
-    )
-    arguments = parser.parse_args()
-    try:
-        verdict = _reproduce(find_record(arguments.ref), arguments.data)
-    except (ValueError, subprocess.CalledProcessError, *TRACKING_ERRORS) as error:
-        sys.exit(f"reproduce: {error}")
-    text = _render_reproduction_page(verdict)
-    write_numbers(paths.REPRODUCTION, asdict(verdict))
-    paths.REPRODUCTION_PAGE.write_text(text, encoding="utf-8")
-    sys.stdout.write(f"{text}\n{paths.REPRODUCTION_PAGE} and {paths.REPRODUCTION} say the same.\n")
-    sys.exit(verdict.outcome not in ("bit-identical", "within tolerance"))
-
-
-if __name__ == "__main__":
-    main()

@@ -62,7 +62,7 @@ def find_record(name: str) -> RunRecord:
 
     Raises:
         ValueError: it is none of these, or has no record; says which remedy there is.
-        OSError, MlflowException: MLflow cannot be reached, or knows no such run.
+        ConnectionError: MLflow cannot be reached, or knows no such run.
     """
     if Path(name).suffix == ".safetensors":
         return record_of_adapter(Path(name))

@@ -13,9 +13,8 @@ from pathlib import Path
 from types import FrameType
 
 from sdxl_lora.runtime.dvc_execution import StageRecord, StageStatus, current_execution
-from sdxl_lora.storage.atomic_io import with_remedy, write_text
-
-_USER_ERRORS = (ValueError, OSError, FloatingPointError)
+from sdxl_lora.runtime.user_errors import exit_on_user_error
+from sdxl_lora.storage.atomic_io import write_text
 
 logger = logging.getLogger("sdxl_lora")
 
@@ -93,9 +92,5 @@ def run_stage(main: Callable[[], None]) -> None:
     """Runs a stage as a script: progress and warnings on stderr, what a user can mend without a traceback."""
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)  # our own news; of libraries, warnings alone
-    try:
+    with exit_on_user_error(Path(sys.argv[0]).stem):
         main()
-    except _USER_ERRORS as error:
-        logger.debug("traceback", exc_info=True)
-        told = with_remedy(error) if isinstance(error, OSError) else error
-        sys.exit(f"{Path(sys.argv[0]).stem}: {told}")

@@ -193,6 +193,17 @@ def live_run(params: Params) -> Iterator[_LiveRun]:
     run.end(None)
 
 
+@contextmanager
+def explain_tracking_errors() -> Iterator[None]:
+    """Turn what MLflow's client raises into a ConnectionError."""
+    try:
+        yield
+    except TRACKING_ERRORS as error:
+        raise ConnectionError(
+            f"MLflow cannot be reached or refuses ({type(error).__name__}: {error})"
+        ) from error
+
+
 def error_cause(error: BaseException) -> str:
     """What went wrong at the bottom of it, unless that tells an address, which may hold a password."""
     while inner := error.__cause__ or error.__context__:

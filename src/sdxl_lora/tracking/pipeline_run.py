@@ -29,6 +29,7 @@ from sdxl_lora.tracking.live_run import (
     chunks,
     connect,
     error_cause,
+    explain_tracking_errors,
 )
 from sdxl_lora.tracking.logged_model import log_adapter
 
@@ -133,9 +134,10 @@ def download_record(run_id: str, folder: Path) -> Path:
     """Fetches what `_show_results` kept of DVC's record with a run; where it lies, laid out as the project.
 
     Raises:
-        MlflowException, OSError: the server cannot be reached, has no such run, or the run has no record.
+        ConnectionError: the server cannot be reached, has no such run, or the run has no record.
     """
-    return Path(connect().client.download_artifacts(run_id, str(_RECORD_FOLDER), str(folder)))
+    with explain_tracking_errors():
+        return Path(connect().client.download_artifacts(run_id, str(_RECORD_FOLDER), str(folder)))
 
 
 def _log_curves(client: MlflowClient, run_id: str) -> None:
