@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from sdxl_lora.paths import EXPORTED_WEIGHTS, PARAMS
+from sdxl_lora.runtime.library_settings import COMPUTE, set_library_settings
 from sdxl_lora.runtime.user_errors import exit_on_user_error
 
 
@@ -72,6 +73,7 @@ def plan(
 
     Prints the peak of each phase and part in GiB, and which cards the recipe fits.
     """
+    set_library_settings(COMPUTE)  # before torch and diffusers are imported, which read it
     from sdxl_lora.cli.plan import run
 
     run(recipe, vram, save)

@@ -35,10 +35,13 @@ _Facts = Mapping[str, str]
 
 def verify(path: Path) -> Iterator[Check]:
     """Yield every check that the file's header allows, as it is made."""
+    if not path.is_file():
+        yield failed("file", f"{path} not found", f"name an exported file, or `dvc pull {paths.EXPORT}`")
+        return
     try:
         require_safetensors(path)
     except (ValueError, OSError) as error:
-        yield failed("file", str(error), "take the file anew from where it was published")
+        yield failed("file", str(error), "get the file again from where it was published")
         return
     facts, weights = read_lineage(path), content_digest(load_file(path))
     if not facts:
@@ -68,12 +71,12 @@ def verify(path: Path) -> Iterator[Check]:
 def _check_weights(found: str, facts: _Facts) -> Check:
     """Whether the tensors are those that were exported."""
     if "weights.sha256" not in facts:
-        return warned("weights", "the header has no hash of them", "export the adapter anew")
+        return warned("weights", "the header has no hash of them", "export the adapter again")
     if found != facts["weights.sha256"]:
         return failed(
             "weights",
             "the tensors are not those that were exported",
-            "take the file anew; this one was edited",
+            "get the file again; this one was edited",
         )
     return passed("weights", f"sha256 {found[:12]}")
 
@@ -129,7 +132,7 @@ def _check_params(record: RunRecord, facts: _Facts) -> Check:
     """Whether header, dvc.lock and params.yaml agree."""
     locked = record.stages["train_lora"].get("params", {})
     if json_digest(locked or None) != facts.get("params.sha256"):
-        return failed("params", "the header's hash is not that of the record", "export the adapter anew")
+        return failed("params", "the header's hash is not that of the record", "export the adapter again")
     written = yaml.safe_load(record.files[paths.PARAMS])
     try:
         agree = Params(**{**written, **locked.get("params.yaml", {})}) == Params(**written)
