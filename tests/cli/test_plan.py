@@ -45,7 +45,7 @@ def test_every_card_has_a_verdict(said: str) -> None:
     verdicts = [line for line in said.splitlines() if " GiB (" in line]
     assert [int(line.split()[0]) for line in verdicts] == list(CARDS)
     assert all("trains" in line and "does not fit" not in line for line in verdicts)
-    assert "The least that does" not in said
+    assert "Smallest possible peak" not in said
 
 
 def test_largest_phase_is_named(said: str) -> None:
@@ -78,7 +78,7 @@ def test_budget_that_nothing_fits_is_said_beside_the_forecast(
     said = capsys.readouterr().out
     assert "training.vram_gib is 0.01, and training takes" in said
     assert "peak GPU memory" in said
-    least = [line.split() for line in said.partition("The least that does")[2].splitlines()[1:]]
+    least = [line.split() for line in said.partition("Smallest possible peak")[2].splitlines()[1:]]
     assert least[0][:4] == ["train", "as", "it", "is"]
     assert ["train", "training.quantization", "nf4"] in [words[:3] for words in least]
     assert {words[0] for words in least} == {"train"}, "all else fits on every card"

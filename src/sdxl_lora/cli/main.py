@@ -36,7 +36,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print the checks as JSON, f
 
 # Plain help: drawing it with rich would double its time.
 app = typer.Typer(
-    help="Fine-tune Stable Diffusion XL with LoRA. `dvc repro` runs the pipeline; these commands check and share it.",
+    help="Fine-tune Stable Diffusion XL with LoRA: commands around the pipeline, which `dvc repro` runs.",
     epilog="Run them in the project's root folder. Example: sdxl-lora plan --vram 13.8",
     no_args_is_help=True,
     add_completion=False,

@@ -23,17 +23,17 @@ CARDS = (8, 10, 12, 16, 24)
 _USABLE_SHARE = 0.92
 """Share of a card's nominal memory that it shows: 14.75 GiB of a T4's 16. ECC and the driver take some."""
 MEANINGS = {
-    "weights": "the base model's",
+    "weights": "of the base model",
     "adapters": "trained weights, their copies and gradients",
-    "optimizer": "AdamW's moments",
-    "activations": "what a pass makes, at its most",
-    "previews": "a picture's VAE and UNet pass, beside training",
-    "cache": "held by PyTorch and not in use",
+    "optimizer": "moments of AdamW",
+    "activations": "largest amount during a pass",
+    "previews": "one image through UNet and VAE during training",
+    "cache": "held by PyTorch, not in use",
     "workspace": "scratch memory of kernels",
 }
-_BESIDE = f"""\
-Not in it: what CUDA takes for itself ({CUDA_CONTEXT / GIB:.1f} GiB on an H100), a screen, other programs.
-Not forecast: evaluate_lora, and main memory."""
+_NOT_INCLUDED = f"""\
+Not included: CUDA's context ({CUDA_CONTEXT / GIB:.1f} GiB on an H100), a screen, other programs.
+Not forecast: evaluate_lora and main memory."""
 
 
 def run(recipe: Path, vram_gib: float | None, saves: bool) -> None:
@@ -79,7 +79,7 @@ def plan_recipe(params: Params, saves: bool = False) -> Iterator[str]:
     assert shown.forecast is not None
     encode, sample = (forecast_inference(trace) for trace in others.values())
     yield _phase_table({"encode": encode, "train": shown.forecast, "sample": sample})
-    yield _BESIDE
+    yield _NOT_INCLUDED
     saves = saves or plan is None
     yield "\nCards, with training.vram_gib set to what each leaves to PyTorch (in brackets):"
     for card in CARDS:
@@ -89,7 +89,7 @@ def plan_recipe(params: Params, saves: bool = False) -> Iterator[str]:
         tight |= {*failing, *([] if plan else ["train"])}
         yield _card_line(card, usable, plan, failing, spec)
     if tight and saves:
-        yield "\nThe least that does, GiB (train: all blocks checkpointed), and what lowers it:"
+        yield "\nSmallest possible peak, GiB (train: all blocks checkpointed), and what lowers it:"
         for phase, name, least in minimum_memory_with(params, spec, tight):
             yield f"  {phase:7} {name:46} {least:5.1f}"
     elif tight:
