@@ -3,7 +3,7 @@
 
 # What a user may set. Make would run a `$(shell ...)` in a value, and a shell whatever a value brings into a recipe's
 # text. So values are taken as they stand, travel through the environment, and recipes quote them: "$$NAME".
-SETTINGS := PYTHON PORT NAME REPO PUBLIC FORCE REF DATA ADAPTER
+SETTINGS := PYTHON PORT NAME REPO PUBLIC FORCE REF DATA ONLY ADAPTER
 $(foreach setting,$(SETTINGS),$(eval override $(setting) := $$(value $(setting))))
 export $(SETTINGS)
 
@@ -16,10 +16,10 @@ override INSTALLED := .venv/installed
 override RUN := PATH="$$PWD/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check doctor plan ui promote push-to-hub recipe reproduce verify lock rebuild clean
+.PHONY: help setup demo test test-elsewhere check doctor plan ui promote push-to-hub recipe reproduce verify lock rebuild clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 setup: $(INSTALLED)  ## create .venv from requirements.lock (PYTHON=python3.12 selects the interpreter)
 
@@ -31,6 +31,9 @@ demo: setup  ## run the whole pipeline on the embedded model and data set: CPU, 
 test: setup  ## run the tests, except those that take minutes
 	@TRITON_INTERPRET=1 $(RUN) python -m pytest -m interpreter tests/kernels tests/models/test_fused.py
 	@$(RUN) python -m pytest -m "not slow"
+
+test-elsewhere: setup  ## run the tests that compute as other processors would, random, busy: an hour (ONLY="busy machine")
+	@$(BIN)/python -m tests.support.elsewhere $${ONLY:+--only="$$ONLY"}
 
 check: setup  ## format, lint, types, direction of imports, known vulnerabilities of dependencies
 	@$(BIN)/ruff format --check .

@@ -5,7 +5,8 @@ Nobody ran a full fine-tuning. Only what training holds is counted: UNet and tex
 
 from benchmarks.counts import RANK, Counted
 from benchmarks.results import GIB
-from benchmarks.tables import NONE, table
+from benchmarks.tables import NONE
+from sdxl_lora.reporting.markdown import table
 
 MOMENTS = 8
 MOMENTS_8_BIT = 2 * (1 + 4 / 256)  # a byte each, and an fp32 scale for every block of 256

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.patience import patience
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -24,7 +26,9 @@ def _bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        ["make", *arguments], capture_output=True, text=True, timeout=patience(15), check=False
+    )
 
 
 def test_help_comes_first_and_needs_no_environment() -> None:
@@ -54,7 +58,7 @@ def test_finished_setup_costs_nothing() -> None:
     assert make("setup").stdout.strip() in ("", "make: Nothing to be done for 'setup'.")
 
 
-SETTINGS = ("PYTHON", "PORT", "NAME", "REPO", "PUBLIC", "FORCE", "REF", "DATA", "ADAPTER")
+SETTINGS = ("PYTHON", "PORT", "NAME", "REPO", "PUBLIC", "FORCE", "REF", "DATA", "ONLY", "ADAPTER")
 TARGETS = [
     line.split(":")[0]
     for line in (REPOSITORY / "Makefile").read_text().splitlines()
@@ -137,6 +141,7 @@ def test_no_value_runs_anything_and_commands_get_it_as_it_is(
     assert not Path("x").exists(), result.stdout
     assert result.returncode == 0, result.stderr
     assert [words for program, *words in calls() if program == "sdxl-lora"] == calls_with(value)
+    assert ["python", "-m", "tests.support.elsewhere", f"--only={value}"] in calls()
 
 
 @pytest.mark.usefixtures("_stand_ins")

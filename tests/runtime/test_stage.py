@@ -1,7 +1,9 @@
 import os
 import signal
-import time
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -20,6 +22,23 @@ def test_stage_outside_dvc_is_an_execution_of_its_own() -> None:
     execution = current_execution()
     assert execution.pid in {os.getpid(), *(process.pid for process in psutil.Process().parents())}
     assert execution.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("words", "is_execution"),
+    [(["repro", "-f"], True), (["exp", "run"], True), (["queue", "start"], True), (["status"], False)],
+)
+def test_execution_is_the_dvc_command_that_runs_stages(
+    tmp_path: Path, words: list[str], is_execution: bool
+) -> None:
+    """A program named dvc starts a process that says which execution it belongs to."""
+    asked = "from sdxl_lora.runtime.dvc_execution import current_execution; print(current_execution().pid)"
+    program = ["import os, subprocess, sys", "print(os.getpid(), flush=True)"]
+    program.append(f"subprocess.run([sys.executable, '-c', {asked!r}])")
+    (tmp_path / "dvc").write_text("\n".join(program), encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "dvc"), *words]
+    dvc, execution = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert (dvc == execution) == is_execution
 
 
 def test_id_says_which_process_and_not_which_host() -> None:
@@ -85,13 +104,14 @@ def test_signals_ask_to_stop_instead_of_ending_the_block(number: signal.Signals)
         os.kill(os.getpid(), number)
 
 
-def test_deadline_is_near_while_two_of_the_longest_rounds_still_fit() -> None:
-    deadline = Deadline(2 / 60)
-    start = time.monotonic()
+def test_deadline_is_near_while_two_of_the_longest_rounds_still_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("sdxl_lora.runtime.stage.time", SimpleNamespace(monotonic=lambda: now))
+    deadline = Deadline(20 / 60)
     assert not deadline.is_near()
-    time.sleep(0.4)
+    now += 4.0  # the longest round: two more take 8 of the 20 seconds
     assert not deadline.is_near()
     while not deadline.is_near():
-        time.sleep(0.05)
-    assert 1.0 < time.monotonic() - start < 1.3
+        now += 0.5
+    assert now == 112.0
     assert not Deadline(None).is_near()

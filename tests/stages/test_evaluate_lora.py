@@ -1,14 +1,16 @@
 import csv
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from PIL import Image
 
 from sdxl_lora import paths
-from sdxl_lora.adapters.lora import WEIGHTS_FILE
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.config import load_params
 from sdxl_lora.inference.samples import Sample, load_table, save_table
 from stages import evaluate_lora
@@ -18,7 +20,7 @@ from tests.support.encoded import write_encoded_dataset
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project with an encoded data set and two samples, the data set's own picture of an alien monster."""
+    """A project with an encoded data set and two samples, the data set's own image of an alien monster."""
     (tmp_path / "demo").symlink_to(Path("demo").resolve())
     recipe = yaml.safe_load(Path("recipes/demo.yaml").read_text(encoding="utf-8"))
     recipe["evaluation"].update(timesteps=[100, 900], noises=1)
@@ -40,13 +42,22 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write_raw_images() -> None:
-    """Pictures under the names that the encoded data set has; 2.png is the alien monster."""
+    """Images under the names that the encoded data set has; 2.png is the alien monster."""
     names = sorted(path.name for path in Path("demo/dataset/images").iterdir() if "alien" not in path.name)
     paths.RAW_IMAGES.mkdir(parents=True)
     for number, name in enumerate(names[:9]):
         source = "alien-monster.webp" if number == 2 else name
         with Image.open(f"demo/dataset/images/{source}") as image:
             image.convert("RGB").save(paths.RAW_IMAGES / f"{number}.png")
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of nested mappings, by their path."""
+    found: dict[str, float] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return found
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -107,8 +118,14 @@ def test_samples_of_captions_are_scored_apart() -> None:
     evaluate_lora.main()
     metrics = json.loads(paths.METRICS.read_text(encoding="utf-8"))
     apart = metrics.pop("training_captions")
-    assert metrics == alone
-    assert apart["copied"] == metrics["copied"]  # the same pictures
+    # The free samples are in a larger batch now, for which kernels sum in another order. In each of CLIP's 10
+    # layers sums of 500 products are off by sqrt(500) 2^-24: a cosine by 1e-5, a score in percent by 1e-3.
+    assert flat(metrics) == pytest.approx(flat(alone), rel=1e-5, abs=1e-3)
+    counted = [
+        name for name in flat(metrics) if name.startswith(("copied", "gates", "adapter_bytes", "retrieval"))
+    ]
+    assert [flat(metrics)[name] for name in counted] == [flat(alone)[name] for name in counted]
+    assert apart["copied"] == metrics["copied"]  # the same images
     assert apart["clip_score"]["adapter"] < metrics["clip_score"]["adapter"] - 1  # other words
     assert [row["origin"] for row in read_csv(paths.COPIES)] == ["free", "free", "training", "training"]
     assert {row["origin"] for row in read_csv(paths.INTERVALS)} == {"free", "training"}

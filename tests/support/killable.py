@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from sdxl_lora.adapters.lora import add_adapters, save_lora, saved_lora
+from sdxl_lora.adapters.lora import add_adapters, save_lora
+from sdxl_lora.adapters.lora_file import saved_lora
 from sdxl_lora.config import LoraConfig, ModelConfig, TrainingConfig
 from sdxl_lora.data.encoded_dataset import EncodedDataset
 from sdxl_lora.runtime.device import deterministic_kernels
@@ -22,9 +23,10 @@ from sdxl_lora.training.checkpointer import Checkpointer
 from sdxl_lora.training.denoiser import load_denoiser
 from sdxl_lora.training.grad_scaler import GradScaler
 from sdxl_lora.training.trainer import Trainer, prepare_modules
+from tests.support.patience import patience
 
 SEED = 7
-SECONDS = 300  # that a process may take to say something
+SECONDS = patience(60)  # that a process may take to say something
 
 
 @dataclass(frozen=True)

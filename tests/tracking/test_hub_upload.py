@@ -16,12 +16,13 @@ from sdxl_lora.adapters.lineage import PREFIX, training_digest
 from sdxl_lora.storage.safetensors_io import write_tensors
 from tests.support.command import COMMAND
 from tests.support.hub import Hub, serving_hub
+from tests.support.patience import patience
 from tests.support.tracked import write_gates
 from tests.support.upload_hub import TOKEN, UploadHandler, Uploads
 
 NAME = "someone/an-adapter"
 CARD = "---\nlibrary_name: diffusers\n---\n# An adapter\n"
-TIMEOUT = 60  # seconds
+TIMEOUT = patience(20)  # seconds
 
 
 @pytest.fixture
@@ -87,11 +88,11 @@ def test_repository_holds_what_was_exported_and_is_private(hub: Hub, uploads: Up
     exported = {p.relative_to(paths.EXPORT).as_posix(): p.read_bytes() for p in paths.EXPORT.rglob("*.*")}
     assert published.files == exported
     assert uploads.private == {NAME: True}
-    assert len(uploads.large) == 3  # weights and pictures
+    assert len(uploads.large) == 3  # weights and images
     assert result.stdout == f"pushed: {hub.endpoint}/{NAME}/commit/{published.commit}\n"
 
 
-def test_publishing_again_replaces_files_and_removes_old_pictures(hub: Hub, uploads: Uploads) -> None:
+def test_publishing_again_replaces_files_and_removes_old_images(hub: Hub, uploads: Uploads) -> None:
     assert publish(hub, "--public").returncode == 0
     assert uploads.private == {NAME: False}
     (paths.EXPORT / "images/1.png").unlink()

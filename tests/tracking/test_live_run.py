@@ -20,8 +20,10 @@ from sdxl_lora.runtime.dvc_execution import DvcExecution, current_execution, mac
 from sdxl_lora.runtime.stage import record_stage
 from sdxl_lora.storage.report_io import write_numbers
 from sdxl_lora.storage.repository import file_digest
-from sdxl_lora.tracking.live_run import EXPERIMENT, connect, error_cause, live_run
+from sdxl_lora.tracking.connection import EXPERIMENT, connect, error_cause
+from sdxl_lora.tracking.live_run import live_run
 from sdxl_lora.tracking.pipeline_run import memory_tag, track_run
+from tests.support.patience import patience
 from tests.support.tracked import write_gates, write_results
 
 REPOSITORY = Path(__file__).parents[2]
@@ -35,6 +37,9 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(
+        "sdxl_lora.tracking.live_run.PATIENCE_SECONDS", patience(5)
+    )  # a busy machine is not to exhaust it
     write_results()
 
 
@@ -47,7 +52,7 @@ def client() -> MlflowClient:
     return connect().client
 
 
-def test_run_shows_params_curves_numbers_pictures_and_the_adapter(params: Params) -> None:
+def test_run_shows_params_curves_numbers_images_and_the_adapter(params: Params) -> None:
     with record_stage("train_lora"):
         pass
     pointer = track_run(params)["mlflow"]
@@ -152,7 +157,7 @@ def test_server_that_is_down_stops_nothing(params: Params, monkeypatch: pytest.M
 )
 def test_results_that_are_missing_are_no_fault_of_the_server(params: Params, path: Path) -> None:
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=f"^{path} not found: `dvc repro` makes what is missing"):
+    with pytest.raises(FileNotFoundError, match=f"^{path} not found: `dvc repro` generates missing results"):
         track_run(params)
 
 
@@ -160,13 +165,13 @@ def test_server_that_never_answers_slows_no_step(params: Params, monkeypatch: py
     monkeypatch.setattr("sdxl_lora.tracking.live_run.PATIENCE_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{patience(60):.0f}")
         start = time.monotonic()
         with live_run(params) as run:
             for step in range(100):
                 run.log(step, loss=0.5)
             run.image("preview", Image.new("RGB", (8, 8)), 1)
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < patience(60)  # one wait for an answer would take longer
 
 
 def test_curve_that_broke_off_is_completed(params: Params) -> None:
@@ -197,9 +202,12 @@ def test_nothing_logged_tells_the_host_or_the_home_folder(params: Params) -> Non
 
 
 def test_two_processes_can_create_the_database_at_once(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from sdxl_lora.tracking.live_run import connect; connect()"]
+    command = [sys.executable, "-c", "from sdxl_lora.tracking.connection import connect; connect()"]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate(timeout=120)[1].count("Traceback") for process in processes] == [0, 0]
+    assert [process.communicate(timeout=patience(30))[1].count("Traceback") for process in processes] == [
+        0,
+        0,
+    ]
     assert [process.returncode for process in processes] == [0, 0]
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         assert database.execute("pragma journal_mode").fetchone() == ("wal",)

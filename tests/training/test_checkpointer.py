@@ -13,13 +13,15 @@ from torch import Tensor
 
 from sdxl_lora.adapters.lora import add_adapters, lora_parameters
 from sdxl_lora.config import Params, TrainingConfig, load_params
-from sdxl_lora.data.encoded_dataset import INDEX, EncodedDataset, write_index, write_shard
+from sdxl_lora.data.encoded_dataset import INDEX, EncodedDataset
+from sdxl_lora.data.shard_writer import write_index, write_shard
 from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training.checkpointer import Checkpoint, Checkpointer, training_key
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
 from sdxl_lora.training.trainer import Trainer, prepare_modules
 from tests.support.encoded import write_encoded_dataset
 from tests.support.killable import Job, Killer
+from tests.support.patience import patience
 
 CPU = torch.device("cpu")
 SEED = 7
@@ -76,7 +78,7 @@ def job(folder: Path, encoded: Path, params: Params, device: str, steps: int) ->
     return Job(folder, encoded, params.model, params.lora, config, device)
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(patience(360))
 @pytest.mark.parametrize(
     ("device", "kills", "steps"),
     [

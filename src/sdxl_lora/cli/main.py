@@ -65,18 +65,15 @@ def plan(
         float | None,
         typer.Option(metavar="GIB", help="GPU memory for training, GiB; replaces training.vram_gib."),
     ] = None,
-    save: Annotated[
-        bool, typer.Option("--save", help="Also list which settings lower each phase's peak (a minute more).")
-    ] = False,
 ) -> None:
     """Forecast the peak GPU memory of a recipe; needs no GPU.
 
-    Prints the peak of each phase and part in GiB, and which cards the recipe fits.
+    Prints the peak of each phase and part in GiB, which cards the recipe fits, and settings that lower it.
     """
     set_library_settings(COMPUTE)  # before torch and diffusers are imported, which read it
     from sdxl_lora.cli.plan import run
 
-    run(recipe, vram, save)
+    run(recipe, vram)
 
 
 @app.command(cls=_Command, epilog="Example: sdxl-lora recipe demo")
