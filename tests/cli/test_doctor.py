@@ -5,7 +5,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -20,14 +19,15 @@ from safetensors.torch import load_file, save_file
 from sdxl_lora.adapters.lora import save_lora
 from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.cli.doctor import dry_run, resources, services, smoke_tests, software
+from sdxl_lora.cli.doctor.checks import CHECKS, run_checks
 from sdxl_lora.cli.doctor.context import CheckFunction, RunContext
-from sdxl_lora.cli.doctor.examinations import CHECKS, run_checks
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.models.sdxl import load_vae
 from sdxl_lora.reproducibility.checklist import Check, exit_status, format_check, passed, warned
 from sdxl_lora.storage.atomic_io import GIB
 from sdxl_lora.storage.repository import folder_digest
 from sdxl_lora.training.train_step import TrainStep
+from tests.support.command import COMMAND
 from tests.support.hub import Hub
 from tests.support.patience import patience
 
@@ -78,7 +78,7 @@ def test_healthy_project_passes_every_check() -> None:
 
 @pytest.mark.slow
 def test_command_passes_every_check_and_prints_json() -> None:
-    command = [sys.executable, "-m", "sdxl_lora.cli.doctor.command", "--json"]
+    command = [COMMAND, "doctor", "--json"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), "SDXL_LORA_DEVICE": "cpu"}
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=patience(60), check=False
@@ -93,7 +93,7 @@ def test_check_that_breaks_down_is_a_finding_and_stops_no_other(monkeypatch: pyt
         raise RuntimeError("all\nwrong")
 
     examinations = [software.check_python, check_something, software.check_libraries]
-    monkeypatch.setattr("sdxl_lora.cli.doctor.examinations.CHECKS", examinations)
+    monkeypatch.setattr("sdxl_lora.cli.doctor.checks.CHECKS", examinations)
     statuses = [(check.name, check.status, check.detail) for check in run_checks(context())]
     assert statuses[1] == ("something", "fail", "RuntimeError: all wrong")
     assert [name for name, _, _ in statuses] == ["python", "something", "libraries"]
@@ -154,7 +154,7 @@ def test_recipe_for_a_gpu_fails_without_one_and_its_trial_is_not_tried() -> None
 def examine_only(someone: RunContext, *names: str) -> Iterator[Check]:
     with pytest.MonkeyPatch.context() as patch:
         chosen = [e for e in CHECKS if e.__name__.removeprefix("check_") in names]
-        patch.setattr("sdxl_lora.cli.doctor.examinations.CHECKS", chosen)
+        patch.setattr("sdxl_lora.cli.doctor.checks.CHECKS", chosen)
         yield from run_checks(someone)
 
 
@@ -365,7 +365,7 @@ def test_params_that_do_not_fit_end_the_command_with_the_key() -> None:
     path.write_text(path.read_text(encoding="utf-8").replace("  rank: 16", "  rnak: 16"), encoding="utf-8")
     with pytest.raises(ValueError, match="rnak"):
         load_params(path)
-    command = [sys.executable, "-m", "sdxl_lora.cli.doctor.command"]
+    command = [COMMAND, "doctor"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=patience(30), check=False

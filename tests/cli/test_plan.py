@@ -1,4 +1,4 @@
-"""What `python -m sdxl_lora.cli.plan` says."""
+"""The output of `sdxl-lora plan`."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sdxl_lora.cli import plan
+from sdxl_lora.cli.main import app
 from sdxl_lora.cli.plan import CARDS, MEANINGS
 from sdxl_lora.config import load_params
 
@@ -71,10 +72,9 @@ def numbers_in_brackets(line: str) -> float:
 
 
 def test_budget_that_nothing_fits_is_said_beside_the_forecast(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["plan", "--recipe", "recipes/demo.yaml", "--vram", "0.01"])
-    plan.main()
+    app(["plan", "--recipe", "recipes/demo.yaml", "--vram", "0.01"], standalone_mode=False)
     said = capsys.readouterr().out
     assert "training.vram_gib is 0.01, but training takes" in said
     assert "peak GPU memory" in said
@@ -90,7 +90,6 @@ def test_what_lowers_a_phase_is_said_where_a_card_is_too_small(monkeypatch: pyte
     assert "  train   training.quantization nf4" in said
 
 
-def test_missing_recipe_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["plan", "--recipe", "recipes/nothing.yaml"])
+def test_missing_recipe_is_named() -> None:
     with pytest.raises(SystemExit, match=r"plan: recipes/nothing\.yaml not found"):
-        plan.main()
+        app(["plan", "--recipe", "recipes/nothing.yaml"])

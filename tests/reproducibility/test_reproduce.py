@@ -70,7 +70,7 @@ def commit(project: Project, message: str) -> None:
 def reproduce(project: Project, *arguments: str, **environment: str) -> tuple[int, dict[str, Any], str]:
     """Status, verdict and what is printed."""
     there = Project(project.root, {**project.environment, **environment})
-    result = there.attempt("python", "-m", "sdxl_lora.reproducibility.reproduce", *arguments)
+    result = there.attempt("sdxl-lora", "reproduce", *arguments)
     assert (project.root / paths.REPRODUCTION).is_file(), result.stdout
     assert not list((project.root / ".dvc/tmp/reproduction").iterdir()), "the clone is still there"
     return result.returncode, project.read(str(paths.REPRODUCTION)), result.stdout
@@ -151,13 +151,13 @@ def test_stage_that_fails_is_named_with_its_message(toys: Project) -> None:
 def test_data_that_is_nowhere_is_refused_with_the_remedy(toys: Project) -> None:
     nowhere = Project(toys.root.with_name("nowhere"), toys.environment)
     toys.git("clone", "--quiet", str(toys.root), str(nowhere.root))
-    result = nowhere.attempt("python", "-m", "sdxl_lora.reproducibility.reproduce", "HEAD", "--data=pull")
+    result = nowhere.attempt("sdxl-lora", "reproduce", "HEAD", "--data=pull")
     assert result.returncode == 1
     assert "neither in DVC's cache nor in its remote" in result.stdout
-    assert "without DATA=pull it is downloaded again" in result.stdout
+    assert "`--data download` downloads it again" in result.stdout
 
 
 def test_name_that_is_nothing_is_refused_before_anything_runs(toys: Project) -> None:
-    result = toys.attempt("python", "-m", "sdxl_lora.reproducibility.reproduce", "nothing")
+    result = toys.attempt("sdxl-lora", "reproduce", "nothing")
     assert result.returncode == 1
     assert result.stdout.startswith("reproduce: 'nothing' is not a git revision")

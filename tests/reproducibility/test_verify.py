@@ -5,7 +5,6 @@ import json
 import pickle
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +17,14 @@ from safetensors.torch import load_file
 from sdxl_lora import paths
 from sdxl_lora.adapters.export import export_lora
 from sdxl_lora.adapters.lineage import lineage
+from sdxl_lora.cli.main import app
 from sdxl_lora.config import load_params
 from sdxl_lora.data.encoded_dataset import EncodedDataset
 from sdxl_lora.data.shard_writer import write_index
 from sdxl_lora.models.base_config import layers_per_block
 from sdxl_lora.models.weights import weight_digests
 from sdxl_lora.reproducibility.checklist import Check, exit_status
-from sdxl_lora.reproducibility.verify import main, verify
+from sdxl_lora.reproducibility.verify import verify
 from sdxl_lora.storage.safetensors_io import read_header, write_tensors
 from tests.support.adapters import write_adapter
 from tests.support.encoded import write_encoded_dataset
@@ -242,19 +242,16 @@ def test_file_without_lineage_or_tensors_fails() -> None:
 def test_commands_status_says_whether_a_check_failed(
     damage: Callable[[], object],
     status: int,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     damage()
-    monkeypatch.setattr(sys, "argv", ["verification", str(ADAPTER), "--json"])
     with pytest.raises(SystemExit) as stop:
-        main()
+        app(["verify", str(ADAPTER), "--json"])
     assert stop.value.code == status
     weights = {check["name"]: check["status"] for check in json.loads(capsys.readouterr().out)}["weights"]
     assert weights == ("fail" if status else "pass")
-    monkeypatch.setattr(sys, "argv", ["verification", str(ADAPTER)])
     with pytest.raises(SystemExit):
-        main()
+        app(["verify", str(ADAPTER)])
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith(f"{weights}  weights      ")
     assert printed[-1].endswith(f"{status} failed")

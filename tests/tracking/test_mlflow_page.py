@@ -3,7 +3,6 @@
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from sdxl_lora.config import load_params
 from sdxl_lora.runtime.stage import record_stage
 from sdxl_lora.tracking.live_run import live_run
 from sdxl_lora.tracking.pipeline_run import track_run
+from tests.support.command import COMMAND
 from tests.support.patience import patience
 from tests.support.tracked import write_results
 
@@ -55,7 +55,7 @@ def runs_page(run_name: str) -> Iterator[str]:
     assert run_name
     with socket.create_server((HOST, 0)) as server:
         port = server.getsockname()[1]
-    command = [sys.executable, "-m", "sdxl_lora.cli.ui", "--port", str(port)]
+    command = [COMMAND, "ui", "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as ui:
         assert ui.stdout is not None
         assert ui.stdout.readline().startswith(address(port))

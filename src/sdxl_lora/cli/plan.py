@@ -1,10 +1,8 @@
-"""What a recipe will take of a GPU's memory, and on which cards it fits: `python -m sdxl_lora.cli.plan`.
+"""`sdxl-lora plan`: a recipe's peak GPU memory by phase, and the cards that it fits.
 
 Needs neither a GPU nor the base model's weights.
 """
 
-import argparse
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from math import inf
@@ -19,7 +17,6 @@ from sdxl_lora.memory.savings import minimum_memory_with
 from sdxl_lora.memory.training_forecast import MemoryForecast
 from sdxl_lora.memory.training_trace import TrainingSpec
 from sdxl_lora.models.architecture import read_architecture
-from sdxl_lora.paths import PARAMS
 from sdxl_lora.runtime.device import CUDA_CONTEXT
 from sdxl_lora.storage.atomic_io import GIB
 
@@ -27,17 +24,35 @@ CARDS = (8, 10, 12, 16, 24)
 _USABLE_SHARE = 0.92
 """Share of a card's nominal memory that it shows: 14.75 GiB of a T4's 16. ECC and the driver take some."""
 MEANINGS = {
-    "weights": "the base model's",
+    "weights": "of the base model",
     "adapters": "trained weights, their copies and gradients",
-    "optimizer": "AdamW's moments",
-    "activations": "what a pass makes, at its most",
-    "previews": "a picture's VAE and UNet pass, beside training",
-    "cache": "held by PyTorch and not in use",
+    "optimizer": "moments of AdamW",
+    "activations": "largest amount during a pass",
+    "previews": "one image through UNet and VAE during training",
+    "cache": "held by PyTorch, not in use",
     "workspace": "scratch memory of kernels",
 }
-_BESIDE = f"""\
-Not in it: what CUDA takes for itself ({CUDA_CONTEXT / GIB:.1f} GiB on an H100), a screen, other programs.
-Not forecast: evaluate_lora, and main memory."""
+_NOT_INCLUDED = f"""\
+Not included: CUDA's context ({CUDA_CONTEXT / GIB:.1f} GiB on an H100), a screen, other programs.
+Not forecast: evaluate_lora and main memory."""
+
+
+def run(recipe: Path, vram_gib: float | None) -> None:
+    """Print the forecast of a params file, piece by piece.
+
+    Args:
+        vram_gib: GPU memory for training, GiB; None: training.vram_gib of the file.
+
+    Raises:
+        ValueError: the file does not fit the schema.
+        FileNotFoundError: it does not exist.
+    """
+    params = load_params(recipe)
+    if vram_gib is not None:
+        training = params.training.model_copy(update={"vram_gib": vram_gib})
+        params = params.model_copy(update={"training": training})
+    for text in plan_recipe(params):
+        print(text, flush=True)
 
 
 def plan_recipe(params: Params) -> Iterator[str]:
@@ -59,7 +74,7 @@ def plan_recipe(params: Params) -> Iterator[str]:
     )
     encode, sample = (forecast_inference(trace) for trace in others.values())
     yield _phase_table({"encode": encode, "train": shown.forecast, "sample": sample})
-    yield _BESIDE
+    yield _NOT_INCLUDED
     yield "\nCards, with training.vram_gib set to what each leaves to PyTorch (in brackets):"
     for card in CARDS:
         usable = card * _USABLE_SHARE * GIB - CUDA_CONTEXT
@@ -120,23 +135,3 @@ def _plan_description(plan: ForecastPlan, spec: TrainingSpec) -> str:
     if plan.checkpointed:
         return f"{words}, {len(plan.checkpointed)} blocks checkpointed ({plan.recomputed:+.0%} arithmetic)"
     return f"{words}, no checkpointing"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sdxl_lora.cli.plan", description=__doc__.splitlines()[0])
-    parser.add_argument("--recipe", type=Path, default=PARAMS, help=f"default: {PARAMS}")
-    parser.add_argument("--vram", type=float, metavar="GIB", help="in place of training.vram_gib")
-    arguments = parser.parse_args()
-    try:
-        params = load_params(arguments.recipe)
-        if arguments.vram is not None:
-            training = params.training.model_copy(update={"vram_gib": arguments.vram})
-            params = params.model_copy(update={"training": training})
-        for text in plan_recipe(params):
-            print(text, flush=True)
-    except (ValueError, OSError) as error:
-        sys.exit(f"plan: {error}")
-
-
-if __name__ == "__main__":
-    main()

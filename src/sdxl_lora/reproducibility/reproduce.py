@@ -4,30 +4,26 @@ The stages run in a fresh clone without the recorded results and without DVC's r
 and the device that are installed.
 """
 
-import argparse
 import shutil
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import yaml
 
 from sdxl_lora import paths
 from sdxl_lora.reporting.markdown import table
 from sdxl_lora.reproducibility.comparison import ReproductionVerdict, compare_runs
-from sdxl_lora.reproducibility.run_record import RunRecord, find_record, read_record, reader
+from sdxl_lora.reproducibility.run_record import RunRecord, read_record, reader
 from sdxl_lora.runtime.dvc_command import cache_folder, dvc_environment, run_dvc
 from sdxl_lora.storage.atomic_io import write_text
-from sdxl_lora.storage.report_io import write_numbers
-from sdxl_lora.tracking.connection import TRACKING_ERRORS
 
-_Data = Literal["download", "pull"]
+DataSource = Literal["download", "pull"]
 
 _SCRATCH_FOLDER = Path(".dvc/tmp/reproduction")
 DOWNLOAD, TRACK = "download_dataset", "track_run"
@@ -35,7 +31,7 @@ _LAST_LINES = 8  # lines of the output, quoted if the run fails
 _CACHE_REMOTE = "cache-of-the-project"
 
 
-def _reproduce(record: RunRecord, data: _Data) -> ReproductionVerdict:
+def reproduce(record: RunRecord, data: DataSource) -> ReproductionVerdict:
     """Run all recorded stages again, except the one that shows results in MLflow, and compare the results.
 
     Args:
@@ -43,6 +39,7 @@ def _reproduce(record: RunRecord, data: _Data) -> ReproductionVerdict:
 
     Raises:
         ValueError: the recorded data set is in neither.
+        OSError: git cannot clone the project.
     """
     pipeline = yaml.safe_load(record.files[paths.PIPELINE])["stages"]
     stages = [name for name in pipeline if name in record.stages and name != TRACK]
@@ -78,7 +75,7 @@ def _fresh_clone(record: RunRecord) -> Iterator[Path]:
             (["checkout", "--detach", record.code_commit], clone),  # the files
             (["reset", "--soft", record.recorded_head], clone),  # HEAD alone: --soft leaves the files
         ):
-            subprocess.run(["git", *command, "--quiet"], cwd=folder, check=True)
+            _run_git(folder, *command, "--quiet")
         # A record of the workspace or of MLflow has these files in other versions than any commit.
         for path in (paths.PARAMS, paths.PIPELINE, paths.LOCK):
             write_text(clone / path, record.files[path])
@@ -119,7 +116,7 @@ def _pull_data(clone: Path) -> None:
             return
     raise ValueError(
         f"the recorded {paths.RAW} is neither in DVC's cache nor in its remote ({result.stderr.strip()}): "
-        "without DATA=pull it is downloaded again"
+        "`--data download` downloads it again"
     )
 
 
@@ -142,7 +139,18 @@ def _run_stages(clone: Path, stages: Sequence[str]) -> str | None:
     return f"`dvc repro` stopped with status {process.returncode}: {' '.join(tail)}"
 
 
-def _render_reproduction_page(verdict: ReproductionVerdict) -> str:
+def _run_git(folder: Path, *arguments: str) -> None:
+    """Run a git command.
+
+    Raises:
+        OSError: it fails; says what git says.
+    """
+    result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise OSError(f"`git {arguments[0]}` in {folder.absolute()} fails: {result.stderr.strip()}")
+
+
+def render_reproduction_page(verdict: ReproductionVerdict) -> str:
     """Return the verdict as Markdown."""
     lines = [
         f"# {verdict.outcome.capitalize()}: {verdict.origin}",
@@ -164,27 +172,3 @@ def _render_reproduction_page(verdict: ReproductionVerdict) -> str:
     outs = [(o.stage, o.path, o.state) for o in verdict.outs]
     lines += [table(("stage", "output", "compared"), outs)] if outs else []
     return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sdxl_lora.reproducibility.reproduce", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("ref", help="git revision, DVC experiment, id of an MLflow run, or adapter file")
-    parser.add_argument(
-        "--data", choices=get_args(_Data), default="download", help="where the data set comes from"
-    )
-    arguments = parser.parse_args()
-    try:
-        verdict = _reproduce(find_record(arguments.ref), arguments.data)
-    except (ValueError, subprocess.CalledProcessError, *TRACKING_ERRORS) as error:
-        sys.exit(f"reproduce: {error}")
-    text = _render_reproduction_page(verdict)
-    write_numbers(paths.REPRODUCTION, asdict(verdict))
-    write_text(paths.REPRODUCTION_PAGE, text)
-    sys.stdout.write(f"{text}\n{paths.REPRODUCTION_PAGE} and {paths.REPRODUCTION} say the same.\n")
-    sys.exit(verdict.outcome not in ("bit-identical", "within tolerance"))
-
-
-if __name__ == "__main__":
-    main()

@@ -67,7 +67,7 @@ def find_record(name: str) -> RunRecord:
 
     Raises:
         ValueError: `name` is unknown or has no record; the error names the remedy.
-        OSError, MlflowException: MLflow cannot be reached, or does not have the run.
+        ConnectionError: MLflow cannot be reached, or does not have the run.
     """
     if Path(name).suffix == ".safetensors":
         return record_of_adapter(Path(name))

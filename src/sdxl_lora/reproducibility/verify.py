@@ -3,9 +3,7 @@
 A check fails if two of them contradict each other, and warns if something to compare with is missing.
 """
 
-import argparse
 import hashlib
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,16 +18,7 @@ from sdxl_lora.config import ModelConfig, Params
 from sdxl_lora.data.download import HUB_FILES
 from sdxl_lora.data.encoded_dataset import EncodedDataset
 from sdxl_lora.models.weights import file_digests, local_models, weight_files
-from sdxl_lora.reproducibility.checklist import (
-    Check,
-    checks_as_json,
-    exit_status,
-    failed,
-    format_check,
-    passed,
-    summarize_checks,
-    warned,
-)
+from sdxl_lora.reproducibility.checklist import Check, failed, passed, warned
 from sdxl_lora.reproducibility.integrity import check_pin
 from sdxl_lora.reproducibility.run_record import RunRecord, record_of_adapter
 from sdxl_lora.runtime.dvc_command import cached_folder_digests
@@ -39,12 +28,14 @@ from sdxl_lora.storage.atomic_io import require_safetensors
 from sdxl_lora.storage.repository import file_digest, find_local_copy, is_local_folder
 from sdxl_lora.storage.safetensors_io import content_digest
 
-_WIDTH = 11  # characters of the longest name of a check
 _Facts = Mapping[str, str]
 
 
 def verify(path: Path) -> Iterator[Check]:
     """Yield every check that the file's header allows, as soon as it is done."""
+    if not path.is_file():
+        yield failed("file", f"{path} not found", f"name an exported file, or `dvc pull {paths.EXPORT}`")
+        return
     try:
         require_safetensors(path)
     except (ValueError, OSError) as error:
@@ -233,23 +224,3 @@ def _model_of(record: RunRecord | None) -> ModelConfig | None:
         return ModelConfig(**yaml.safe_load(text)["model"])
     except ValidationError:
         return None
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sdxl_lora.reproducibility.verify", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("adapter", type=Path, help=f"a file of {paths.EXPORT}/, or a copy of one")
-    parser.add_argument("--json", action="store_true", help="the list as JSON")
-    arguments = parser.parse_args()
-    checks = []
-    for check in verify(arguments.adapter):
-        checks.append(check)
-        if not arguments.json:
-            sys.stdout.write(f"{format_check(check, _WIDTH)}\n")
-    sys.stdout.write(f"{checks_as_json(checks) if arguments.json else summarize_checks(checks)}\n")
-    sys.exit(exit_status(checks))
-
-
-if __name__ == "__main__":
-    main()

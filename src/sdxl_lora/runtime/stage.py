@@ -13,9 +13,8 @@ from pathlib import Path
 from types import FrameType
 
 from sdxl_lora.runtime.dvc_execution import StageRecord, StageStatus, current_execution
-from sdxl_lora.storage.atomic_io import with_remedy, write_text
-
-_USER_ERRORS = (ValueError, OSError, FloatingPointError)
+from sdxl_lora.runtime.user_errors import exit_on_user_error
+from sdxl_lora.storage.atomic_io import write_text
 
 logger = logging.getLogger("sdxl_lora")
 
@@ -93,9 +92,5 @@ def run_stage(main: Callable[[], None]) -> None:
     """Run a stage as a script: log to stderr, and end with one line for errors that a user can fix."""
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)  # this project's logger only; libraries log warnings
-    try:
+    with exit_on_user_error(Path(sys.argv[0]).stem):
         main()
-    except _USER_ERRORS as error:
-        logger.debug("traceback", exc_info=True)
-        explained = with_remedy(error) if isinstance(error, OSError) else error
-        sys.exit(f"{Path(sys.argv[0]).stem}: {explained}")

@@ -1,12 +1,10 @@
 """Sources of models and data sets: a Hub repository pinned to a revision, or a local folder to a digest.
 
 The digest of a folder covers its content, so that a changed file is noticed when a run is repeated.
-`python -m sdxl_lora.storage.repository ./folder` says it.
+`sdxl-lora digest ./folder` prints it.
 """
 
-import argparse
 import hashlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,7 +62,7 @@ def open_folder(folder: str, revision: str, key: str) -> Path:
             f"{key}: the content of {folder} does not match its revision.\n"
             f"  pinned: {revision}\n  found:  {digest}\n"
             f"If the change is intended, set the revision of {key} to the digest found "
-            f"(`python -m sdxl_lora.storage.repository {folder}` prints it)."
+            f"(`sdxl-lora digest {folder}` prints it)."
         )
     return path
 
@@ -130,20 +128,3 @@ def find_local_copy(
     if is_local_folder(repository):
         return Path(repository) if Path(repository).is_dir() else None
     return cached_snapshot(repository, revision, patterns, kind)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sdxl_lora.storage.repository",
-        description="Prints the digest of a folder's content: the value of the `revision` key beside a "
-        "`repository`, `base`, `vae` or `clip_model` of params.yaml that names a local folder.",
-    )
-    parser.add_argument("folder", type=Path, help="a data set or a model; hidden files do not count")
-    folder = parser.parse_args().folder
-    if not folder.is_dir():
-        parser.error(f"{folder} is not a folder")
-    sys.stdout.write(f"{folder_digest(folder)}\n")
-
-
-if __name__ == "__main__":
-    main()

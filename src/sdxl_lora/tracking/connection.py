@@ -7,8 +7,8 @@ when the server is back.
 import os
 import sqlite3
 import time
-from collections.abc import Iterable
-from contextlib import closing
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,3 +123,14 @@ def error_cause(error: BaseException) -> str:
 def chunks(entries: list[Any], size: int) -> Iterable[list[Any]]:
     """Return consecutive slices of at most `size` entries."""
     return (entries[start : start + size] for start in range(0, len(entries), size))
+
+
+@contextmanager
+def explain_tracking_errors() -> Iterator[None]:
+    """Turn what MLflow's client raises into a ConnectionError."""
+    try:
+        yield
+    except TRACKING_ERRORS as error:
+        raise ConnectionError(
+            f"MLflow cannot be reached or refuses ({type(error).__name__}: {error})"
+        ) from error

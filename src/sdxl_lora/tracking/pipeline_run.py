@@ -34,6 +34,7 @@ from sdxl_lora.tracking.connection import (
     chunks,
     connect,
     error_cause,
+    explain_tracking_errors,
 )
 from sdxl_lora.tracking.logged_model import log_adapter
 
@@ -143,9 +144,10 @@ def download_record(run_id: str, folder: Path) -> Path:
     """Download the record that `_show_results` logged with a run; return its folder, laid out as the project.
 
     Raises:
-        MlflowException, OSError: the server cannot be reached, or does not have the run or its record.
+        ConnectionError: the server cannot be reached, or does not have the run or its record.
     """
-    return Path(connect().client.download_artifacts(run_id, str(_RECORD_FOLDER), str(folder)))
+    with explain_tracking_errors():
+        return Path(connect().client.download_artifacts(run_id, str(_RECORD_FOLDER), str(folder)))
 
 
 def _log_curves(client: MlflowClient, run_id: str) -> None:

@@ -1,7 +1,8 @@
-"""Whether MLflow and the DVC remote answer: each is asked by a process of its own, which can be given up.
+"""Checks that MLflow and the DVC remote answer.
 
-`python -m sdxl_lora.cli.doctor.services mlflow` (or `remote`) asks, says what it found in a line, and fails
-if that is nothing good.
+A client may wait for a dead server for minutes, and a thread cannot be stopped. So each check runs this
+module as a script, with `mlflow` or `remote` as its argument, and kills it after ANSWER_SECONDS. The script
+asks the service, prints one line, and exits with status 1 if the service does not work.
 """
 
 import os
@@ -13,13 +14,12 @@ from typing import TYPE_CHECKING
 
 from sdxl_lora.reproducibility.checklist import Check, failed, passed, warned
 from sdxl_lora.runtime.dvc_execution import project_root
+from sdxl_lora.runtime.library_settings import SERVICE_CHECK
 
 if TYPE_CHECKING:
     from sdxl_lora.cli.doctor.context import RunContext
 
 ANSWER_SECONDS = 20  # seconds that an answer may take
-_QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8", "AWS_MAX_ATTEMPTS": "1"}
-"""So that a dead server is told from a slow one within that time."""
 
 
 def check_mlflow(_: "RunContext") -> Iterator[Check]:
@@ -49,7 +49,7 @@ def _ask(service: str) -> tuple[bool, str]:
     try:
         result = subprocess.run(
             command,
-            env={**os.environ, **_QUICK},
+            env={**os.environ, **SERVICE_CHECK},
             capture_output=True,
             text=True,
             timeout=ANSWER_SECONDS,
