@@ -21,7 +21,7 @@ from benchmarks.results import OK, Result, now, publish, this_machine
 from benchmarks.tables import forecast_table
 from sdxl_lora.adapters.lora import add_adapters
 from sdxl_lora.config import Params, load_params
-from sdxl_lora.memory.planner import TrainingPlan, choose_plan
+from sdxl_lora.memory.planner import ForecastPlan, TrainingPlan, choose_plan
 from sdxl_lora.runtime.device import acquire_device, deterministic_kernels
 from sdxl_lora.training.trainer import prepare_modules, train_lora
 
@@ -89,7 +89,7 @@ def compare(name: str, recipe: Params, plan: TrainingPlan | str, measures: bool)
         except (ImportError, RuntimeError, ValueError) as error:  # also a process that died, or a full GPU
             outcome = reason(error)
     figures = {}
-    if isinstance(plan, TrainingPlan) and plan.forecast is not None:
+    if isinstance(plan, ForecastPlan):
         figures = {f"forecast_{part}_gib": round(gib, 3) for part, gib in plan.forecast.gib().items()}
         figures |= {"micro_batch_size": plan.micro_batch_size, "checkpointed": len(plan.checkpointed)}
     return Result(

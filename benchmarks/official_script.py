@@ -34,7 +34,9 @@ def main() -> None:
         scratch = (options.scratch or Path(temporary)).absolute()
         scratch.mkdir(parents=True, exist_ok=True)
         model = (options.model or save_random_sdxl(scratch / "random-sdxl", device)).absolute()
-        images = save_random_images(scratch / f"images-{options.resolution}", IMAGES, options.resolution)
+        images = save_random_images(
+            scratch / f"images-{options.resolution}", IMAGES, [(options.resolution, options.resolution)]
+        )
         for configuration in combinations(options, VARIED, FIXED):
             arguments = script_arguments(configuration, model, images, scratch / "output")
             arguments.append(f"--max_train_steps={options.warmup + options.steps + SLACK}")

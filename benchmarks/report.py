@@ -20,9 +20,9 @@ from benchmarks.tables import (
     number,
     sampling_table,
     steps_table,
-    table,
     work,
 )
+from sdxl_lora.reporting.markdown import table
 
 PAGE = Path("docs/performance.md")
 NOT_MEASURED = "not measured yet"

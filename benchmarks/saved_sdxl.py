@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,8 +24,8 @@ def save_random_sdxl(folder: Path, device: torch.device) -> Path:
     return folder
 
 
-def save_random_images(folder: Path, count: int, side: int) -> Path:
-    """Write `count` square JPEGs with sides of `side` pixels, and captions, as an image folder."""
+def save_random_images(folder: Path, count: int, sizes: Sequence[tuple[int, int]]) -> Path:
+    """Write `count` JPEGs of these sizes in turn, (width, height), with captions, as an image folder."""
     if (folder / "metadata.jsonl").is_file():
         return folder
     folder.mkdir(parents=True)
@@ -33,7 +34,7 @@ def save_random_images(folder: Path, count: int, side: int) -> Path:
     for number in range(count):
         name = f"{number:03}.jpg"
         blobs = Image.frombytes("RGB", (32, 32), rng.randbytes(32 * 32 * 3))
-        blobs.resize((side, side), Image.Resampling.BICUBIC).save(folder / name, quality=95)
+        blobs.resize(sizes[number % len(sizes)], Image.Resampling.BICUBIC).save(folder / name, quality=95)
         caption = " ".join(rng.choices(WORDS, k=rng.randint(5, 15)))
         lines.append(json.dumps({"file_name": name, "text": caption}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")

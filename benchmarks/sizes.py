@@ -6,7 +6,8 @@ VAE.
 
 from benchmarks.counts import RANK, Counted
 from benchmarks.results import GIB
-from benchmarks.tables import NONE, table
+from benchmarks.tables import NONE
+from sdxl_lora.reporting.markdown import table
 
 MOMENTS = 8
 MOMENTS_8_BIT = 2 * (1 + 4 / 256)  # one byte each, and an fp32 scale per block of 256

@@ -1,10 +1,11 @@
 """Results as Markdown tables: samples per second, memory, and ratios within one session."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from benchmarks.counts import RANK, Counted
 from benchmarks.results import OK, Benchmark, Result, select
+from sdxl_lora.reporting.markdown import table
 
 SUBJECTS: dict[Benchmark, str] = {"official_script": "official script", "train_step": "this project"}
 NONE = "-"
@@ -21,12 +22,6 @@ USUAL_16_GB: dict[str, str | None] = {
     "precision": "fp16", "checkpointing": "all", "optimizer": "adamw_8bit", "vram_gib": None
 }  # fmt: skip
 """The official script with the flags that tutorials recommend for 16 GB."""
-
-
-def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cell(value: object) -> str:

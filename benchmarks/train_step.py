@@ -24,7 +24,7 @@ from benchmarks.results import GIB, OK, Configuration, Result, now, publish, thi
 from benchmarks.tables import steps_table
 from sdxl_lora.adapters.lora import add_adapters
 from sdxl_lora.config import Attention, Params, Quantization, load_params
-from sdxl_lora.memory.planner import TrainingPlan, choose_plan
+from sdxl_lora.memory.planner import ForecastPlan, TrainingPlan, choose_plan
 from sdxl_lora.runtime.device import acquire_device, choose_device, deterministic_kernels
 from sdxl_lora.training.trainer import StepMetrics, prepare_modules, train_lora
 
@@ -168,7 +168,7 @@ def measure(configuration: Configuration, recipe: Params, steps: int, plan: Trai
         seconds=[round(report.seconds, 4) for report in reports[WARMUP_STEPS:]],
         **peaks,
         peak_device_gib=memory.peak_gib,
-        forecast_gib=plan.forecast.total / GIB if isinstance(plan, TrainingPlan) and plan.forecast else None,
+        forecast_gib=plan.forecast.total / GIB if isinstance(plan, ForecastPlan) else None,
         figures={"final_loss": reports[-1].loss, "loss_scale": reports[-1].loss_scale} if reports else {},
     )
 

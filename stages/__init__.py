@@ -8,9 +8,11 @@ from pathlib import Path
 # `dvc exp run --temp` and queues run a copy of the repository, which must use its own library.
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
-# cuBLAS repeats to the bit only with a workspace of its own. Stages show their own progress and news.
-# MLflow's client would try a dead server for four minutes a call, and print the server's address, which may
-# hold a password.
+# These must be set before the libraries are imported.
+# - cuBLAS is bit-reproducible only with a fixed workspace.
+# - Libraries' progress bars and notices are off: stages show progress themselves.
+# - MLflow's client would retry a dead server for four minutes a call, and print the server's address, which
+#   may contain a password.
 for name, value in {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -25,8 +27,8 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
-# On some CPUs it misses a kernel for 4-bit weights, which no stage has there.
+# On some CPUs it warns about a missing kernel for 4-bit weights, which no stage uses on a CPU.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-# Prints the address of a server that fails, and the failure a second time.
+# It prints the address of a server that fails, and repeats the failure.
 logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)

@@ -9,10 +9,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sdxl_lora.adapters.export import check_files, export_lora, kohya_file, model_spec
-from sdxl_lora.adapters.lora import WEIGHTS_FILE, add_adapters, lora_parameters, save_lora
+from sdxl_lora.adapters.lora import add_adapters, lora_parameters, save_lora
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.config import ExportConfig, LoraConfig, ModelConfig, Params, load_params
 from sdxl_lora.inference.sampling import adapted_modules, initial_noise
-from sdxl_lora.models.sdxl import layers_per_block, load_pipeline
+from sdxl_lora.models.base_config import layers_per_block
+from sdxl_lora.models.sdxl import load_pipeline
 from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.storage.safetensors_io import read_header, write_tensors
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
@@ -65,7 +67,7 @@ def loaded(model: ModelConfig, folder: Path, name: str) -> StableDiffusionXLPipe
     return pipeline
 
 
-def picture(pipeline: StableDiffusionXLPipeline, params: Params) -> Tensor:
+def sample_image(pipeline: StableDiffusionXLPipeline, params: Params) -> Tensor:
     config = params.sampling.model_copy(update={"resolution": 64})
     noise = initial_noise(pipeline, config, 0, 0)[None]
     options: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 3, "output_type": "pt"}
@@ -82,11 +84,11 @@ def test_diffusers_draws_the_same_picture_from_either_file_and_from_the_trained_
             expected, found = updates(ours), updates(theirs)
             assert expected.keys() == found.keys()
             assert all(torch.allclose(expected[name], found[name], atol=1e-6) for name in expected)
-    pictures = [picture(loaded(model, exported / "lora", WEIGHTS_FILE), params)]
-    pictures += [picture(pipeline, params) for pipeline in pipelines]
-    assert torch.equal(pictures[0], pictures[1])
-    assert (pictures[0] - pictures[2]).abs().max() < 0.5 / 255
-    assert (pictures[0] - picture(load_pipeline(model, "fp32", CPU), params)).abs().max() > 8 / 255
+    images = [sample_image(loaded(model, exported / "lora", WEIGHTS_FILE), params)]
+    images += [sample_image(pipeline, params) for pipeline in pipelines]
+    assert torch.equal(images[0], images[1])
+    assert (images[0] - images[2]).abs().max() < 0.5 / 255
+    assert (images[0] - sample_image(load_pipeline(model, "fp32", CPU), params)).abs().max() > 8 / 255
 
 
 def test_headers_say_what_the_files_are_and_where_they_come_from(exported: Path) -> None:

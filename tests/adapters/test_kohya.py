@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdxl_lora.adapters.kohya import kohya_delta, kohya_name, kohya_weights, original_path
-from sdxl_lora.adapters.lora import WEIGHTS_FILE, add_adapters, lora_parameters, save_lora
+from sdxl_lora.adapters.lora import add_adapters, lora_parameters, save_lora
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.config import LoraConfig, ModelConfig, load_params
 from sdxl_lora.models.sdxl import load_pipeline
 from sdxl_lora.runtime.rng import keyed_generator
@@ -168,7 +169,7 @@ def test_updates_of_a_kohya_file_are_pefts(model: ModelConfig, tmp_path: Path) -
     "layer", ["down_blocks.0", "encoder.layers.0", "up_blocks.0.nothing.0.conv", "mid_block.resnets.0.conv3"]
 )
 def test_layer_that_sdxl_lacks_is_refused(layer: str) -> None:
-    with pytest.raises(ValueError, match=f"{layer} is no layer of SDXL's UNet"):
+    with pytest.raises(ValueError, match=f"{layer} is not a layer of SDXL's UNet"):
         original_path(layer, 2)
 
 

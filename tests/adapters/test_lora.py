@@ -5,14 +5,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sdxl_lora.adapters.lora import (
-    WEIGHTS_FILE,
-    adapter_strength,
-    add_adapters,
-    load_lora,
-    lora_parameters,
-    save_lora,
-)
+from sdxl_lora.adapters.lora import adapter_strength, add_adapters, load_lora, lora_parameters, save_lora
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.config import LoraConfig, ModelConfig, load_params
 from sdxl_lora.models.sdxl import embed_tokens, load_pipeline
 from sdxl_lora.runtime.rng import keyed_generator

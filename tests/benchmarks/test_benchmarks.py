@@ -24,7 +24,7 @@ from benchmarks.timing import timed
 from benchmarks.vae_encode import measure as measure_vae
 from sdxl_lora.config import load_params
 from sdxl_lora.kernels.quantized_linear import QuantizedLinear
-from sdxl_lora.memory.planner import TrainingPlan
+from sdxl_lora.memory.planner import ForecastPlan, TrainingPlan
 from sdxl_lora.memory.training_forecast import MemoryForecast
 from sdxl_lora.models import architecture
 from sdxl_lora.storage.atomic_io import GIB
@@ -166,7 +166,7 @@ def test_a_forecast_is_measured_by_the_librarys_own_loop(monkeypatch: pytest.Mon
     monkeypatch.setitem(forecast.CONFIGURATIONS, "small", small | freezing)
     monkeypatch.setattr(forecast, "run_isolated", lambda function, *values: function(*values))
     recipe = load_params(RECIPE)
-    plan = TrainingPlan(1, (), 0.0, MemoryForecast(*[GIB] * 7))
+    plan = ForecastPlan(1, (), 0.0, MemoryForecast(*[GIB] * 7))
     result = forecast.compare("small", recipe, plan, measures=True)
     assert result.outcome == "ok"
     assert len(result.seconds) == forecast.STEPS
@@ -177,7 +177,7 @@ def test_a_forecast_is_measured_by_the_librarys_own_loop(monkeypatch: pytest.Mon
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would be measured")
 def test_a_forecast_that_fails_has_its_reason_as_outcome() -> None:
-    recipe, plan = load_params(RECIPE), TrainingPlan(1, (), 0.0, None)
+    recipe, plan = load_params(RECIPE), TrainingPlan(1, (), 0.0)
     assert forecast.compare("bf16", recipe, "ValueError: no", measures=True).outcome == "ValueError: no"
     dead = forecast.compare("10.8 GiB, planned", recipe, plan, measures=True)
     assert dead.outcome.startswith("ValueError: training.vram_gib is 10.8: this recipe needs a CUDA GPU")

@@ -71,7 +71,7 @@ def test_missing_data_set_folder_names_the_key() -> None:
 def test_changed_data_set_folder_is_refused_with_its_digest() -> None:
     pinned = load_params().download.revision
     Path("demo/dataset/metadata.jsonl").write_text("changed")
-    with pytest.raises(ValueError, match="not what its revision pins") as caught:
+    with pytest.raises(ValueError, match="does not match its revision") as caught:
         open_folder("./demo/dataset", pinned, "download.repository")
     assert folder_digest(Path("demo/dataset")) in str(caught.value)
 

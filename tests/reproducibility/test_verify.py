@@ -1,4 +1,4 @@
-"""An adapter's file held against a project; each test breaks one thing that its header speaks of."""
+"""An adapter file verified against a project; each test breaks one thing that its header names."""
 
 import hashlib
 import json
@@ -19,8 +19,9 @@ from sdxl_lora import paths
 from sdxl_lora.adapters.export import export_lora
 from sdxl_lora.adapters.lineage import lineage
 from sdxl_lora.config import load_params
-from sdxl_lora.data.encoded_dataset import EncodedDataset, write_index
-from sdxl_lora.models.sdxl import layers_per_block
+from sdxl_lora.data.encoded_dataset import EncodedDataset
+from sdxl_lora.data.shard_writer import write_index
+from sdxl_lora.models.base_config import layers_per_block
 from sdxl_lora.models.weights import weight_digests
 from sdxl_lora.reproducibility.checklist import Check, exit_status
 from sdxl_lora.reproducibility.verify import main, verify
@@ -194,12 +195,12 @@ def test_damage_fails_the_line_that_is_about_it(damage: Callable[[], object], na
     ("loss", "name", "words"),
     [
         (lambda: edit_header(git_commit="0" * 40), "commit", "not in this repository"),
-        (lambda: edit_header(note="mine"), "bytes", "or an edited one"),
+        (lambda: edit_header(note="mine"), "bytes", "or an edited file"),
         (lambda: shutil.rmtree(".dvc/cache"), "bytes", "has no list"),
-        (lambda: paths.LOCK.unlink(), "record", "neither here nor in any commit"),
-        (lambda: shutil.rmtree(paths.ENCODED), "data", "is not here"),
-        (lambda: shutil.rmtree("demo/dataset"), "data source", "is not here"),
-        (lambda: shutil.rmtree("demo/base_model"), "base model", "is not here"),
+        (lambda: paths.LOCK.unlink(), "record", "of the workspace, a commit or an experiment"),
+        (lambda: shutil.rmtree(paths.ENCODED), "data", "is missing"),
+        (lambda: shutil.rmtree("demo/dataset"), "data source", "is missing or incomplete"),
+        (lambda: shutil.rmtree("demo/base_model"), "base model", "is missing"),
     ],
     ids=["commit", "header", "cache", "record", "data", "source", "base"],
 )
@@ -225,10 +226,10 @@ def test_data_of_another_run_is_no_damage() -> None:
 @pytest.mark.usefixtures("project")
 def test_file_without_lineage_or_tensors_fails() -> None:
     (check,) = verify(paths.LORA / "pytorch_lora_weights.safetensors")
-    assert (check.status, "says nothing of where it comes from" in check.detail) == ("fail", True)
+    assert (check.status, "does not say what it was trained on" in check.detail) == ("fail", True)
     ADAPTER.write_bytes(pickle.dumps({"weights": 1}))
     (check,) = verify(ADAPTER)
-    assert (check.status, "no safetensors file but a pickle" in check.detail) == ("fail", True)
+    assert (check.status, "is a pickle, which can run any code" in check.detail) == ("fail", True)
     ADAPTER.unlink()
     (check,) = verify(ADAPTER)
     assert check.status == "fail"

@@ -22,10 +22,10 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from sdxl_lora import paths
-from sdxl_lora.adapters.lora import saved_lora
+from sdxl_lora.adapters.lora_file import saved_lora
 from sdxl_lora.data.encoded_dataset import EncodedDataset
 from sdxl_lora.storage.report_io import read_numbers
-from sdxl_lora.tracking.live_run import connect
+from sdxl_lora.tracking.connection import connect
 from sdxl_lora.training.loop import EXIT_STOPPED
 from stages import train_lora
 from tests.support.fault import at_step

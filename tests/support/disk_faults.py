@@ -15,8 +15,8 @@ from tests.support.small_disks import fill, read_only, small_disk
 
 IMAGES = 12
 BATCH = 4
-FREE = r"^[\w/.-]+ .*: free some \(`dvc gc --workspace` drops old results\), then run again"
-ALLOW = r"^[\w/.-]+ cannot be written \(Read-only file system\): let this user write there"
+FREE = r"^[\w/.-]+ .*: free some space \(`dvc gc --workspace` deletes old results\), then run again"
+ALLOW = r"^[\w/.-]+ cannot be written \(Read-only file system\): give this user write access"
 
 
 def disk_faults(folder: Path) -> Iterator[Fault]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from sdxl_lora.adapters.lora import add_adapters, save_lora, saved_lora
+from sdxl_lora.adapters.lora import add_adapters, save_lora
+from sdxl_lora.adapters.lora_file import saved_lora
 from sdxl_lora.config import LoraConfig, ModelConfig, TrainingConfig
 from sdxl_lora.data.encoded_dataset import EncodedDataset
 from sdxl_lora.runtime.device import deterministic_kernels

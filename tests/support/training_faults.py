@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sdxl_lora import paths
-from sdxl_lora.adapters.lora import saved_lora
+from sdxl_lora.adapters.lora_file import saved_lora
 from sdxl_lora.storage.repository import file_digest
 from sdxl_lora.training.loop import EXIT_STOPPED
 from stages import train_lora

@@ -88,11 +88,11 @@ def test_repository_holds_what_was_exported_and_is_private(hub: Hub, uploads: Up
     exported = {p.relative_to(paths.EXPORT).as_posix(): p.read_bytes() for p in paths.EXPORT.rglob("*.*")}
     assert published.files == exported
     assert uploads.private == {NAME: True}
-    assert len(uploads.large) == 3  # weights and pictures
+    assert len(uploads.large) == 3  # weights and images
     assert result.stdout == f"published: {hub.endpoint}/{NAME}/commit/{published.commit}\n"
 
 
-def test_publishing_again_replaces_files_and_removes_old_pictures(hub: Hub, uploads: Uploads) -> None:
+def test_publishing_again_replaces_files_and_removes_old_images(hub: Hub, uploads: Uploads) -> None:
     assert publish(hub, "--public").returncode == 0
     assert uploads.private == {NAME: False}
     (paths.EXPORT / "images/1.png").unlink()

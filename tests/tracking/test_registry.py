@@ -10,7 +10,7 @@ from sdxl_lora import paths
 from sdxl_lora.config import load_params
 from sdxl_lora.runtime.dvc_execution import current_execution
 from sdxl_lora.storage.report_io import write_numbers
-from sdxl_lora.tracking.live_run import EXPERIMENT, connect
+from sdxl_lora.tracking.connection import EXPERIMENT, connect
 from sdxl_lora.tracking.pipeline_run import track_run
 from sdxl_lora.tracking.registry import main, promote
 from tests.support.tracked import write_gates, write_results
@@ -93,7 +93,7 @@ def test_adapter_that_no_run_shows_is_refused_with_the_remedy() -> None:
 
 def test_run_of_another_adapter_is_not_promoted() -> None:
     paths.LOCK.write_text(paths.LOCK.read_text(encoding="utf-8").replace("'1'", "'2'"), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"shows another adapter than dvc\.lock"):
+    with pytest.raises(ValueError, match=r"has another adapter than dvc\.lock"):
         promote()
 
 

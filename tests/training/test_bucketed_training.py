@@ -8,8 +8,9 @@ import torch
 
 from sdxl_lora.adapters.lora import add_adapters
 from sdxl_lora.config import ModelConfig, TrainingConfig, load_params
-from sdxl_lora.data.encoded_dataset import Batch, EncodedDataset, Example, Split, write_index, write_shard
-from sdxl_lora.evaluation.evaluation import HeldOutError, held_out_errors
+from sdxl_lora.data.encoded_dataset import Batch, EncodedDataset, Example, Split
+from sdxl_lora.data.shard_writer import write_index, write_shard
+from sdxl_lora.evaluation.held_out_loss import HeldOutError, held_out_errors
 from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training.batches import draw_variants, one_batch_per_size, training_batches
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sdxl_lora.adapters.lora import add_adapters, lora_parameters
 from sdxl_lora.config import Params, TrainingConfig, load_params
-from sdxl_lora.data.encoded_dataset import INDEX, EncodedDataset, write_index, write_shard
+from sdxl_lora.data.encoded_dataset import INDEX, EncodedDataset
+from sdxl_lora.data.shard_writer import write_index, write_shard
 from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training.checkpointer import Checkpoint, Checkpointer, training_key
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser

@@ -3,7 +3,6 @@
 A layer W gets the update W + (alpha / rank) B A, with A (rank, in) drawn at random and B (out, rank) zero.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -12,7 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
+from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE, peft_header, saved_lora, split_by_part
 from sdxl_lora.config import LoraConfig
 from sdxl_lora.runtime.rng import keyed_generator
-from sdxl_lora.storage.atomic_io import explain_write_errors, require_safetensors
+from sdxl_lora.storage.atomic_io import explain_write_errors
 from sdxl_lora.storage.safetensors_io import read_header, write_tensors
 
 ADAPTER_NAME = "default"
-WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 
 
 def add_adapters(
@@ -115,23 +115,9 @@ def save_lora(
     headers = {f"{name}_lora_adapter_metadata": _portable_config(module) for name, module in parts.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with explain_write_errors(folder / WEIGHTS_FILE), TemporaryDirectory(dir=folder.parent) as partial:
-        StableDiffusionXLPipeline.save_lora_weights(partial, **layers, **headers)
+        StableDiffusionXLLoraLoaderMixin.save_lora_weights(partial, **layers, **headers)
         path = Path(partial, WEIGHTS_FILE)
         write_tensors(folder / WEIGHTS_FILE, load_file(path), {**read_header(path), **(metadata or {})})
-
-
-def saved_lora(folder: Path) -> Path:
-    """The file that `save_lora` wrote into `folder`.
-
-    Raises:
-        FileNotFoundError: it did not.
-        ValueError: it is something else.
-    """
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: run `dvc repro train_lora` first")
-    require_safetensors(path)
-    return path
 
 
 def load_lora(folder: Path, unet: UNet2DConditionModel, text_encoders: Sequence[Any] | None) -> None:
@@ -164,24 +150,9 @@ def load_lora(folder: Path, unet: UNet2DConditionModel, text_encoders: Sequence[
         module.eval()  # PEFT adds dropout switched on
 
 
-def peft_header(path: Path) -> dict[str, Any]:
-    """PEFT's configurations in a file's header, under keys such as `unet.r`."""
-    header: dict[str, Any] = json.loads(read_header(path)["lora_adapter_metadata"])
-    return header
-
-
 def named_parts(unet: UNet2DConditionModel, text_encoders: Sequence[Any] | None) -> dict[str, Any]:
     """The adapted modules under the names that diffusers gives them in adapter files."""
     return dict(zip(("unet", "text_encoder", "text_encoder_2"), (unet, *(text_encoders or ())), strict=False))
-
-
-def split_by_part(entries: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Splits keys such as `unet.r` at their first dot."""
-    parts: dict[str, dict[str, Any]] = {}
-    for key, value in entries.items():
-        part, _, rest = key.partition(".")
-        parts.setdefault(part, {})[rest] = value
-    return parts
 
 
 def adapter_weights(part: str, module: nn.Module) -> dict[str, Tensor]:

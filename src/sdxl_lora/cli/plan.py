@@ -14,9 +14,10 @@ import torch
 
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.memory.inference_forecast import fits, forecast_inference, trace_encoding, trace_sampling
-from sdxl_lora.memory.planner import Planner, TrainingPlan, shortage
+from sdxl_lora.memory.planner import ForecastPlan, Planner, shortage
 from sdxl_lora.memory.savings import minimum_memory_with
-from sdxl_lora.memory.training_forecast import MemoryForecast, TrainingSpec
+from sdxl_lora.memory.training_forecast import MemoryForecast
+from sdxl_lora.memory.training_trace import TrainingSpec
 from sdxl_lora.models.architecture import read_architecture
 from sdxl_lora.paths import PARAMS
 from sdxl_lora.runtime.device import CUDA_CONTEXT
@@ -39,12 +40,8 @@ Not in it: what CUDA takes for itself ({CUDA_CONTEXT / GIB:.1f} GiB on an H100),
 Not forecast: evaluate_lora, and main memory."""
 
 
-def plan_recipe(params: Params, saves: bool = False) -> Iterator[str]:
-    """The forecast as text, piece by piece as it is made.
-
-    Args:
-        saves: say what lowers each phase that is too large for a card, too: a minute of spec more.
-    """
+def plan_recipe(params: Params) -> Iterator[str]:
+    """Yield the forecast as text, piece by piece as it is made."""
     shapes = read_architecture(params.model)
     side = params.encoding.resolution // shapes.pixels_per_latent
     trained = params.model.text_encoders != "frozen"
@@ -60,11 +57,9 @@ def plan_recipe(params: Params, saves: bool = False) -> Iterator[str]:
         if plan is None
         else _headline(shown, spec)
     )
-    assert shown.forecast is not None
     encode, sample = (forecast_inference(trace) for trace in others.values())
     yield _phase_table({"encode": encode, "train": shown.forecast, "sample": sample})
     yield _BESIDE
-    saves = saves or plan is None
     yield "\nCards, with training.vram_gib set to what each leaves to PyTorch (in brackets):"
     for card in CARDS:
         usable = card * _USABLE_SHARE * GIB - CUDA_CONTEXT
@@ -72,15 +67,13 @@ def plan_recipe(params: Params, saves: bool = False) -> Iterator[str]:
         failing = [name for name, trace in others.items() if not fits(trace, usable)]
         tight |= {*failing, *([] if plan else ["train"])}
         yield _card_line(card, usable, plan, failing, spec)
-    if tight and saves:
-        yield "\nThe least that does, GiB (train: all blocks checkpointed), and what lowers it:"
-        for phase, name, least in minimum_memory_with(params, spec, tight):
-            yield f"  {phase:7} {name:46} {least:5.1f}"
-    elif tight:
-        yield "\n`python -m sdxl_lora.cli.plan --save` says what lowers each phase (a minute)."
+    if tight:
+        yield "\nSettings that lower the memory of what does not fit:"
+        for phase, setting in minimum_memory_with(params, tight):
+            yield f"  {phase:7} {setting}"
 
 
-def _headline(plan: TrainingPlan, spec: TrainingSpec) -> str:
+def _headline(plan: ForecastPlan, spec: TrainingSpec) -> str:
     """The plan that params get, and how to keep it."""
     budget, config = spec.config.vram_gib, spec.config
     allowed = "Without training.vram_gib" if budget is None else f"Within training.vram_gib {budget:g}"
@@ -106,7 +99,7 @@ def _phase_table(phases: Mapping[str, MemoryForecast]) -> str:
 
 
 def _card_line(
-    card: int, usable: float, plan: TrainingPlan | None, failing: list[str], spec: TrainingSpec
+    card: int, usable: float, plan: ForecastPlan | None, failing: list[str], spec: TrainingSpec
 ) -> str:
     """Whether the recipe fits on a card, and with which plan.
 
@@ -120,9 +113,8 @@ def _card_line(
     return f"  {card:3} GiB ({usable / GIB:4.1f})  " + "; ".join(verdicts)
 
 
-def _plan_description(plan: TrainingPlan, spec: TrainingSpec) -> str:
+def _plan_description(plan: ForecastPlan, spec: TrainingSpec) -> str:
     """A plan in words."""
-    assert plan.forecast is not None
     size, total = plan.micro_batch_size, plan.forecast.total / GIB
     words = f"{size} of {spec.config.batch_size} examples at once in {total:.1f} GiB"
     if plan.checkpointed:
@@ -134,14 +126,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sdxl_lora.cli.plan", description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", type=Path, default=PARAMS, help=f"default: {PARAMS}")
     parser.add_argument("--vram", type=float, metavar="GIB", help="in place of training.vram_gib")
-    parser.add_argument("--save", action="store_true", help="say what lowers each phase (a minute more)")
     arguments = parser.parse_args()
     try:
         params = load_params(arguments.recipe)
         if arguments.vram is not None:
             training = params.training.model_copy(update={"vram_gib": arguments.vram})
             params = params.model_copy(update={"training": training})
-        for text in plan_recipe(params, arguments.save):
+        for text in plan_recipe(params):
             print(text, flush=True)
     except (ValueError, OSError) as error:
         sys.exit(f"plan: {error}")

@@ -1,18 +1,21 @@
-"""Stable Diffusion XL (Podell et al. 2023, arXiv:2307.01952) as diffusers keeps it: its parts and conditions.
+"""Stable Diffusion XL (Podell et al. 2023, arXiv:2307.01952) in diffusers' format: modules and conditioning.
 
-Everything is loaded from safetensors.
+All weights are loaded from safetensors.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_lora.config import ModelConfig, Precision, PredictionType
 from sdxl_lora.models.weights import open_base, open_vae
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
 TextEncoders = tuple[CLIPTextModel, CLIPTextModelWithProjection]
 
@@ -21,7 +24,7 @@ DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfl
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """How the base model was trained to denoise."""
+    """The noise that the base model was trained to remove."""
 
     alphas_cumprod: Tensor
     """alpha_bar at each timestep, fp32, (T,)."""
@@ -29,7 +32,7 @@ class NoiseSchedule:
 
 
 def load_text_encoders(config: ModelConfig, precision: Precision, device: torch.device) -> TextEncoders:
-    """Both text encoders, frozen."""
+    """Load both text encoders, frozen."""
     base = open_base(config)
     options = {"dtype": DTYPES[precision], "variant": config.variant, "use_safetensors": True}
     return (
@@ -38,8 +41,10 @@ def load_text_encoders(config: ModelConfig, precision: Precision, device: torch.
     )
 
 
-def load_vae(config: ModelConfig, precision: Precision, device: torch.device) -> AutoencoderKL:
-    """The VAE that `config` names, frozen."""
+def load_vae(config: ModelConfig, precision: Precision, device: torch.device) -> "AutoencoderKL":
+    """Load the VAE that `config` names, frozen."""
+    from diffusers import AutoencoderKL  # loads 44 modules, which training without previews does not need
+
     if config.vae is None:
         folder, variant = open_base(config) / "vae", config.variant
     else:
@@ -49,19 +54,21 @@ def load_vae(config: ModelConfig, precision: Precision, device: torch.device) ->
 
 
 def load_unet(config: ModelConfig, precision: Precision, device: torch.device) -> UNet2DConditionModel:
-    """The UNet, frozen."""
+    """Load the UNet, frozen."""
     options = {"dtype": DTYPES[precision], "variant": config.variant, "use_safetensors": True}
     return freeze(UNet2DConditionModel.from_pretrained(open_base(config) / "unet", **options), device)
 
 
 def load_pipeline(
     config: ModelConfig, precision: Precision, device: torch.device
-) -> StableDiffusionXLPipeline:
-    """The whole pipeline, frozen, with the VAE that `config` names; decodes one image at a time.
+) -> "StableDiffusionXLPipeline":
+    """Load the whole pipeline, frozen, with the VAE that `config` names; it decodes one image at a time.
 
-    Frozen, because torch rounds the product with a weight that asks for gradients otherwise than with one
-    that does not, also where no gradient is taken: it folds a batch into rows for the former alone.
+    Frozen, because PyTorch uses another matmul path for weights with requires_grad, even under no_grad, and
+    that rounds differently: it folds the batch into rows.
     """
+    from diffusers import StableDiffusionXLPipeline  # likewise, for training and evaluation
+
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         open_base(config),
         dtype=DTYPES[precision],
@@ -77,30 +84,16 @@ def load_pipeline(
     return pipeline
 
 
-def layers_per_block(config: ModelConfig) -> int:
-    """Resnets in a block of the UNet's way down."""
-    number: int = UNet2DConditionModel.load_config(open_base(config) / "unet")["layers_per_block"]
-    return number
-
-
 def load_noise_schedule(config: ModelConfig) -> NoiseSchedule:
-    """The noise schedule in the base model's scheduler folder."""
+    """Load the noise schedule from the base model's scheduler folder."""
     scheduler = DDPMScheduler.from_pretrained(open_base(config) / "scheduler")
     return NoiseSchedule(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
 
 
-def force_zeros_for_empty_prompt(config: ModelConfig) -> bool:
-    """Whether the base model reads zeros where there is no caption, as SDXL does, or an empty caption."""
-    zeros: bool = StableDiffusionXLPipeline.load_config(open_base(config)).get(
-        "force_zeros_for_empty_prompt", True
-    )
-    return zeros
-
-
 def embed_tokens(text_encoders: TextEncoders, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What the UNet reads of a text (Podell et al. 2023, section 2.1).
+    """Return the UNet's text conditioning (Podell et al. 2023, section 2.1).
 
-    The penultimate hidden states of both encoders side by side, and the second encoder's pooled projection.
+    The penultimate hidden states of both encoders, concatenated, and the second encoder's pooled projection.
 
     Args:
         token_ids: (B, 2, 77).
@@ -121,20 +114,21 @@ def predict(
     pooled_prompt_embeds: Tensor,
     time_ids: Tensor,
 ) -> Tensor:
-    """The UNet's prediction, (B, 4, H/8, W/8).
+    """Return the UNet's prediction, (B, 4, H/8, W/8).
 
     Args:
+        unet: the model.
         noisy_latents: (B, 4, H/8, W/8).
         timesteps: int64, (B,).
         prompt_embeds: (B, 77, 2048).
         pooled_prompt_embeds: (B, 1280).
-        time_ids: original (h, w), crop (top, left), target (h, w) in pixels, (B, 6). Kept in fp32: fp16 would
-            turn 4001 into 4000 and 70000 into infinity.
+        time_ids: original (h, w), crop (top, left), target (h, w) in pixels, (B, 6). Passed on in fp32: fp16
+            would turn 4001 into 4000 and 70000 into infinity.
     """
     conditions = {"text_embeds": pooled_prompt_embeds, "time_ids": time_ids.float()}
     return unet(noisy_latents, timesteps, prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[0]
 
 
 def freeze(module: Any, device: torch.device) -> Any:
-    """`module` on `device`, in evaluation mode, without gradients."""
+    """Move `module` to `device`, in evaluation mode, without gradients, and return it."""
     return module.to(device).eval().requires_grad_(False)

@@ -1,7 +1,7 @@
-"""MLflow's registry of adapters: promotes the one that the pipeline just made.
+"""Promotion of the current adapter in MLflow's model registry.
 
-A promoted adapter is a version of the registered model, and the alias `champion` points to it. Nothing is
-registered that fails a gate.
+A promoted adapter is a version of the registered model, and the alias `champion` points to it. An adapter
+that fails a gate is never registered.
 """
 
 import sys
@@ -12,31 +12,33 @@ from mlflow.exceptions import MlflowException
 
 from sdxl_lora import paths
 from sdxl_lora.adapters.lineage import training_digest
-from sdxl_lora.evaluation.gates import failures
+from sdxl_lora.evaluation.gates import read_gate_failures
 from sdxl_lora.storage.report_io import read_numbers
-from sdxl_lora.tracking.live_run import EXPERIMENT, TRACKING_ERRORS, connect
+from sdxl_lora.tracking.connection import EXPERIMENT, TRACKING_ERRORS, connect
 
 _ALIAS = "champion"
 
 
 def promote() -> ModelVersion:
-    """Registers the present adapter and points the alias at it; the same adapter again is the same version.
+    """Register the current adapter and point the alias at it; a registered adapter keeps its version.
 
     Raises:
         FileNotFoundError: a stage has not run.
-        ValueError: the adapter fails its gates, or no MLflow run shows it; says why.
+        ValueError: the adapter fails its gates, or no MLflow run has it.
         MlflowException, OSError: the server cannot be reached or refuses.
     """
-    if failed := failures(paths.GATES):
+    if failed := read_gate_failures(paths.GATES):
         reasons = "\n  ".join(failed.values())
         raise ValueError(f"the adapter fails its gates, nothing was registered:\n  {reasons}")
     pointer = read_numbers(paths.MLFLOW_POINTER, "track_run")["mlflow"]
     run_id = pointer["id"] if isinstance(pointer, dict) else None
     if run_id is None:
-        raise ValueError("no MLflow run shows this adapter: `dvc repro -sf track_run` logs it")
+        raise ValueError("no MLflow run has this adapter: `dvc repro -sf track_run` logs it")
     client = connect().client
     if client.get_run(run_id).data.tags.get("dvc.train_lora") != training_digest(paths.LOCK):
-        raise ValueError("the MLflow run shows another adapter than dvc.lock: `dvc repro` tracks this one")
+        raise ValueError(
+            "the MLflow run has another adapter than dvc.lock: `dvc repro` logs that of dvc.lock"
+        )
     try:
         client.create_registered_model(EXPERIMENT)
     except MlflowException as error:
@@ -48,7 +50,7 @@ def promote() -> ModelVersion:
 
 
 def _version_of(client: MlflowClient, run_id: str) -> ModelVersion:
-    """The registered version that a run's adapter is, created if need be."""
+    """Return the registered version of a run's adapter, created if needed."""
     for version in client.search_model_versions(f"name = '{EXPERIMENT}'"):
         if version.run_id == run_id:
             return version

@@ -9,13 +9,13 @@ from torch import Tensor
 from sdxl_lora.config import ModelConfig, Precision, Quantization
 from sdxl_lora.data.encoded_dataset import Batch, EncodedDataset
 from sdxl_lora.kernels.quantized_linear import quantize
+from sdxl_lora.models.base_config import force_zeros_for_empty_prompt
 from sdxl_lora.models.diffusion import add_noise, prediction_target, squared_error
 from sdxl_lora.models.sdxl import (
     DTYPES,
     NoiseSchedule,
     TextEncoders,
     embed_tokens,
-    force_zeros_for_empty_prompt,
     load_noise_schedule,
     load_text_encoders,
     load_unet,

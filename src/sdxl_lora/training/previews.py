@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from PIL.Image import Image
 from torch import nn
 
@@ -27,6 +26,8 @@ class Previewer:
 
     def __init__(self, denoiser: Denoiser, dataset: EncodedDataset, config: ModelConfig) -> None:
         """Loads the VAE beside `denoiser` (0.16 GiB in fp16)."""
+        from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline  # only previews need them
+
         vae = load_vae(config, denoiser.precision, denoiser.device)
         vae.enable_tiling()  # a whole 1024 px decode takes GiB, a tile at a time does not
         self._denoiser = denoiser

@@ -63,7 +63,7 @@ def _ask(service: str) -> tuple[bool, str]:
 
 def _ask_mlflow() -> str:
     """Opens the project's experiment, creating it if need be, as the first stage would."""
-    from sdxl_lora.tracking.live_run import connect  # seconds, which the other question need not wait for
+    from sdxl_lora.tracking.connection import connect  # seconds, which the other question need not wait for
 
     uri = connect().client.tracking_uri
     return "mlflow.db, in this folder" if uri.startswith("sqlite:") else f"{uri.rpartition('@')[2]} answers"

@@ -8,12 +8,12 @@ from scipy.stats import bootstrap
 from sdxl_lora.adapters.lora import load_lora
 from sdxl_lora.config import EvaluationConfig, ModelConfig, Params, load_params
 from sdxl_lora.data.encoded_dataset import EncodedDataset
-from sdxl_lora.evaluation.evaluation import (
+from sdxl_lora.evaluation.held_out_loss import (
     LOSS_COLUMNS,
     HeldOutError,
     held_out_errors,
-    held_out_jobs,
     held_out_loss,
+    held_out_measurements,
     loss_by_timestep,
 )
 from sdxl_lora.runtime.rng import keyed_generator
@@ -105,7 +105,7 @@ def test_at_most_max_examples_are_measured(
     dataset: EncodedDataset, config: EvaluationConfig, max_examples: int | None, jobs: int
 ) -> None:
     limited = config.model_copy(update={"max_examples": max_examples})
-    assert len(held_out_jobs(dataset, limited)) == jobs
+    assert len(held_out_measurements(dataset, limited)) == jobs
 
 
 def test_losses_are_means_in_all_and_by_timestep(config: EvaluationConfig) -> None:
