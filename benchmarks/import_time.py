@@ -1,7 +1,7 @@
-"""What each stage's imports cost: CPU and wall seconds, modules, and which heavy libraries are among them.
+"""Cost of each stage's imports: CPU and wall seconds, number of modules, loaded heavy libraries.
 
-Each measurement is a new process that imports one stage; the first, which may have to compile bytecode and
-read files from disk, does not count. CPU seconds repeat better than wall seconds on a busy machine.
+Each measurement is a new process that imports one stage. The first does not count, because it may compile
+bytecode and read files from disk. On a busy machine, CPU seconds vary less than wall seconds.
 
 Usage: python -m benchmarks.import_time [--stages NAME ...] [--repeats N] [--json]
 """
@@ -48,7 +48,7 @@ _IMPORT = (
 
 
 class ImportCost(BaseModel):
-    """What it costs to import one stage."""
+    """Cost of importing one stage."""
 
     stage: str
     cpu_s: float
@@ -58,9 +58,9 @@ class ImportCost(BaseModel):
     modules: int
     """Length of sys.modules afterwards."""
     heavy: list[str]
-    """Which of `HEAVY` are loaded."""
+    """Loaded libraries of `HEAVY`."""
     of_models: dict[str, int]
-    """Modules of diffusers, transformers and peft each."""
+    """Number of loaded modules of diffusers, transformers and peft."""
 
 
 def loaded_modules(module: str) -> list[str]:
@@ -102,7 +102,7 @@ def main() -> None:
     )
     parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="one line of JSON a stage")
+    parser.add_argument("--json", action="store_true", help="print one JSON line per stage")
     arguments = parser.parse_args()
     if not arguments.json:
         print("| stage | CPU s | wall s | modules | heavy libraries |")

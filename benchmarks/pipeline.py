@@ -1,7 +1,8 @@
-"""The whole pipeline by `dvc repro`, stage by stage: wall time, GPU time, start-up, memory, bytes written.
+"""Wall time, GPU time, start-up time, memory and bytes written of each stage of `dvc repro`.
 
-SDXL's real shapes with random weights on random images of several shapes, within the 16 GB recipe's budget,
-with previews. `--tiny` runs the demo's recipe instead, on any machine. Prints a row per stage as it ends.
+Runs SDXL's real shapes with random weights on random images of several shapes, within the 16 GB recipe's
+memory budget, with previews. `--tiny` runs the demo's recipe instead, on any machine. It prints a row when
+a stage ends.
 """
 
 import argparse
@@ -28,29 +29,29 @@ from benchmarks.saved_sdxl import save_random_images, save_random_sdxl
 from sdxl_lora.storage.repository import folder_digest
 
 COPIED = (".dvc/config", ".dvcignore", ".gitignore", "demo", "dvc.yaml", "recipes", "src", "stages")
-PERIOD = 0.05  # seconds between two looks at the GPU and the processes
+PERIOD = 0.05  # seconds between two polls of the GPU and the processes
 GIB = 2**30
 SIDES = ((1024, 1024), (1216, 832), (832, 1216), (1500, 1000))
 
 
 @dataclass
 class StageUse:
-    """What one stage took."""
+    """Resources that one stage used."""
 
     stage: str
     wall_seconds: float = 0.0
     gpu_seconds: float = 0.0
-    """Time in which the driver saw a kernel run."""
+    """Time during which the driver reported a running kernel."""
     start_seconds: float = 0.0
     """From the start of the process to the first GPU work; the whole stage if there was none."""
     device_gib: float = 0.0
-    """Most GPU memory in use, as the driver sees it."""
+    """Peak GPU memory that the driver reported."""
     written_gib: float = 0.0
     """Bytes that the stage's processes wrote."""
 
 
 class Watch:
-    """Looks at the GPU and at the processes of a command until it ends."""
+    """Polls the GPU and the processes of a command in a thread until it is closed."""
 
     def __init__(self, root: psutil.Process) -> None:
         self._root = root
@@ -81,7 +82,7 @@ class Watch:
             use.written_gib = sum(self._written.values()) / GIB
 
     def close(self) -> None:
-        """Stop looking."""
+        """Stop polling."""
         self._stop.set()
         self._thread.join()
         self.end()
@@ -112,7 +113,7 @@ def make_project(root: Path, tiny: bool, changes: dict[str, Any], count: int, we
     Args:
         changes: params by dotted key.
         count: number of images.
-        weights: folder of the random base model; made if it does not exist.
+        weights: folder of the random base model; created if it does not exist.
     """
     root.mkdir(parents=True)
     for name in COPIED:
@@ -197,15 +198,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tiny", action="store_true", help="the demo's recipe: CPU or GPU, minutes")
+    parser.add_argument("--tiny", action="store_true", help="run the demo's recipe: CPU or GPU, minutes")
     parser.add_argument("--images", type=int, default=120, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps; default: %(default)s")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further params")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other params")
     weights = Path(tempfile.gettempdir()) / "random-sdxl"
     parser.add_argument("--weights", type=Path, default=weights, help="the base model; default: %(default)s")
-    parser.add_argument(
-        "--folder", type=Path, required=True, help="where to make the project; must not exist"
-    )
+    parser.add_argument("--folder", type=Path, required=True, help="folder to create for the project")
     return parser.parse_args()
 
 

@@ -55,7 +55,7 @@ def gpu_faults(folder: Path) -> Iterator[Fault]:
             lost = [] if second.poll() is None else ["the GPU's memory: both have it"]
         with second:
             lost += [] if second.stdout.read() == "mine\n" else ["the second job"]
-        yield Fault("A second job wants a GPU that is taken", said, lost, "waiting until it ends")
+        yield Fault("A second job requests a GPU that is in use", said, lost, "waiting until it ends")
 
 
 def clock_faults(folder: Path) -> Iterator[Fault]:

@@ -70,10 +70,10 @@ def tracking_faults(folder: Path) -> Iterator[Fault]:
         fill(disk)
 
     troubles: dict[str, Trouble] = {
-        "MLflow goes down in the middle of training": Gate.close,
+        "MLflow's server stops during training": Gate.close,
         "MLflow answers with status 500": failing,
         "MLflow's disk is full": full,
-        f"MLflow takes {SLOW} s for an answer": slow,  # last, as a request that waits goes on to do so
+        f"MLflow takes {SLOW} s to answer": slow,  # last, as a request that waits goes on to do so
     }
     with small_disk(disk, "64m"), mlflow_server(disk) as port:
         server = MlflowClient(f"http://{ui.HOST}:{port}")
