@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sdxl_lora.adapters.lora import add_adapters, lora_parameters
 from sdxl_lora.config import Params, SamplingConfig
-from sdxl_lora.data.encoders import embed_captions, encode_images, tile_vae
+from sdxl_lora.data.caption_encoder import embed_captions
+from sdxl_lora.data.image_encoder import encode_images, tile_vae
 from sdxl_lora.inference.pipeline import fuse_pipeline
 from sdxl_lora.memory.caching_allocator import MIB, CachingAllocator
 from sdxl_lora.memory.trace import Event, MemoryTrace
@@ -22,13 +23,15 @@ from sdxl_lora.memory.training_forecast import (
     replay_events,
 )
 from sdxl_lora.models.architecture import SDXLArchitecture
-from sdxl_lora.models.fused import fuse_vae
-from sdxl_lora.models.sdxl import DTYPES, embed_tokens, predict
+from sdxl_lora.models.fused_vae import fuse_vae
+from sdxl_lora.models.loading import DTYPES
+from sdxl_lora.models.sdxl import predict
+from sdxl_lora.models.text_encoders import embed_tokens
 
 _RECORDED_SCRATCH = 3 * CUBLAS_WORKSPACE + 224 * MIB
 """What kernels take for themselves where a UNet is recorded: cuBLAS on each of three streams, and the rest as
 measured: pictures took 10.85 and 10.90 GiB on an H100, forecast 10.75. (The VAE's decoder had diffusers' own
-blocks then, which are forecast to take 0.7 GiB more than those of `fused`.)"""
+blocks then, which are forecast to take 0.7 GiB more than the fused ones.)"""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from sdxl_lora.kernels.quantized_linear import quantize
 from sdxl_lora.memory.caching_allocator import MIB, CachingAllocator
 from sdxl_lora.memory.trace import Event, MemoryTrace
 from sdxl_lora.models.architecture import SDXLArchitecture
-from sdxl_lora.models.sdxl import DTYPES, NoiseSchedule, predict
+from sdxl_lora.models.loading import DTYPES
+from sdxl_lora.models.sdxl import NoiseSchedule, predict
 from sdxl_lora.storage.atomic_io import GIB
 from sdxl_lora.training.activation_checkpointing import find_units
 from sdxl_lora.training.batches import NoiseDraws, TrainingBatch

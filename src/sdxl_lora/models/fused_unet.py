@@ -1,8 +1,6 @@
-"""The base model's modules as training runs them: diffusers' and transformers' arithmetic in fewer kernels.
+"""The UNet in fewer kernels, with the adapters of its attentions merged and a chosen attention backend.
 
-`fuse_modules` gives modules another class and leaves their weights and names alone, so that saving and
-loading see what they always saw. What is not known here (other blocks, adapters with dropout) keeps its own
-forward.
+What is not known here (other blocks, adapters with dropout) keeps its forward.
 """
 
 from collections import Counter, defaultdict
@@ -10,23 +8,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from peft.tuners.lora import Linear as LoraLinear
-from torch import Tensor, nn
-from torch.nn.functional import silu
-from transformers.models.clip.modeling_clip import ALL_ATTENTION_FUNCTIONS, CLIPAttention, CLIPEncoderLayer
+from torch import Tensor
 
-from sdxl_lora.adapters.merged_linear import is_mergeable, pack_adjacent, project, project_merged
+from sdxl_lora.adapters.merged_linear import is_mergeable, project
 from sdxl_lora.config import AttentionBackend
 from sdxl_lora.kernels.attention import AttentionShape, attend
-from sdxl_lora.kernels.attention_ops import short_kv_attention, supports_short_kv
-from sdxl_lora.kernels.conv_ops import frozen_conv2d, group_norm, residual_sum
-from sdxl_lora.kernels.transformer_ops import add_norm, geglu, layer_norm, uses_triton
+from sdxl_lora.kernels.transformer_ops import geglu
+from sdxl_lora.models.class_swap import Classes, swap_classes
+from sdxl_lora.models.fused_blocks import FUSED_BLOCKS
+from sdxl_lora.models.fused_layers import FUSED_LAYERS, input_and_norm, pack_projections, residual_and_norm
 
 _NUM_TOKENS = 77  # of a caption, padded
 
@@ -34,43 +29,22 @@ _TextKeys = Mapping[Attention, tuple[Tensor, Tensor]]
 """Key and value of each cross-attention, (B, 77, C)."""
 
 
-def fuse_modules(module: nn.Module) -> None:
-    """Gives the module's parts the classes of this file, in place."""
-    for part in list(module.modules()):
-        if _is_fusable(part):
-            part.__class__ = FUSED_CLASSES[type(part)]  # type: ignore[assignment]
-        if isinstance(part, Attention | CLIPAttention):
-            _merge_projections(part)
+def fuse_unet(unet: UNet2DConditionModel, backend: AttentionBackend) -> None:
+    """Give the UNet's parts fused classes, its attentions `backend`, and on a GPU channels_last."""
+    swap_classes(unet, FUSED_UNET_CLASSES)
+    for part in unet.modules():
+        if isinstance(part, Attention):
+            pack_projections(projections_of_same_input(part))
+    unet.set_attn_processor(_FusedAttentionProcessor(backend))
+    if unet.device.type != "cpu":
+        unet.to(memory_format=torch.channels_last)
 
 
-def _is_fusable(part: Any) -> bool:
-    """Whether this file has a class for `part`, and SDXL's options are the ones that it has."""
-    if type(part) is ResnetBlock2D:
-        resamples = part.upsample is not None or part.downsample is not None
-        adds_time = part.time_embedding_norm == "default" and not part.skip_time_act
-        knows_no_time = part.time_embedding_norm == "group" and part.time_emb_proj is None  # in the decoder
-        plain = type(part.nonlinearity) is nn.SiLU and part.output_scale_factor == 1
-        return plain and (adds_time or knows_no_time) and not resamples
-    if type(part) is nn.Conv2d:
-        whole = part.groups == 1 and part.dilation == (1, 1)
-        pads_zeros = part.padding_mode == "zeros" and not isinstance(part.padding, str)
-        return whole and pads_zeros and not part.weight.requires_grad
-    return type(part) in FUSED_CLASSES
+def projections_of_same_input(attention: Attention) -> list[Any]:
+    """Return the layers that read the same input, in the order in which diffusers registers them.
 
-
-def _merge_projections(attention: Any) -> None:
-    """Makes the frozen weights neighbours whose layers read the same input."""
-    layers = projections_of_same_input(attention)
-    if all(is_mergeable(layer) for layer in layers):
-        bases = [layer.base_layer for layer in layers]
-        for tensors in zip(*([*base.parameters(), *base.buffers()] for base in bases), strict=True):
-            pack_adjacent(tensors)
-
-
-def projections_of_same_input(attention: Any) -> list[Any]:
-    """The layers that read the same input, in the order in which the module holds them."""
-    if isinstance(attention, CLIPAttention):
-        return [attention.k_proj, attention.v_proj, attention.q_proj]
+    The order of `adapters.lora.lora_parameters` is the same, so the adapters are views of one buffer as well.
+    """
     keys_and_values = [attention.to_k, attention.to_v]
     return keys_and_values if attention.is_cross_attention else [attention.to_q, *keys_and_values]
 
@@ -82,6 +56,8 @@ class _FusedUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]
     """
 
     def process_encoder_hidden_states(self, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> _TextKeys:
+        # diffusers passes this to its blocks as `encoder_hidden_states`, a Tensor by their annotations. None
+        # reads it on the way to `_FusedTransformer2DModel`, which picks each attention's key and value.
         return project_text(self, encoder_hidden_states)
 
 
@@ -138,44 +114,6 @@ class _FusedAttentionProcessor:
         return attn.to_out[1](attn.to_out[0](output))
 
 
-class _FusedCLIPAttention(CLIPAttention):  # type: ignore[misc]
-    """A text encoder's attention with merged projections, and on a GPU by the kernel for few keys."""
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        heads = [
-            t.unflatten(-1, (-1, self.head_dim))
-            for t in project(projections_of_same_input(self), hidden_states)
-        ]
-        key, value, query = heads
-        if attention_mask is None and supports_short_kv(query, key):
-            causal = bool(kwargs.get("is_causal", self.is_causal))
-            output = short_kv_attention(query, key, value, causal)
-            return self.out_proj(output.flatten(-2)), None
-        key, value, query = (t.transpose(1, 2) for t in heads)
-        attend_ = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        output, weights = attend_(self, query, key, value, attention_mask, scaling=self.scale, **kwargs)
-        return self.out_proj(output.flatten(-2)), weights
-
-
-class _FusedCLIPEncoderLayer(CLIPEncoderLayer):  # type: ignore[misc]
-    """A text encoder's layer: the residual sum and the normalisation after it in one kernel."""
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        hidden_states, normal = _input_and_norm(hidden_states, self.layer_norm1)
-        update, _ = self.self_attn(normal, attention_mask, **kwargs)
-        hidden_states, normal = _residual_norm(hidden_states, update, self.layer_norm2)
-        return hidden_states + self.mlp(normal)
-
-
-class _FusedLoraLinear(LoraLinear):  # type: ignore[misc]
-    """An adapted layer that is no part of an attention's merged ones."""
-
-    def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if is_mergeable(self):
-            return project_merged([self], inputs)[0]
-        return super().forward(inputs, *args, **kwargs)
-
-
 class _FusedGEGLU(GEGLU):  # type: ignore[misc]
     """The feed-forward layer's gate in one kernel."""
 
@@ -183,77 +121,16 @@ class _FusedGEGLU(GEGLU):  # type: ignore[misc]
         return geglu(self.proj(hidden_states))
 
 
-class _FusedGroupNorm(nn.GroupNorm):
-    """A group normalisation that keeps channels_last."""
-
-    def forward(self, input: Tensor, silu: bool = False, shift: Tensor | None = None) -> Tensor:
-        if input.ndim != 4:  # the VAE's attention normalises tokens
-            return super().forward(input)
-        return self.beside(input, silu, shift)[1]
-
-    def beside(self, input: Tensor, silu: bool = False, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The input, to be read once more, and what becomes of it."""
-        return group_norm(input, self.weight, self.bias, self.num_groups, self.eps, silu, shift)
-
-
-class _FusedConv2d(nn.Conv2d):
-    """A frozen convolution that keeps no input for the gradient of its weight."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        assert not isinstance(self.padding, str)
-        return frozen_conv2d(input, self.weight, self.bias, self.stride, self.padding)
-
-    def without_bias(self, input: Tensor) -> Tensor:
-        assert not isinstance(self.padding, str)
-        return frozen_conv2d(input, self.weight, None, self.stride, self.padding)
-
-
-class _FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
-    """A residual block: whatever is added to an image, the next kernel adds. The VAE's know no time."""
-
-    def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
-        input_tensor, hidden = self.norm1.beside(input_tensor, silu=True)
-        hidden, bias = _bias_apart(self.conv1, hidden)
-        shift = None if bias is None else bias.expand(len(hidden), -1).contiguous()
-        if temb is not None:
-            time = self.time_emb_proj(silu(temb))
-            shift = time if bias is None else time + bias
-        hidden = self.norm2(hidden, silu=True, shift=shift)
-        hidden, bias = _bias_apart(self.conv2, self.dropout(hidden))
-        if self.conv_shortcut is not None:
-            input_tensor, more = _bias_apart(self.conv_shortcut, input_tensor)
-            bias = more if bias is None else bias if more is None else bias + more
-        return residual_sum(input_tensor, hidden, bias)
-
-
-def _bias_apart(conv: nn.Module, image: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What a convolution makes of an image, and the bias that is still to be added, if there is one.
-
-    On a CPU none is, nor where an adapter's layer is wrapped around the convolution.
-    """
-    if isinstance(conv, _FusedConv2d) and uses_triton(image):
-        return conv.without_bias(image), conv.bias
-    return conv(image), None
-
-
 class _FusedTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
     """A transformer block: each residual sum and the normalisation after it in one kernel."""
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: tuple[Tensor, Tensor]) -> Tensor:
-        hidden_states, normal = _input_and_norm(hidden_states, self.norm1)
+        hidden_states, normal = input_and_norm(hidden_states, self.norm1)
         update = self.attn1(normal)
-        hidden_states, normal = _residual_norm(hidden_states, update, self.norm2)
+        hidden_states, normal = residual_and_norm(hidden_states, update, self.norm2)
         update = self.attn2(normal, encoder_hidden_states=encoder_hidden_states)
-        hidden_states, normal = _residual_norm(hidden_states, update, self.norm3)
+        hidden_states, normal = residual_and_norm(hidden_states, update, self.norm3)
         return hidden_states + self.ff(normal)
-
-
-def _input_and_norm(hidden_states: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    return layer_norm(hidden_states, norm.weight, norm.bias, norm.eps)
-
-
-def _residual_norm(residual: Tensor, update: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    return add_norm(residual, update, norm.weight, norm.bias, norm.eps)
 
 
 class _FusedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
@@ -266,7 +143,7 @@ class _FusedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
         **_: Any,
     ) -> tuple[Tensor]:
         batch, channels, height, width = hidden_states.shape
-        hidden_states, normal = self.norm.beside(hidden_states)
+        hidden_states, normal = self.norm.input_and_norm(hidden_states)
         tokens: Tensor = self.proj_in(normal.permute(0, 2, 3, 1).flatten(1, 2))
         for block in self.transformer_blocks:
             tokens = block(tokens, encoder_hidden_states[block.attn2])
@@ -274,33 +151,14 @@ class _FusedTransformer2DModel(Transformer2DModel):  # type: ignore[misc]
         return (output + hidden_states,)
 
 
-FUSED_CLASSES = {
+FUSED_UNET_CLASSES: Classes = {
     BasicTransformerBlock: _FusedTransformerBlock,
-    CLIPAttention: _FusedCLIPAttention,
-    CLIPEncoderLayer: _FusedCLIPEncoderLayer,
     GEGLU: _FusedGEGLU,
-    LoraLinear: _FusedLoraLinear,
-    ResnetBlock2D: _FusedResnetBlock2D,
     Transformer2DModel: _FusedTransformer2DModel,
     UNet2DConditionModel: _FusedUNet2DConditionModel,
-    nn.Conv2d: _FusedConv2d,
-    nn.GroupNorm: _FusedGroupNorm,
+    **FUSED_BLOCKS,
+    **FUSED_LAYERS,
 }
-
-
-def fuse_unet(unet: UNet2DConditionModel, backend: AttentionBackend) -> None:
-    """`fuse_modules` for the UNet, with this backend in all its attentions, and channels_last on a GPU."""
-    fuse_modules(unet)
-    unet.set_attn_processor(_FusedAttentionProcessor(backend))
-    if unet.device.type != "cpu":
-        unet.to(memory_format=torch.channels_last)
-
-
-def fuse_vae(vae: AutoencoderKL) -> None:
-    """`fuse_modules` for the VAE, and channels_last on a GPU."""
-    fuse_modules(vae)
-    if vae.device.type != "cpu":
-        vae.to(memory_format=torch.channels_last)
 
 
 def attention_shapes(unet: UNet2DConditionModel, batch: int, height: int, width: int) -> list[AttentionShape]:

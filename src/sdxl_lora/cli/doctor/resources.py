@@ -12,7 +12,7 @@ from sdxl_lora.cli.doctor.context import CheckSkippedError, RunContext
 from sdxl_lora.config import Params
 from sdxl_lora.memory.training_forecast import META
 from sdxl_lora.models.architecture import SDXLArchitecture
-from sdxl_lora.models.sdxl import DTYPES
+from sdxl_lora.models.loading import DTYPES
 from sdxl_lora.reproducibility.checklist import Check, failed, passed, warned
 from sdxl_lora.reproducibility.integrity import check_pin
 from sdxl_lora.runtime.device import CUDA_CONTEXT
