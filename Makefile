@@ -19,7 +19,7 @@ INSTALLED := .venv/installed
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check doctor plan ui promote push-to-hub recipe reproduce verify lock rebuild clean
+.PHONY: help setup demo test check doctor plan ui promote push-to-hub recipe reproduce verify dvc-deps lock rebuild clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ reproduce: setup  ## run REF again and compare: a commit, experiment, MLflow run
 
 verify: setup  ## hold an exported file's lineage against what is here: ADAPTER=path
 	@$(BIN)/python -m sdxl_lora.reproducibility.verify "$(ADAPTER)"
+
+dvc-deps: setup  ## write the code that each stage imports into dvc.yaml
+	@$(BIN)/python -m tests.support.dvc_deps
 
 lock: setup  ## resolve the newest dependencies into requirements.lock, torch and its Triton kept
 	@kept=$$(sed -nE 's/^((torch|triton)==[0-9.]+).*/\1/p' requirements.lock); \
