@@ -8,6 +8,7 @@ PUBLIC ?=
 FORCE ?=
 REF ?= HEAD
 DATA ?= download
+ONLY ?=
 ADAPTER ?= data/export/pytorch_lora_weights.safetensors
 
 SHELL := bash
@@ -19,10 +20,10 @@ INSTALLED := .venv/installed
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check doctor plan ui promote push-to-hub recipe reproduce verify dvc-deps lock rebuild clean
+.PHONY: help setup demo test test-elsewhere check doctor plan ui promote push-to-hub recipe reproduce verify dvc-deps lock rebuild clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## create .venv from requirements.lock (PYTHON=python3.12 chooses the interpreter)
 
@@ -34,6 +35,9 @@ demo: setup  ## run the whole pipeline on the embedded model and data set: CPU, 
 test: setup  ## run the tests, but for those that take minutes
 	@TRITON_INTERPRET=1 $(RUN) python -m pytest -m interpreter tests/kernels tests/models/test_fused.py
 	@$(RUN) python -m pytest -m "not slow"
+
+test-elsewhere: setup  ## run the tests that compute as other processors would, random, busy: an hour (ONLY="busy machine")
+	@$(BIN)/python -m tests.support.elsewhere $(if $(ONLY),--only "$(ONLY)")
 
 check: setup  ## format, lint, types, direction of imports, known vulnerabilities of dependencies
 	@$(BIN)/ruff format --check .

@@ -1,7 +1,11 @@
 """Tests that need a GPU are skipped where there is none; those that need a Hub get one of their own."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin starve a busy machine
 
 import pytest
 import torch
@@ -10,16 +14,38 @@ from hypothesis import settings
 
 from tests.support.hub import Hub, serving_hub
 from tests.support.interpreter import KERNEL_DEVICES, torch_device
+from tests.support.patience import TEST_SECONDS, patience
 
 settings.register_profile("busy machine", deadline=None)  # else an example fails that takes 200 ms
 settings.load_profile("busy machine")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Limit each test's time, unless the command line does: pytest-timeout reads the option after this."""
+    if config.option.timeout is None:
+        config.option.timeout = patience(TEST_SECONDS)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if seed := os.environ.get("SDXL_LORA_TEST_ORDER"):
+        items[:] = in_random_order(items, seed)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def in_random_order(items: list[pytest.Item], seed: str) -> list[pytest.Item]:
+    """Shuffle the files, and the tests of each: a file's tests stay together, as they share fixtures."""
+    random = Random(seed)
+    by_file: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        by_file.setdefault(item.path, []).append(item)
+    files = list(by_file.values())
+    random.shuffle(files)
+    for tests in files:
+        random.shuffle(tests)
+    return [item for tests in files for item in tests]
 
 
 @pytest.fixture(params=["cpu", *KERNEL_DEVICES])

@@ -28,6 +28,7 @@ from sdxl_lora.storage.atomic_io import GIB
 from sdxl_lora.storage.repository import folder_digest
 from sdxl_lora.training.train_step import TrainStep
 from tests.support.hub import Hub
+from tests.support.patience import patience
 
 REPOSITORY = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -41,6 +42,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(root)
     monkeypatch.setenv("DVC_ROOT", str(root))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(services, "ANSWER_SECONDS", patience(5))
     (root / "demo").symlink_to(REPOSITORY / "demo")
     for name in ("requirements.lock", ".dvc/config"):
         (root / name).parent.mkdir(exist_ok=True)
@@ -74,10 +76,12 @@ def test_healthy_project_passes_every_check() -> None:
 
 
 @pytest.mark.slow
-def test_command_takes_less_than_a_minute_and_prints_json() -> None:
+def test_command_passes_every_check_and_prints_json() -> None:
     command = [sys.executable, "-m", "sdxl_lora.cli.doctor.command", "--json"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), "SDXL_LORA_DEVICE": "cpu"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=patience(60), check=False
+    )
     assert {check["status"] for check in json.loads(result.stdout)} == {"pass"}, result.stdout
     assert result.returncode == 0
     assert not list(Path(".dvc/tmp").glob("doctor-*"))
@@ -363,7 +367,7 @@ def test_params_that_do_not_fit_end_the_command_with_the_key() -> None:
     command = [sys.executable, "-m", "sdxl_lora.cli.doctor.command"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
     result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, env=environment, capture_output=True, text=True, timeout=patience(30), check=False
     )
     assert result.returncode == 1
     assert "doctor: params.yaml does not fit the schema" in result.stderr

@@ -14,6 +14,7 @@ from sdxl_lora.cli.recipe import select
 from sdxl_lora.cli.ui import HOST
 from sdxl_lora.config import load_params
 from sdxl_lora.storage.repository import folder_digest, open_folder
+from tests.support.patience import patience
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -39,7 +40,9 @@ def edit(old: str, new: str) -> None:
 def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=patience(30), check=False
+    )
 
 
 def error_of(module: str, *arguments: str) -> str:

@@ -11,6 +11,8 @@ from threading import Thread
 
 import pytest
 
+from tests.support.patience import patience
+
 SCRIPT = Path(__file__).parents[2] / ".ci/audit.py"
 KNOWN = {
     "schema_version": "1.0.0",
@@ -60,7 +62,7 @@ def audit(folder: Path, lock: str, accepted: str = "") -> subprocess.CompletedPr
     (folder / "pyproject.toml").write_text(f"[tool.audit.accepted]\n{accepted}\n")
     command = [sys.executable, str(SCRIPT)]
     return subprocess.run(
-        command, cwd=folder, env=os.environ, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=folder, env=os.environ, capture_output=True, text=True, timeout=patience(30), check=False
     )
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.patience import patience
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -23,7 +25,9 @@ def _bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        ["make", *arguments], capture_output=True, text=True, timeout=patience(15), check=False
+    )
 
 
 def test_help_comes_first_and_needs_no_environment() -> None:

@@ -12,12 +12,13 @@ import pytest
 import yaml
 
 from sdxl_lora import paths
+from tests.support.patience import patience
 from tests.support.project import REPOSITORY, Project, create_project
 
 MAKING = ["download_dataset", "clean_captions", "encode_dataset", "train_lora"]
 JUDGING = [*MAKING, "sample_images", "evaluate_lora", "export_lora", "report_run"]
 CHOICES = {"attention": "math", "plan": {"micro_batch_size": 1, "checkpointing": 0, "recomputed": 0.0}}
-TIMEOUT = 600  # seconds on a busy machine
+TIMEOUT = patience(150)  # seconds
 
 
 def small_recipe() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 import os
 import signal
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -85,13 +85,14 @@ def test_signals_ask_to_stop_instead_of_ending_the_block(number: signal.Signals)
         os.kill(os.getpid(), number)
 
 
-def test_deadline_is_near_while_two_of_the_longest_rounds_still_fit() -> None:
-    deadline = Deadline(2 / 60)
-    start = time.monotonic()
+def test_deadline_is_near_while_two_of_the_longest_rounds_still_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("sdxl_lora.runtime.stage.time", SimpleNamespace(monotonic=lambda: now))
+    deadline = Deadline(20 / 60)
     assert not deadline.is_near()
-    time.sleep(0.4)
+    now += 4.0  # the longest round: two more take 8 of the 20 seconds
     assert not deadline.is_near()
     while not deadline.is_near():
-        time.sleep(0.05)
-    assert 1.0 < time.monotonic() - start < 1.3
+        now += 0.5
+    assert now == 112.0
     assert not Deadline(None).is_near()

@@ -15,15 +15,16 @@ import yaml
 
 from sdxl_lora import paths
 from stages import clean_captions, download_dataset
+from tests.support.patience import patience
 
 REPOSITORY = Path(__file__).parents[2]
 IMAGES = 80
 ENTRIES = 3 * IMAGES
-SECONDS = 300
+SECONDS = patience(60)
 COMMAND = (sys.executable, "-m", "stages.encode_dataset")
 
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(patience(240))
 
 
 @pytest.fixture(autouse=True)

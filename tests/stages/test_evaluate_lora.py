@@ -1,7 +1,9 @@
 import csv
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -47,6 +49,15 @@ def write_raw_images() -> None:
         source = "alien-monster.webp" if number == 2 else name
         with Image.open(f"demo/dataset/images/{source}") as image:
             image.convert("RGB").save(paths.RAW_IMAGES / f"{number}.png")
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of nested mappings, by their path."""
+    found: dict[str, float] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return found
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -107,7 +118,13 @@ def test_samples_of_captions_are_scored_apart() -> None:
     evaluate_lora.main()
     metrics = json.loads(paths.METRICS.read_text(encoding="utf-8"))
     apart = metrics.pop("training_captions")
-    assert metrics == alone
+    # The free samples are in a larger batch now, for which kernels sum in another order. In each of CLIP's 10
+    # layers sums of 500 products are off by sqrt(500) 2^-24: a cosine by 1e-5, a score in percent by 1e-3.
+    assert flat(metrics) == pytest.approx(flat(alone), rel=1e-5, abs=1e-3)
+    counted = [
+        name for name in flat(metrics) if name.startswith(("copied", "gates", "adapter_bytes", "retrieval"))
+    ]
+    assert [flat(metrics)[name] for name in counted] == [flat(alone)[name] for name in counted]
     assert apart["copied"] == metrics["copied"]  # the same pictures
     assert apart["clip_score"]["adapter"] < metrics["clip_score"]["adapter"] - 1  # other words
     assert [row["origin"] for row in read_csv(paths.COPIES)] == ["free", "free", "training", "training"]

@@ -15,6 +15,7 @@ from sdxl_lora import paths
 from sdxl_lora.adapters.lora import saved_lora
 from sdxl_lora.storage.report_io import read_numbers, write_numbers
 from stages import train_lora
+from tests.support.patience import patience
 from tests.support.training_project import REPOSITORY, enter_project, free_port, write_params
 
 
@@ -62,19 +63,27 @@ def test_two_processes_train_what_one_does_with_twice_the_batch(
 ) -> None:
     recipe["model"]["text_encoders"] = text_encoders
     recipe["training"]["text_encoder_steps"] = text_encoder_steps
-    write_params(recipe, batch_size=4 * passes, micro_batch_size=4, optimizer="adamw")
+    # AdamW makes a whole step of a sign that rounding decides: at a rate of 1e-6 such a step changes no loss.
+    rates = {"learning_rate": 1e-6, "text_encoder_learning_rate": 1e-6}
+    write_params(recipe, batch_size=4 * passes, micro_batch_size=4, optimizer="adamw", log_every=1, **rates)
     train_lora.main()
-    alone, losses = load_file(saved_lora(paths.LORA)), pd.read_csv(paths.LOSS_CURVE)["loss"].tolist()
+    alone, curve = load_file(saved_lora(paths.LORA)), pd.read_csv(paths.LOSS_CURVE)
     write_params(recipe, batch_size=2 * passes, micro_batch_size=2)
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     command = [sys.executable, *launch, "-m", "stages.train_lora"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, env=environment, check=True, timeout=240)
+    subprocess.run(command, env=environment, check=True, timeout=patience(60))
     together = load_file(saved_lora(paths.LORA))
-    assert pd.read_csv(paths.LOSS_CURVE)["loss"].tolist() == pytest.approx(losses, rel=1e-5)
+    found = pd.read_csv(paths.LOSS_CURVE)
+    for column in ("loss", "grad_norm"):
+        # fp32 sums in another order: sqrt(100 layers) sqrt(1,000 products) 2^-24.
+        assert found[column].tolist() == pytest.approx(curve[column].tolist(), rel=2e-5)
     assert set(together) == set(alone)
-    difference = torch.cat([(together[name] - alone[name]).flatten() for name in alone]).norm()
-    assert difference / torch.cat([tensor.flatten() for tensor in alone.values()]).norm() < 1e-4
+    # B starts at 0: it is all that was trained. Rounding decides the sign of the 2e-5 of its gradients that
+    # are nearest to 0, and puts their weights off by twice their way: by 2 sqrt(2e-5) = 0.9 % of the norm.
+    up = [name for name in alone if "lora_B" in name]
+    difference = torch.cat([(together[name] - alone[name]).flatten() for name in up]).norm()
+    assert difference / torch.cat([alone[name].flatten() for name in up]).norm() < 1e-2
 
 
 def test_second_process_trains_the_same_adapter_to_the_bit(recipe: dict[str, Any]) -> None:
@@ -92,5 +101,5 @@ def adapter_of_a_process() -> dict[str, Tensor]:
     }  # threads that spin starve a busy machine
     environment = {**os.environ, **waiting, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'src'}"}
     command = [sys.executable, "-m", "stages.train_lora"]
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=240)
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=patience(60))
     return load_file(saved_lora(paths.LORA))

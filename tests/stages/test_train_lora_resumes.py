@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -28,10 +28,12 @@ from sdxl_lora.storage.report_io import read_numbers
 from sdxl_lora.tracking.live_run import connect
 from sdxl_lora.training.loop import EXIT_STOPPED
 from stages import train_lora
+from tests.support.fault import at_step
+from tests.support.patience import patience
 from tests.support.project import create_project
 from tests.support.training_project import REPOSITORY, enter_project, free_port, write_params
 
-SECONDS = 120
+SECONDS = patience(60)
 
 
 @pytest.fixture
@@ -76,15 +78,8 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
-def signal_after_preview(number: signal.Signals, step: int) -> float:
-    """Sends this process a signal as soon as the stage has drawn the preview of `step`; says when it did."""
-    wait_for((paths.PREVIEWS / f"step-{step:06d}.png").is_file)
-    os.kill(os.getpid(), number)
-    return time.monotonic()
-
-
 def test_training_stopped_again_and_again_goes_on_to_the_same_results(
-    recipe: dict[str, Any], caplog: pytest.LogCaptureFixture
+    recipe: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, "sdxl_lora")
     write_params(recipe)
@@ -102,13 +97,11 @@ def test_training_stopped_again_and_again_goes_on_to_the_same_results(
 
     for number, step in ((signal.SIGTERM, 3), (signal.SIGINT, 6)):
         delete_outputs()
-        with ThreadPoolExecutor() as other_thread:
-            sent = other_thread.submit(signal_after_preview, number, step)
-            with pytest.raises(SystemExit) as exit_:
-                train_lora.main()
-        assert time.monotonic() - sent.result() < 10
+        signalled = at_step(step, monkeypatch, partial(os.kill, os.getpid(), number))
+        with signalled, pytest.raises(SystemExit) as exit_:
+            train_lora.main()
         assert exit_.value.code == EXIT_STOPPED
-        assert step <= checkpoints()[-1] <= step + 2
+        assert step <= checkpoints()[-1] <= step + 1
         assert f"{number.name}: stopped after step {checkpoints()[-1]} of 9" in caplog.text
         assert not list(paths.LORA.iterdir())
         assert [run.info.status for run in connect().client.search_runs([connect().experiment_id])] == [

@@ -14,6 +14,7 @@ import yaml
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENT = REPOSITORY / "docs/architecture.md"
 PICTURE = re.compile(r"(?<=```mermaid\n).*?(?=```)", re.DOTALL)
+TOP_DOWN = "    direction TB"
 EVERYWHERE = {"runtime", "storage"}  # every stage imports them
 READERS_OF_ALL = ("export_lora", "report_run", "track_run")
 """Stages that read nearly all results: an arrow for each would hide the others."""
@@ -54,7 +55,11 @@ def outputs(stage: dict[str, object]) -> set[str]:
 def picture() -> str:
     """Return the diagram in Mermaid's language."""
     stages = pipeline_stages()
-    lines = ["flowchart TB", '  subgraph pipeline["dvc.yaml: stages, and the files that they pass on"]']
+    lines = [
+        "flowchart LR",
+        '  subgraph pipeline["dvc.yaml: stages, and the files that they pass on"]',
+        TOP_DOWN,
+    ]
     for name in stages:
         lines.append(f'    {name}["<b>{name}</b><br/>{", ".join(packages_of(name))}"]')
     earlier: list[str] = []
@@ -67,7 +72,7 @@ def picture() -> str:
                 if shared := sorted(deps & outputs(stages[source])):
                     lines.append(f"    {source} -->|{'<br/>'.join(shared)}| {name}")
         earlier.append(name)
-    lines += ["  end", '  subgraph library["src/sdxl_lora: packages, imports point down"]']
+    lines += ["  end", '  subgraph library["src/sdxl_lora: packages, imports point down"]', TOP_DOWN]
     rows = [layer for layer in layers() if layer]
     for upper, lower in pairwise(rows):
         lines.append(f"    {' & '.join(upper)} --> {' & '.join(lower)}")

@@ -16,8 +16,10 @@ from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from tests.support.patience import patience
+
 RETRIES_END = {"Retry-After": "0"}
-REQUEST_TIMEOUT = 10  # seconds
+REQUEST_TIMEOUT = patience(5)  # seconds
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from sdxl_lora.training.checkpointer import Checkpointer
 from sdxl_lora.training.denoiser import load_denoiser
 from sdxl_lora.training.grad_scaler import GradScaler
 from sdxl_lora.training.trainer import Trainer, prepare_modules
+from tests.support.patience import patience
 
 SEED = 7
-SECONDS = 300  # that a process may take to say something
+SECONDS = patience(60)  # that a process may take to say something
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ from typing import Any
 
 import yaml
 
+from tests.support.patience import patience
+
 REPOSITORY = Path(__file__).parents[2]
 COPIED = (".dvc/config", ".dvcignore", ".gitignore", "dvc.yaml", "recipes", "src", "stages")
-TIMEOUT = 240  # seconds that a command may take
+TIMEOUT = patience(60)  # seconds that a command may take
 # A stage must not see what the command that runs the tests set for its own children.
 FOREIGN = ("DVC_ROOT", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI", "MAKEFLAGS", "HF_ENDPOINT", "HF_HUB_OFFLINE")
 

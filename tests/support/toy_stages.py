@@ -75,12 +75,12 @@ def write_samples(folder: Path, rank: int) -> None:
 
 def train() -> None:
     """Reports to a live run, as long as params.yaml says."""
-    from sdxl_lora.tracking.live_run import (
-        live_run,  # takes seconds, for which the other stages need not wait
-    )
+    # Takes seconds, for which the other stages need not wait.
+    from sdxl_lora.tracking import live_run
 
+    live_run.PATIENCE_SECONDS = 60.0  # a busy machine is not to exhaust it
     params = load_params()
-    with live_run(params) as live:
+    with live_run.live_run(params) as live:
         for step in range(1, STEPS + 1):
             live.log(step, loss=1 / step)
         live.image("preview", Image.new("RGB", (64, 64)), STEPS)

@@ -17,12 +17,12 @@ from sdxl_lora.adapters.lora import saved_lora
 from sdxl_lora.cli import ui
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.storage.repository import file_digest
-from sdxl_lora.tracking import live_run
 from sdxl_lora.tracking.live_run import EXPERIMENT
 from sdxl_lora.tracking.pipeline_run import track_run
 from stages import train_lora
 from tests.support.encoded import write_encoded_dataset
 from tests.support.fault import Fault, at_step, news, project
+from tests.support.patience import patience
 from tests.support.small_disks import fill, small_disk
 from tests.support.tracked import write_results
 from tests.support.tracking_servers import PASSWORD, Gate, Trouble, gate, mlflow_server
@@ -30,7 +30,7 @@ from tests.support.tracking_servers import PASSWORD, Gate, Trouble, gate, mlflow
 STEPS = 12
 POINTS = 4  # of the curve, in a batch
 SLOW = 30  # seconds
-SECONDS = 120  # that the test waits at most
+SECONDS = patience(30)  # that the test waits at most
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def tracking_faults(folder: Path) -> Iterator[Fault]:
             with training_project(folder / str(number)) as (params, patch), gate(port, trouble) as before:
                 patch.setenv("MLFLOW_TRACKING_URI", before.address)
                 if trouble != slow:  # which alone is to exhaust it; a busy machine is not
-                    patch.setattr(live_run, "PATIENCE_SECONDS", SECONDS)
+                    patch.setattr("sdxl_lora.tracking.live_run.PATIENCE_SECONDS", SECONDS)
                 with news() as said:
                     seconds = train_into(before, patch)
                 assert seconds < SLOW, "training waited for an answer"

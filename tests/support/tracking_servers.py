@@ -12,9 +12,10 @@ from pathlib import Path
 from threading import Event, Thread
 
 from sdxl_lora.cli import ui
+from tests.support.patience import patience
 
 PASSWORD = "PlantedPasswordOfMLflow"
-STARTUP_SECONDS = 120
+STARTUP_SECONDS = patience(20)
 HOP_BY_HOP = {"connection", "transfer-encoding", "content-length", "date", "server"}
 Trouble = Callable[["Gate"], None]
 

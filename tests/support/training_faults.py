@@ -18,11 +18,12 @@ from sdxl_lora.storage.repository import file_digest
 from sdxl_lora.training.loop import EXIT_STOPPED
 from stages import train_lora
 from tests.support.fault import REPOSITORY, Fault, at_step, contents, news, plain, told
+from tests.support.patience import patience
 from tests.support.small_disks import fill, small_disk
 from tests.support.training_project import enter_project, write_params
 
 STEPS = 4
-SECONDS = 120
+SECONDS = patience(30)
 
 
 def training_faults(folder: Path) -> Iterator[Fault]:

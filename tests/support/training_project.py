@@ -10,6 +10,7 @@ import yaml
 from sdxl_lora import paths
 from sdxl_lora.config import load_params
 from tests.support.encoded import write_encoded_dataset
+from tests.support.patience import patience
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -23,6 +24,7 @@ def enter_project(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, An
     monkeypatch.setenv("DVC_ROOT", str(folder))
     monkeypatch.setenv("SDXL_LORA_DEVICE", "cpu")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("sdxl_lora.tracking.live_run.PATIENCE_SECONDS", patience(5))
     paths.DATA.mkdir()
     write_encoded_dataset(paths.ENCODED, load_params(REPOSITORY / "recipes/demo.yaml").model)
     paths.REPORTS.mkdir()

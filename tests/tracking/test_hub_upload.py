@@ -16,12 +16,13 @@ from sdxl_lora import paths
 from sdxl_lora.adapters.lineage import PREFIX, training_digest
 from sdxl_lora.storage.safetensors_io import write_tensors
 from tests.support.hub import Hub, serving_hub
+from tests.support.patience import patience
 from tests.support.tracked import write_gates
 from tests.support.upload_hub import TOKEN, UploadHandler, Uploads
 
 NAME = "someone/an-adapter"
 CARD = "---\nlibrary_name: diffusers\n---\n# An adapter\n"
-TIMEOUT = 60  # seconds
+TIMEOUT = patience(20)  # seconds
 
 
 @pytest.fixture

@@ -18,11 +18,12 @@ from sdxl_lora.config import load_params
 from sdxl_lora.runtime.stage import record_stage
 from sdxl_lora.tracking.live_run import live_run
 from sdxl_lora.tracking.pipeline_run import track_run
+from tests.support.patience import patience
 from tests.support.tracked import write_results
 
 CHROMIUM = shutil.which("chromium")
-START_SECONDS = 60
-PAGE_MILLISECONDS = 30_000
+START_SECONDS = patience(20)
+PAGE_MILLISECONDS = 1000 * patience(5)
 
 pytestmark = [
     pytest.mark.browser,
@@ -38,6 +39,7 @@ def run_name(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         monkeypatch.chdir(root)
         monkeypatch.setenv("DVC_ROOT", str(root))
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        monkeypatch.setattr("sdxl_lora.tracking.live_run.PATIENCE_SECONDS", patience(5))
         write_results()
         params = load_params()
         with record_stage("train_lora"), live_run(params) as run:

@@ -20,6 +20,7 @@ from sdxl_lora.training.denoiser import Denoiser, load_denoiser
 from sdxl_lora.training.trainer import Trainer, prepare_modules
 from tests.support.encoded import write_encoded_dataset
 from tests.support.killable import Job, Killer
+from tests.support.patience import patience
 
 CPU = torch.device("cpu")
 SEED = 7
@@ -76,7 +77,7 @@ def job(folder: Path, encoded: Path, params: Params, device: str, steps: int) ->
     return Job(folder, encoded, params.model, params.lora, config, device)
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(patience(360))
 @pytest.mark.parametrize(
     ("device", "kills", "steps"),
     [
