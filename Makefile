@@ -16,7 +16,7 @@ override INSTALLED := .venv/installed
 override RUN := PATH="$$PWD/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-elsewhere check doctor plan ui promote push-to-hub recipe reproduce verify lock rebuild clean
+.PHONY: help setup demo test test-elsewhere check doctor plan ui promote push-to-hub recipe reproduce verify dvc-deps lock rebuild clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -65,6 +65,9 @@ reproduce: setup  ## run REF again and compare: a commit, experiment, MLflow run
 
 verify: setup  ## compare an exported file's header with what is here: ADAPTER=path
 	@$(BIN)/sdxl-lora verify -- $${ADAPTER:+"$$ADAPTER"}
+
+dvc-deps: setup  ## write the code that each stage imports into dvc.yaml
+	@$(BIN)/python -m tests.support.dvc_deps
 
 lock: setup  ## resolve the newest dependencies into requirements.lock, torch and its Triton kept
 	@kept=$$(sed -nE 's/^((torch|triton)==[0-9.]+).*/\1/p' requirements.lock); \

@@ -24,13 +24,14 @@ from tqdm import tqdm
 
 from benchmarks.timing import timed, wait_for
 from sdxl_lora.config import EncodingConfig, load_params
-from sdxl_lora.data.encoders import Encoders, encode_images, load_encoders
+from sdxl_lora.data.encoders import Encoders, load_encoders
 from sdxl_lora.data.encoding import encode_dataset
 from sdxl_lora.data.encoding_report import EncodingReport
+from sdxl_lora.data.image_encoder import encode_images
 from sdxl_lora.data.image_loader import CaptionedImage
 from sdxl_lora.data.latent_cache import LatentCache
 from sdxl_lora.models.architecture import SDXL_BASE
-from sdxl_lora.models.fused import fuse_vae
+from sdxl_lora.models.fused_vae import fuse_vae
 from sdxl_lora.models.tokenizers import load_tokenizers
 from sdxl_lora.runtime.device import acquire_device, one_cpu_thread
 from sdxl_lora.storage.content_store import ContentStore

@@ -12,7 +12,7 @@ import torch
 from benchmarks.results import OK, Configuration, Result, now, publish, this_machine
 from benchmarks.timing import timed
 from sdxl_lora.config import Precision
-from sdxl_lora.models.sdxl import DTYPES
+from sdxl_lora.models.loading import DTYPES
 from sdxl_lora.runtime.device import acquire_device
 
 REPETITIONS = 20

@@ -31,7 +31,8 @@ from sdxl_lora.inference.pipeline import generate_images, prepare_pipeline, use_
 from sdxl_lora.inference.sampling import adapted_modules, initial_noise
 from sdxl_lora.memory.inference_forecast import forecast_inference, trace_sampling
 from sdxl_lora.models import architecture
-from sdxl_lora.models.sdxl import DTYPES, load_pipeline
+from sdxl_lora.models.loading import DTYPES
+from sdxl_lora.models.sdxl import load_pipeline
 from sdxl_lora.runtime.device import acquire_device
 from sdxl_lora.runtime.rng import keyed_generator
 

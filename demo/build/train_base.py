@@ -20,7 +20,8 @@ from train_vae import DEVICE, DTYPE, encode
 from transformers import CLIPTokenizer
 
 from sdxl_lora.models.diffusion import add_noise, min_snr_weight, squared_error
-from sdxl_lora.models.sdxl import embed_tokens, predict
+from sdxl_lora.models.sdxl import predict
+from sdxl_lora.models.text_encoders import embed_tokens
 
 HERE = Path(__file__).parent
 OUT = HERE / "out/base"

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from sdxl_lora.adapters.lora import adapter_strength, add_adapters, load_lora, lora_parameters, save_lora
 from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.config import LoraConfig, ModelConfig, load_params
-from sdxl_lora.models.sdxl import embed_tokens, load_pipeline
+from sdxl_lora.models.sdxl import load_pipeline
+from sdxl_lora.models.text_encoders import embed_tokens
 from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
 

@@ -22,7 +22,7 @@ from sdxl_lora.cli.doctor import dry_run, resources, services, smoke_tests, soft
 from sdxl_lora.cli.doctor.checks import CHECKS, run_checks
 from sdxl_lora.cli.doctor.context import CheckFunction, RunContext
 from sdxl_lora.config import Params, load_params
-from sdxl_lora.models.sdxl import load_vae
+from sdxl_lora.models.vae import load_vae
 from sdxl_lora.reproducibility.checklist import Check, exit_status, format_check, passed, warned
 from sdxl_lora.storage.atomic_io import GIB
 from sdxl_lora.storage.repository import folder_digest

@@ -11,10 +11,12 @@ from PIL import ImageOps
 
 from sdxl_lora.config import EncodingConfig, PredictionType, load_params
 from sdxl_lora.data.aspect_ratio_buckets import bucket_sizes, nearest_size
+from sdxl_lora.data.caption_encoder import embed_captions
 from sdxl_lora.data.encoded_dataset import FIRST, Batch, EncodedDataset, Variant
-from sdxl_lora.data.encoders import embed_captions, encode_images, load_encoders
+from sdxl_lora.data.encoders import load_encoders
 from sdxl_lora.data.encoding import encode_dataset
 from sdxl_lora.data.encoding_report import EncodingReport
+from sdxl_lora.data.image_encoder import encode_images
 from sdxl_lora.data.images import decode_image, resize_and_crop, to_bytes
 from sdxl_lora.data.latent_cache import LatentCache
 from sdxl_lora.models.sdxl import NoiseSchedule

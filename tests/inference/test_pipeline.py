@@ -13,7 +13,8 @@ from sdxl_lora.adapters.lora import adapter_strength
 from sdxl_lora.config import Params, Precision, SamplingConfig, load_params
 from sdxl_lora.inference.pipeline import fuse_pipeline, generate_images, prepare_pipeline, use_cuda_graph
 from sdxl_lora.inference.sampling import adapted_modules, initial_noise, load_adapter
-from sdxl_lora.models.fused import FUSED_CLASSES
+from sdxl_lora.models.fused_text_encoder import FUSED_TEXT_CLASSES
+from sdxl_lora.models.fused_unet import FUSED_UNET_CLASSES
 from sdxl_lora.models.sdxl import load_pipeline
 from tests.support.adapters import write_adapter
 
@@ -87,7 +88,7 @@ def test_fused_pipeline_draws_what_diffusers_draws(
     fuse_pipeline(pipeline.unet, text_encoders, pipeline.vae, "sdpa")
     modules = (pipeline.unet, *text_encoders, pipeline.vae)
     classes = {type(part) for module in modules for part in module.modules()}
-    assert set(FUSED_CLASSES.values()) <= classes
+    assert {*FUSED_UNET_CLASSES.values(), *FUSED_TEXT_CLASSES.values()} <= classes
     assert largest_difference(generate(pipeline, config), expected) <= 2  # of 255 levels
 
 

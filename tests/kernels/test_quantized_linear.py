@@ -18,7 +18,7 @@ from sdxl_lora.adapters.merged_linear import cat_or_view, project
 from sdxl_lora.config import Params, Quantization, TrainingConfig, load_params
 from sdxl_lora.data.encoded_dataset import EncodedDataset
 from sdxl_lora.kernels.quantized_linear import NF4_BLOCK_SIZE, QuantizedLinear, quantize, unpack
-from sdxl_lora.models.fused import projections_of_same_input
+from sdxl_lora.models.fused_unet import projections_of_same_input
 from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training.batches import training_batches
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser

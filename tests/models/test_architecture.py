@@ -6,7 +6,9 @@ from torch import nn
 
 from sdxl_lora.config import ModelConfig, load_params
 from sdxl_lora.models.architecture import KNOWN_VAES, SDXL_BASE, read_architecture
-from sdxl_lora.models.sdxl import load_text_encoders, load_unet, load_vae
+from sdxl_lora.models.sdxl import load_unet
+from sdxl_lora.models.text_encoders import load_text_encoders
+from sdxl_lora.models.vae import load_vae
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

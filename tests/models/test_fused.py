@@ -13,16 +13,20 @@ from torch import Tensor, nn
 from sdxl_lora.adapters.lora import add_adapters, lora_parameters
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.kernels.attention import AttentionShape
-from sdxl_lora.models.fused import (
-    FUSED_CLASSES,
+from sdxl_lora.models.class_swap import swap_classes
+from sdxl_lora.models.fused_blocks import FUSED_BLOCKS
+from sdxl_lora.models.fused_text_encoder import FUSED_TEXT_CLASSES, fuse_text_encoder
+from sdxl_lora.models.fused_unet import (
+    FUSED_UNET_CLASSES,
     attention_shapes,
     cross_attentions,
-    fuse_modules,
     fuse_unet,
-    fuse_vae,
     project_text,
 )
-from sdxl_lora.models.sdxl import embed_tokens, load_vae, predict
+from sdxl_lora.models.fused_vae import fuse_vae
+from sdxl_lora.models.sdxl import predict
+from sdxl_lora.models.text_encoders import embed_tokens
+from sdxl_lora.models.vae import load_vae
 from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
 from tests.support.interpreter import INTERPRETED, large
@@ -56,7 +60,7 @@ def adapted(params: Params, modules: list[str], device: torch.device, dropout: f
 def fuse_all(denoiser: Denoiser) -> None:
     fuse_unet(denoiser.unet, "sdpa")
     for text_encoder in denoiser.text_encoders or ():
-        fuse_modules(text_encoder)
+        fuse_text_encoder(text_encoder)
 
 
 def prediction(denoiser: Denoiser, batch: int = 2) -> Tensor:
@@ -140,9 +144,11 @@ def test_names_and_weights_stay(params: Params) -> None:
 def test_every_class_is_put_to_use(params: Params) -> None:
     denoiser = adapted(params, params.lora.unet_modules, torch.device("cpu"))
     fuse_all(denoiser)
-    classes = {type(part) for module in denoiser.modules for part in module.modules()}
-    assert set(FUSED_CLASSES.values()) <= classes
-    assert not classes & (set(FUSED_CLASSES) - {torch.nn.Conv2d})  # adapters' own convolutions are trained
+    tables = (FUSED_UNET_CLASSES, FUSED_TEXT_CLASSES, FUSED_TEXT_CLASSES)
+    for module, table in zip(denoiser.modules, tables, strict=True):
+        classes = {type(part) for part in module.modules()}
+        assert set(table.values()) <= classes
+        assert not classes & (set(table) - {torch.nn.Conv2d})  # adapters' own convolutions are trained
 
 
 def test_attention_shapes_are_those_that_a_forward_pass_meets(
@@ -157,7 +163,7 @@ def test_attention_shapes_are_those_that_a_forward_pass_meets(
         met[AttentionShape(batch, queries, key.shape[1], heads, width, 0)] += 1
         return query
 
-    monkeypatch.setattr("sdxl_lora.models.fused.attend", remember)
+    monkeypatch.setattr("sdxl_lora.models.fused_unet.attend", remember)
     prediction(denoiser)
     shapes = attention_shapes(denoiser.unet, 2, 16, 16)
     assert {replace(shape, count=0): shape.count for shape in shapes} == met
@@ -167,7 +173,9 @@ def test_attention_shapes_are_those_that_a_forward_pass_meets(
 def test_vae_is_fused_as_a_whole_and_is_diffusers(params: Params, device: str) -> None:
     plain, fused = (load_vae(params.model, "fp32", torch.device(device)) for _ in range(2))
     fuse_vae(fused)
-    assert ResnetBlock2D not in {type(part) for part in fused.modules()}
+    classes = {type(part) for part in fused.modules()}
+    assert set(FUSED_BLOCKS.values()) <= classes
+    assert not classes & set(FUSED_BLOCKS)
     latents = torch.randn(2, 4, 8, 8, generator=keyed_generator("latents")).to(device)
     pixels = torch.rand(2, 3, 64, 64, generator=keyed_generator("pixels")).to(device)
     with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
@@ -193,7 +201,7 @@ def test_residual_block_with_options_that_sdxl_has_not_keeps_its_arithmetic(opti
     image = torch.randn(2, 32, 8, 8, generator=keyed_generator("image"))
     time = torch.randn(2, 8, generator=keyed_generator("time"))
     expected = block(image, time)
-    fuse_modules(block)
+    swap_classes(block, FUSED_BLOCKS)
     torch.testing.assert_close(block(image, time), expected)
 
 
@@ -206,5 +214,5 @@ def test_convolution_with_options_that_sdxl_has_not_keeps_its_arithmetic(options
     convolutions = nn.Sequential(nn.Conv2d(4, 6, 3, **{"padding": 1, **options})).requires_grad_(False)
     image = torch.randn(2, 4, 8, 8, generator=keyed_generator("image"))
     expected = convolutions(image)
-    fuse_modules(convolutions)
+    swap_classes(convolutions, FUSED_BLOCKS)
     torch.testing.assert_close(convolutions(image), expected)

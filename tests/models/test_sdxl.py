@@ -6,14 +6,8 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from sdxl_lora.config import ModelConfig, load_params
-from sdxl_lora.models.sdxl import (
-    embed_tokens,
-    load_noise_schedule,
-    load_pipeline,
-    load_text_encoders,
-    load_unet,
-    predict,
-)
+from sdxl_lora.models.sdxl import load_noise_schedule, load_pipeline, load_unet, predict
+from sdxl_lora.models.text_encoders import embed_tokens, load_text_encoders
 from sdxl_lora.models.tokenizers import load_tokenizers, tokenize
 
 CPU = torch.device("cpu")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +18,12 @@ from pydantic import BaseModel
 
 from sdxl_lora import paths
 from sdxl_lora.config import Params
+from sdxl_lora.runtime.import_closure import import_closure, source_file
+from tests.support.dvc_deps import DVC_YAML, code_behind, with_code_deps
 
 REPOSITORY = Path(__file__).parents[2]
 PIPELINE = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())
 STAGES = PIPELINE["stages"]
-
-# They check, locate and record what a stage does, and cannot change what it computes.
-INERT = {
-    REPOSITORY / "src/sdxl_lora" / name
-    for name in (
-        "config.py",
-        "paths.py",
-        "runtime/dvc_execution.py",
-        "runtime/environment.py",
-        "runtime/stage.py",
-        "tracking/connection.py",
-        "tracking/live_run.py",
-        "tracking/logged_model.py",
-        "tracking/pipeline_run.py",
-    )
-}
 
 WHOLE_FILE = "params.yaml:"
 
@@ -80,16 +67,6 @@ def script_of(stage: str) -> Path:
     return REPOSITORY / "stages" / f"{stage}.py"
 
 
-def source_file(module: str) -> Path | None:
-    """The project's file of a dotted module name; None for other packages."""
-    for root in (REPOSITORY, REPOSITORY / "src"):
-        path = root / Path(*module.split("."))
-        for candidate in (path.with_suffix(".py"), path / "__init__.py"):
-            if candidate.exists():
-                return candidate
-    return None
-
-
 def imported_names(file: Path) -> Iterator[str]:
     """Dotted names of all that a file imports, wherever in it."""
     for node in ast.walk(ast.parse(file.read_text())):
@@ -99,18 +76,6 @@ def imported_names(file: Path) -> Iterator[str]:
             assert node.module is not None, f"{file}: relative import"
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def code_behind(script: Path) -> set[str]:
-    """`script`, the project files that it imports, directly or not, and their templates; no inert ones."""
-    found: set[Path] = set()
-    pending = [script]
-    while pending:
-        file = pending.pop()
-        if file not in found and file.name != "__init__.py" and file not in INERT:
-            found |= {file, *(file.parent / "templates").glob(f"{file.stem}.*.jinja")}
-            pending += [path for name in imported_names(file) if (path := source_file(name))]
-    return {str(file.relative_to(REPOSITORY)) for file in found}
 
 
 def params_key(chain: list[str]) -> str:
@@ -169,7 +134,15 @@ def receivers_of_all_params(script: Path) -> set[str]:
 @pytest.mark.parametrize("stage", STAGES)
 class TestStage:
     def test_declares_its_code(self, stage: str) -> None:
-        assert declared_code(stage) == code_behind(script_of(stage))
+        assert declared_code(stage) == code_behind(script_of(stage)), "run `make dvc-deps`"
+
+    def test_closure_is_that_of_the_compiled_code(self, stage: str) -> None:
+        """Python's own search goes through bytecode, where ours goes through the source."""
+        finder = ModuleFinder(path=[str(REPOSITORY), str(REPOSITORY / "src")])
+        finder.run_script(str(script_of(stage)))
+        names = [vars(module)["__file__"] for module in finder.modules.values()]
+        found = {Path(name) for name in names if name}
+        assert closure_of(stage) == {file for file in found if has_code(file)}
 
     def test_declares_its_params(self, stage: str) -> None:
         declared = declared_params(stage)
@@ -200,6 +173,55 @@ class TestStage:
 
     def test_says_what_it_does(self, stage: str) -> None:
         assert STAGES[stage]["desc"]
+
+
+def test_closure_holds_all_that_a_stage_imports_as_it_starts() -> None:
+    imported = modules_at_start()
+    assert set(imported) == set(STAGES)
+    for stage, files in imported.items():
+        assert script_of(stage) in files
+        assert {file for file in files if has_code(file)} <= closure_of(stage)
+
+
+def modules_at_start() -> dict[str, set[Path]]:
+    """Return the project's files in `sys.modules` after each stage's imports.
+
+    They are imported in copies of one process that has the large libraries, whose import takes seconds.
+    """
+    program = f"""
+import importlib, json, os, sys
+import datasets, diffusers, mlflow, peft, torch, transformers
+for stage in {list(STAGES)}:
+    if os.fork() == 0:
+        importlib.import_module(f"stages.{{stage}}")
+        modules = [m for name, m in sys.modules.items() if name.partition(".")[0] in ("sdxl_lora", "stages")]
+        print(json.dumps([stage, [m.__file__ for m in modules]]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return {stage: set(map(Path, files)) for stage, files in map(json.loads, result.stdout.splitlines())}
+
+
+def closure_of(stage: str) -> set[Path]:
+    """Return the files that a stage imports, directly or not, inert ones as well."""
+    files = {source_file(module) for module in import_closure(f"stages.{stage}")}
+    return {file for file in files if file is not None}
+
+
+def has_code(file: Path) -> bool:
+    """Return whether a file is more than the mark of a package."""
+    return file.name != "__init__.py" or "import" in file.read_text()
+
+
+def test_command_writes_the_code_that_is_missing_and_removes_the_rest() -> None:
+    text = DVC_YAML.read_text()
+    code = "      - src/sdxl_lora/data/captions.py\n"
+    assert text.count(code) > 0
+    assert with_code_deps(text.replace(code, "      - src/sdxl_lora/data/no_such_module.py\n")) == text
+    assert with_code_deps(text.replace(code, "")) == text
+    assert with_code_deps(text) == text
 
 
 def test_every_script_is_a_stage() -> None:

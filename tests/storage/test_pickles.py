@@ -17,7 +17,9 @@ from sdxl_lora.config import Params, load_params
 from sdxl_lora.data.download import download_dataset, open_source
 from sdxl_lora.data.encoded_dataset import EncodedDataset
 from sdxl_lora.evaluation.clip import ImageTextScorer
-from sdxl_lora.models.sdxl import load_pipeline, load_text_encoders, load_unet, load_vae
+from sdxl_lora.models.sdxl import load_pipeline, load_unet
+from sdxl_lora.models.text_encoders import load_text_encoders
+from sdxl_lora.models.vae import load_vae
 from sdxl_lora.storage.content_store import DIGEST_BYTES, ContentStore, content_key
 from sdxl_lora.storage.repository import folder_digest
 from sdxl_lora.training.checkpointer import Checkpointer

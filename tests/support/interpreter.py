@@ -23,7 +23,7 @@ def torch_device(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """The device of that name; the interpreter's is the CPU, which is then given our kernels as a GPU is."""
     if name != "interpreter":
         return torch.device(name)
-    for module in ("kernels.transformer_ops", "kernels.conv_ops", "models.fused"):
+    for module in ("kernels.transformer_ops", "kernels.conv_ops", "models.fused_blocks"):
         monkeypatch.setattr(f"sdxl_lora.{module}.uses_triton", lambda _: True)
     monkeypatch.setattr("sdxl_lora.kernels.attention_ops.supports_triton", lambda _: True)
     return torch.device("cpu")

@@ -17,7 +17,8 @@ from sdxl_lora.adapters import merged_linear
 from sdxl_lora.adapters.lora import ADAPTER_NAME, add_adapters, lora_parameters
 from sdxl_lora.adapters.merged_linear import cat_or_view, is_mergeable
 from sdxl_lora.config import load_params
-from sdxl_lora.models.fused import cross_attentions, projections_of_same_input
+from sdxl_lora.models.fused_text_encoder import text_projections
+from sdxl_lora.models.fused_unet import cross_attentions, projections_of_same_input
 from sdxl_lora.training.batches import TrainingBatch, training_batches
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
 from sdxl_lora.training.train_step import TrainStep
@@ -43,7 +44,7 @@ def is_view(result: Tensor, tensors: Sequence[Tensor]) -> bool:
 def groups(module: torch.nn.Module) -> list[list[Tensor]]:
     """The A's, and the B's, of each attention's layers that read the same input, where they have adapters."""
     layers = [
-        projections_of_same_input(part)
+        text_projections(part) if isinstance(part, CLIPAttention) else projections_of_same_input(part)
         for part in module.modules()
         if isinstance(part, Attention | CLIPAttention)
     ]

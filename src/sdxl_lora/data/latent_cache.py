@@ -5,8 +5,10 @@ entry for the mirrored image; `text`, the embeddings of frozen text encoders. Ea
 it depends on, so that a change encodes only what depends on it.
 """
 
+import hashlib
+import json
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,37 +21,32 @@ from torch import Tensor
 
 from sdxl_lora.config import EncodingConfig
 from sdxl_lora.data.aspect_ratio_buckets import Size
+from sdxl_lora.data.caption_encoder import embed_captions
 from sdxl_lora.data.encoded_dataset import FIRST, Batch, Variant
-from sdxl_lora.data.encoders import (
-    Encoders,
-    embed_captions,
-    encode_images,
-    pad_rows,
-    weights_digest,
-)
+from sdxl_lora.data.encoders import Encoders
+from sdxl_lora.data.image_encoder import encode_images
 from sdxl_lora.data.image_loader import CaptionedImage, DecodedImage, View, decode_images
 from sdxl_lora.data.images import BadImageError
-from sdxl_lora.models.sdxl import DTYPES
+from sdxl_lora.data.padding import pad_rows
+from sdxl_lora.models.loading import DTYPES
 from sdxl_lora.models.tokenizers import tokenize
 from sdxl_lora.runtime.device import compute_fingerprint
+from sdxl_lora.runtime.import_closure import INERT, code_digest, import_closure
 from sdxl_lora.runtime.transfers import copy_to_host_async, to_device
 from sdxl_lora.storage.content_store import ContentStore, content_key
-from sdxl_lora.storage.repository import file_digest
 
-PACKAGE = Path(__file__).parents[1]
-_CODE_OF_PICTURES = ("data/images",)
-"""Modules that say what an entry of this kind holds: if one changes, it is made again."""
-CODE_OF_LATENTS = (
-    "data/aspect_ratio_buckets",
-    "data/encoders",
-    "data/image_loader",
-    "data/images",
-    "kernels/conv_ops",
-    "kernels/transformer_ops",
-    "kernels/triton/group_norm",
-    "models/fused",
-)
-_CODE_OF_TEXTS = ("data/encoders", "models/sdxl")
+_IMAGE_CODE = ("sdxl_lora.data.image_loader",)
+_LATENTS_CODE = (*_IMAGE_CODE, "sdxl_lora.data.image_encoder", "sdxl_lora.data.padding")
+_TEXT_CODE = ("sdxl_lora.data.caption_encoder", "sdxl_lora.data.padding")
+"""Modules that compute an entry of this kind: if they or their imports change, it is encoded again.
+
+The tokenizers are not among them: the key of a text holds its token ids, not its words.
+"""
+_INERT = {
+    **INERT,
+    "sdxl_lora.models.weights": "says where weights lie; a key has their digest",
+    "sdxl_lora.storage": "reads files; a key has the digests of the image and of the weights",
+}
 _IMAGE_LIBRARIES = ("pillow", "imagehash", "numpy")
 _LAYER = "penultimate"
 _IN_FLIGHT = 2
@@ -102,23 +99,23 @@ class LatentCache:
         """
         self._store, self._encoders, self._config, self._images = store, encoders, config, images
         self._device = encoders.vae.device
-        self._of_image = {"code": _code_version(_CODE_OF_PICTURES, _IMAGE_LIBRARIES)}
+        self._of_image = {"code": _code_version(_IMAGE_CODE, _IMAGE_LIBRARIES)}
         self._of_latents = {
             **config.model_dump(
                 include={"resolution", "aspect_ratios", "crop", "vae_precision", "vae_tile", "batch_size"}
             ),
-            "vae": weights_digest(encoders.vae),
+            "vae": _weights_digest(encoders.vae),
             "machine": compute_fingerprint(self._device),
-            "code": _code_version(CODE_OF_LATENTS, (*_IMAGE_LIBRARIES, "torch", "diffusers")),
+            "code": _code_version(_LATENTS_CODE, (*_IMAGE_LIBRARIES, "torch", "diffusers")),
         }
         self._of_text: dict[str, Any] | None = None
         if encoders.text_encoders is not None:
             self._of_text = {
                 **config.model_dump(include={"text_precision", "batch_size"}),
-                "encoders": [weights_digest(encoder) for encoder in encoders.text_encoders],
+                "encoders": [_weights_digest(encoder) for encoder in encoders.text_encoders],
                 "layer": _LAYER,
                 "machine": compute_fingerprint(self._device),
-                "code": _code_version(_CODE_OF_TEXTS, ("torch", "transformers")),
+                "code": _code_version(_TEXT_CODE, ("torch", "transformers")),
             }
 
     def encode(self, rows: Sequence[CaptionedImage]) -> Iterator[tuple[CaptionedImage, BadImageError | None]]:
@@ -304,9 +301,24 @@ def max_example_bytes(
 
 
 def _code_version(modules: Sequence[str], libraries: Sequence[str]) -> dict[str, str]:
-    """The source of our modules, as a hash, and the versions of the libraries that they call."""
-    sources = {module: file_digest(PACKAGE / f"{module}.py") for module in modules}
-    return sources | {library: version(library) for library in libraries}
+    """Return a hash of the code that computes an entry, and the versions of the libraries that it calls."""
+    # This module batches and splits what `modules` compute, so its code counts. What it imports does not:
+    # every entry would depend on the code of all kinds.
+    code = {__name__, *import_closure(*modules, without=_INERT.keys())}
+    return {"code": code_digest(code), **{library: version(library) for library in libraries}}
+
+
+def _weights_digest(model: Any) -> str:
+    """Return a hash of a model's configuration, and of its weights in their present precision."""
+    config: Mapping[str, object] = (
+        model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
+    )
+    meant = {key: value for key, value in config.items() if not key.startswith("_") and "version" not in key}
+    digest = hashlib.sha256(json.dumps(meant, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextmanager

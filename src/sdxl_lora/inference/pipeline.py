@@ -17,8 +17,11 @@ from torch import Tensor
 from sdxl_lora.config import AttentionBackend, SamplingConfig
 from sdxl_lora.kernels.attention import default_attention
 from sdxl_lora.kernels.cuda_graph import GraphedCallable
-from sdxl_lora.models.fused import attention_shapes, fuse_modules, fuse_unet, fuse_vae
-from sdxl_lora.models.sdxl import TextEncoders, predict
+from sdxl_lora.models.fused_text_encoder import fuse_text_encoder
+from sdxl_lora.models.fused_unet import attention_shapes, fuse_unet
+from sdxl_lora.models.fused_vae import fuse_vae
+from sdxl_lora.models.sdxl import predict
+from sdxl_lora.models.text_encoders import TextEncoders
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,10 @@ def prepare_pipeline(pipeline: StableDiffusionXLPipeline, config: SamplingConfig
 def fuse_pipeline(
     unet: UNet2DConditionModel, text_encoders: TextEncoders, vae: AutoencoderKL, backend: AttentionBackend
 ) -> None:
-    """Replace the classes of a pipeline's modules by those of `models.fused`, in channels_last on a GPU."""
+    """Replace the classes of a pipeline's modules by the fused ones, in channels_last on a GPU."""
     fuse_unet(unet, backend)
     for text_encoder in text_encoders:
-        fuse_modules(text_encoder)
+        fuse_text_encoder(text_encoder)
     fuse_vae(vae)
 
 

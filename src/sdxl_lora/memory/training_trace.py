@@ -25,7 +25,8 @@ from sdxl_lora.memory.trace import (
     live_bytes,
 )
 from sdxl_lora.models.architecture import SDXLArchitecture
-from sdxl_lora.models.sdxl import DTYPES, NoiseSchedule, predict
+from sdxl_lora.models.loading import DTYPES
+from sdxl_lora.models.sdxl import NoiseSchedule, predict
 from sdxl_lora.training.activation_checkpointing import find_units
 from sdxl_lora.training.batches import NoiseDraws, TrainingBatch
 from sdxl_lora.training.denoiser import Denoiser

@@ -15,7 +15,8 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_lora.config import ModelConfig, Precision
-from sdxl_lora.models.sdxl import DTYPES, TextEncoders, freeze
+from sdxl_lora.models.loading import DTYPES, freeze
+from sdxl_lora.models.text_encoders import TextEncoders
 from sdxl_lora.storage.repository import open_repository
 
 if TYPE_CHECKING:

@@ -1,25 +1,22 @@
-"""Stable Diffusion XL (Podell et al. 2023, arXiv:2307.01952) in diffusers' format: modules and conditioning.
+"""Stable Diffusion XL (Podell et al. 2023, arXiv:2307.01952) in diffusers' format: UNet, pipeline, noise.
 
 All weights are loaded from safetensors.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_lora.config import ModelConfig, Precision, PredictionType
-from sdxl_lora.models.weights import open_base, open_vae
+from sdxl_lora.models.loading import DTYPES, freeze
+from sdxl_lora.models.vae import load_vae
+from sdxl_lora.models.weights import open_base
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-
-TextEncoders = tuple[CLIPTextModel, CLIPTextModelWithProjection]
-
-DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    from diffusers import StableDiffusionXLPipeline
 
 
 @dataclass(frozen=True)
@@ -29,28 +26,6 @@ class NoiseSchedule:
     alphas_cumprod: Tensor
     """alpha_bar at each timestep, fp32, (T,)."""
     prediction_type: PredictionType
-
-
-def load_text_encoders(config: ModelConfig, precision: Precision, device: torch.device) -> TextEncoders:
-    """Load both text encoders, frozen."""
-    base = open_base(config)
-    options = {"dtype": DTYPES[precision], "variant": config.variant, "use_safetensors": True}
-    return (
-        freeze(CLIPTextModel.from_pretrained(base / "text_encoder", **options), device),
-        freeze(CLIPTextModelWithProjection.from_pretrained(base / "text_encoder_2", **options), device),
-    )
-
-
-def load_vae(config: ModelConfig, precision: Precision, device: torch.device) -> "AutoencoderKL":
-    """Load the VAE that `config` names, frozen."""
-    from diffusers import AutoencoderKL  # loads 44 modules, which training without previews does not need
-
-    if config.vae is None:
-        folder, variant = open_base(config) / "vae", config.variant
-    else:
-        folder, variant = open_vae(config), None
-    options = {"dtype": DTYPES[precision], "variant": variant, "use_safetensors": True}
-    return freeze(AutoencoderKL.from_pretrained(folder, **options), device)
 
 
 def load_unet(config: ModelConfig, precision: Precision, device: torch.device) -> UNet2DConditionModel:
@@ -90,22 +65,6 @@ def load_noise_schedule(config: ModelConfig) -> NoiseSchedule:
     return NoiseSchedule(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
 
 
-def embed_tokens(text_encoders: TextEncoders, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the UNet's text conditioning (Podell et al. 2023, section 2.1).
-
-    The penultimate hidden states of both encoders, concatenated, and the second encoder's pooled projection.
-
-    Args:
-        token_ids: (B, 2, 77).
-
-    Returns:
-        prompt_embeds, (B, 77, 2048), and pooled_prompt_embeds, (B, 1280); narrower for smaller encoders.
-    """
-    first = text_encoders[0](token_ids[:, 0], output_hidden_states=True)
-    second = text_encoders[1](token_ids[:, 1], output_hidden_states=True)
-    return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
-
-
 def predict(
     unet: UNet2DConditionModel,
     noisy_latents: Tensor,
@@ -127,8 +86,3 @@ def predict(
     """
     conditions = {"text_embeds": pooled_prompt_embeds, "time_ids": time_ids.float()}
     return unet(noisy_latents, timesteps, prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[0]
-
-
-def freeze(module: Any, device: torch.device) -> Any:
-    """Move `module` to `device`, in evaluation mode, without gradients, and return it."""
-    return module.to(device).eval().requires_grad_(False)

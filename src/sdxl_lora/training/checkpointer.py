@@ -6,9 +6,10 @@ training resumes from it. Knows no model and no loop: it is given tensors.
 
 import hashlib
 import logging
+import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,18 +22,25 @@ from sdxl_lora.config import LoraConfig, ModelConfig, TrainingConfig
 from sdxl_lora.models.weights import open_base
 from sdxl_lora.runtime.device import compute_fingerprint
 from sdxl_lora.runtime.distributed import distributed_state
+from sdxl_lora.runtime.import_closure import INERT, code_digest, import_closure
 from sdxl_lora.storage.atomic_io import PARTIAL_GLOB, write_bytes
 from sdxl_lora.storage.content_store import UNUSED_SECONDS, content_key
 from sdxl_lora.storage.repository import file_digest
 from sdxl_lora.storage.safetensors_io import read_header
 
-_PACKAGE = Path(__file__).parents[1]
 _KEPT_CHECKPOINTS = 2  # if the newest one is damaged, the one before it serves
 _INERT_KEYS = {
     "checkpoint_minutes",
     "deadline_minutes",
     "log_every",
 }  # these cannot change a training's result
+_INERT_CODE = {
+    **INERT,
+    "sdxl_lora.memory": "chooses micro-batch size and checkpointed blocks, both in the key",
+    "sdxl_lora.storage.hub_client": "downloads the base model, whose commit or digest is in the key",
+    "sdxl_lora.training.nonfinite_dump": "writes down why training failed",
+}
+"""Modules and packages that cannot change what the rest of a training comes to, and why."""
 _KEYED_LIBRARIES = ("bitsandbytes", "diffusers", "peft", "torch", "transformers")
 
 logger = logging.getLogger(__name__)
@@ -125,17 +133,15 @@ def training_key(
         model=model.model_dump(mode="json"),
         base=open_base(model).name,  # the commit, where the revision is a branch
         training=config.model_dump(mode="json", exclude=_INERT_KEYS),
+        accumulation=config.accumulation,  # computed by config.py, whose code is not in the key
         data=file_digest(data),
-        code={str(path.relative_to(_PACKAGE)): file_digest(path) for path in _modules()},
+        # From the stage, which puts the parts together. A module that it imports in future is keyed by that.
+        code=code_digest(import_closure("stages.train_lora", without=_INERT_CODE.keys())),
         libraries={library: version(library) for library in _KEYED_LIBRARIES},
         machine=compute_fingerprint(device),
+        cublas=os.environ.get("CUBLAS_WORKSPACE_CONFIG"),  # its sums depend on the workspace
         processes=distributed_state().num_processes,
     )
-
-
-def _modules() -> Iterator[Path]:
-    """The source files of this package. More than a training reads, so a key errs on the safe side."""
-    yield from sorted(_PACKAGE.rglob("*.py"))
 
 
 def digest(content: bytes) -> str:

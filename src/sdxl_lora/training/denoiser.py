@@ -13,16 +13,14 @@ from sdxl_lora.data.encoded_dataset import Batch, EncodedDataset
 from sdxl_lora.kernels.quantized_linear import quantize
 from sdxl_lora.models.base_config import force_zeros_for_empty_prompt
 from sdxl_lora.models.diffusion import add_noise, prediction_target, squared_error
+from sdxl_lora.models.loading import DTYPES
 from sdxl_lora.models.sdxl import (
-    DTYPES,
     NoiseSchedule,
-    TextEncoders,
-    embed_tokens,
     load_noise_schedule,
-    load_text_encoders,
     load_unet,
     predict,
 )
+from sdxl_lora.models.text_encoders import TextEncoders, embed_tokens, load_text_encoders
 from sdxl_lora.models.tokenizers import load_tokenizers, tokenize
 
 _EMBEDDED_AT_ONCE = 16  # captions, whose hidden states are 0.12 GiB in a half precision

@@ -11,7 +11,7 @@ from torch import nn
 from sdxl_lora import paths
 from sdxl_lora.config import ModelConfig
 from sdxl_lora.data.encoded_dataset import EncodedDataset
-from sdxl_lora.models.sdxl import load_vae
+from sdxl_lora.models.vae import load_vae
 from sdxl_lora.models.weights import open_base
 from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.storage.atomic_io import atomic_write

@@ -27,8 +27,9 @@ from sdxl_lora.config import AttentionBackend, TrainingConfig
 from sdxl_lora.data.encoded_dataset import EncodedDataset
 from sdxl_lora.kernels.attention import choose_attention
 from sdxl_lora.models.diffusion import min_snr_weight
-from sdxl_lora.models.fused import attention_shapes, fuse_modules, fuse_unet
-from sdxl_lora.models.sdxl import DTYPES
+from sdxl_lora.models.fused_text_encoder import fuse_text_encoder
+from sdxl_lora.models.fused_unet import attention_shapes, fuse_unet
+from sdxl_lora.models.loading import DTYPES
 from sdxl_lora.runtime.device import peak_memory_gib
 from sdxl_lora.runtime.distributed import distributed_state
 from sdxl_lora.training.activation_checkpointing import checkpoint_units
@@ -241,7 +242,7 @@ def prepare_modules(
     backend = choose_attention(config.attention, shapes, DTYPES[config.precision], denoiser.device)
     fuse_unet(denoiser.unet, backend)
     for text_encoder in denoiser.text_encoders or ():
-        fuse_modules(text_encoder)
+        fuse_text_encoder(text_encoder)
     checkpoint_units(denoiser.parts, checkpointed)
     return backend
 

@@ -10,10 +10,11 @@ from sdxl_lora import paths
 from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.cli.doctor.context import CheckSkippedError, RunContext
 from sdxl_lora.config import DownloadConfig
-from sdxl_lora.data.encoders import encode_images
+from sdxl_lora.data.image_encoder import encode_images
 from sdxl_lora.data.images import decode_image, resize_and_crop, to_bytes
 from sdxl_lora.inference.sampling import load_adapter, sample_images
-from sdxl_lora.models.sdxl import load_pipeline, load_vae
+from sdxl_lora.models.sdxl import load_pipeline
+from sdxl_lora.models.vae import load_vae
 from sdxl_lora.reproducibility.checklist import Check, failed, passed
 from sdxl_lora.runtime.device import deterministic_kernels
 from sdxl_lora.runtime.rng import keyed_generator
