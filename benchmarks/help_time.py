@@ -1,7 +1,7 @@
 """Time of `sdxl-lora --help` and of each subcommand's: `python -m benchmarks.help_time`.
 
-CPU seconds (user and system, the least of several runs, since other programs only add to it) and the number
-of modules that are loaded.
+Prints CPU seconds (user and system, the minimum of several runs, because other programs only add to them) and
+the number of loaded modules.
 """
 
 import resource

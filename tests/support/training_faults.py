@@ -48,7 +48,7 @@ def training_faults(folder: Path) -> Iterator[Fault]:
         yield Fault("The process is killed (SIGKILL)", "nothing", lost(checkpoints()[-1]), "nothing")
 
         said = stopped_after_two_steps(patch)
-        yield Fault("The process is told to end (SIGTERM)", said, lost(2), "`dvc repro` resumes from there")
+        yield Fault("The process receives SIGTERM", said, lost(2), "`dvc repro` resumes from there")
 
         stopped_after_two_steps(patch)
         damage(next(paths.CHECKPOINTS.rglob("step-00000002-*")))
@@ -78,7 +78,7 @@ def training_faults(folder: Path) -> Iterator[Fault]:
         after = contents(paths.DATA)
         kept = [name for name, digest in before.items() if after.get(name) != digest]
         assert contents(next(paths.FAILED_STEPS.iterdir())).keys() == {"inputs.safetensors", "report.json"}
-        yield Fault("The loss is no number", said, kept, r"lower training.learning_rate.*Its inputs are in ")
+        yield Fault("The loss is not finite", said, kept, r"lower training.learning_rate.*Its inputs are in ")
 
 
 def one(messages: list[str], word: str) -> str:
