@@ -10,6 +10,8 @@ from tests.stages.test_report_run import project  # noqa: F401
 from tests.support.imports import modules_after_import, modules_after_run
 from tests.support.tracked import write_results
 
+REPOSITORY = Path(__file__).parents[2]
+DEMO = (REPOSITORY / "recipes/demo.yaml").read_text(encoding="utf-8")
 MODEL_LIBRARIES = {"torch", "diffusers", "peft", "accelerate", "bitsandbytes"}
 NOT_LOADED = {
     "download_dataset": {*MODEL_LIBRARIES, "transformers", "mlflow", "datasets", "pandas"},
@@ -25,7 +27,7 @@ NOT_LOADED = {
 
 
 def test_every_stage_is_tested() -> None:
-    scripts = {path.stem for path in Path("stages").glob("*.py")} - {"__init__"}
+    scripts = {path.stem for path in (REPOSITORY / "stages").glob("*.py")} - {"__init__"}
     assert scripts == set(NOT_LOADED) == set(STAGES)
 
 
@@ -37,11 +39,10 @@ def test_import_loads_no_library_that_the_stage_does_not_use(stage: str) -> None
 def test_neither_download_nor_captions_load_torch_as_they_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = Path("recipes/demo.yaml").read_text(encoding="utf-8")
-    (tmp_path / "demo").symlink_to(Path("demo").resolve())
+    (tmp_path / "demo").symlink_to(REPOSITORY / "demo")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    paths.PARAMS.write_text(recipe, encoding="utf-8")
+    paths.PARAMS.write_text(DEMO, encoding="utf-8")
     for stage, output in {"download_dataset": paths.RAW_CAPTIONS, "clean_captions": paths.CAPTIONS}.items():
         assert modules_after_run(stage) & MODEL_LIBRARIES == set()
         assert output.is_file()
@@ -54,11 +55,10 @@ def test_report_loads_no_torch_as_it_runs() -> None:
 
 
 def test_tracking_loads_no_torch_as_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = Path("recipes/demo.yaml").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    paths.PARAMS.write_text(recipe, encoding="utf-8")
+    paths.PARAMS.write_text(DEMO, encoding="utf-8")
     write_results()
     assert modules_after_run("track_run") & MODEL_LIBRARIES == set()
     assert (tmp_path / "mlflow.db").is_file()
