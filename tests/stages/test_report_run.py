@@ -14,7 +14,10 @@ from stages import report_run
 RECIPE = Path("recipes/demo.yaml").resolve()
 
 
-@pytest.fixture(autouse=True)
+pytestmark = pytest.mark.usefixtures("project")
+
+
+@pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A project in which every stage before this one has run."""
     monkeypatch.chdir(tmp_path)
