@@ -139,7 +139,7 @@ class TestStage:
     def test_closure_is_that_of_the_compiled_code(self, stage: str) -> None:
         """Python's own search goes through bytecode, where ours goes through the source."""
         finder = ModuleFinder(path=[str(REPOSITORY), str(REPOSITORY / "src")])
-        finder.run_script(str(script_of(stage)))
+        finder.import_hook(f"stages.{stage}")
         names = [vars(module)["__file__"] for module in finder.modules.values()]
         found = {Path(name) for name in names if name}
         assert closure_of(stage) == {file for file in found if has_code(file)}
