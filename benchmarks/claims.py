@@ -1,6 +1,6 @@
-"""What is usually said of each memory-saving technique, and which measurements put it to the test.
+"""Common claims about memory-saving techniques, and the measurements that test them.
 
-A claim compares two configurations that differ in one technique alone, within one sitting on one machine.
+A claim compares two configurations that differ only in one technique, within one session on one machine.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,17 +22,17 @@ REFERENCE: Configuration = {
     "rank": 16,
     "resolution": 1024,
 }
-"""The 16 GB recipe without its cap: pairs nearest to it are shown."""
+"""The 16 GB recipe without its memory limit. The pair nearest to it is shown."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """From a run without a technique to one with it."""
+    """Memory and time of a run without a technique and of one with it."""
 
     gib: tuple[float, float]
-    """Peak memory reserved without and with it."""
+    """Peak reserved memory without and with it."""
     seconds: tuple[float, float]
-    """Time of a step without and with it."""
+    """Seconds per step without and with it."""
 
     @property
     def memory_ratio(self) -> float:
@@ -45,14 +45,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Claim:
-    """Something usually said of a technique."""
+    """A common claim about a technique."""
 
     technique: str
     usual: str
     applied: Configuration
-    """Values of a run with the technique..."""
+    """Values of a run with the technique."""
     absent: Configuration
-    """...and of one without."""
+    """Values of a run without it."""
     holds: Callable[[Change], bool]
     rule: str
     """`holds` in words."""
@@ -60,14 +60,14 @@ class Claim:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two results that differ in a technique alone."""
+    """Two results that differ only in one technique."""
 
     applied: Result
     absent: Result
 
     @property
     def change(self) -> Change | None:
-        """None if either run failed, or ran on a CPU, where memory is not counted."""
+        """Return the change; None if either run failed, or ran on a CPU, where memory is not measured."""
         if {self.applied.outcome, self.absent.outcome} != {OK}:
             return None
         time, time_before = self.applied.seconds_per_step, self.absent.seconds_per_step
@@ -77,8 +77,8 @@ class Pair:
         return Change((peak_before, peak), (time_before, time))
 
     @property
-    def apart(self) -> dict[str, object]:
-        """What the two have in common and the reference does not."""
+    def deviations(self) -> dict[str, object]:
+        """Return the values that both runs share and that differ from the reference."""
         shared, other = self.applied.configuration, self.absent.configuration
         keys = differing(shared, REFERENCE) & REFERENCE.keys() - differing(shared, other)
         return {key: shared.get(key) for key in sorted(keys) if key in shared}
@@ -134,7 +134,7 @@ CLAIMS = (
         "at most 5 % more memory",
     ),
     Claim(
-        "kernels that repeat to the bit",
+        "bit-identical kernels",
         "slower",
         {"deterministic": True},
         {"deterministic": False},
@@ -144,13 +144,13 @@ CLAIMS = (
 )
 
 
-def find_pair(claim: Claim, benchmark: Benchmark, sitting: Sequence[Result]) -> Pair | None:
-    """The pair of a sitting's results nearest to the reference, among those that ended well if any did."""
+def find_pair(claim: Claim, benchmark: Benchmark, session: Sequence[Result]) -> Pair | None:
+    """Return the pair of a session's results nearest to the reference; pairs without failure come first."""
     pairs = [
         Pair(applied, absent)
         for applied, absent in product(
-            select(sitting, benchmark, claim.applied), select(sitting, benchmark, claim.absent)
+            select(session, benchmark, claim.applied), select(session, benchmark, claim.absent)
         )
         if differing(applied.configuration, absent.configuration) == claim.applied.keys()
     ]
-    return min(pairs, key=lambda pair: (pair.change is None, len(pair.apart)), default=None)
+    return min(pairs, key=lambda pair: (pair.change is None, len(pair.deviations)), default=None)

@@ -1,7 +1,7 @@
-"""What needs no GPU to be known: parameters and floating-point operations of SDXL in its real shapes.
+"""Parameters and floating-point operations of SDXL in its real shapes, counted without a GPU.
 
 `python -m benchmarks.counts` counts them on the meta device, where nothing is computed, and writes
-benchmarks/counted.json. It takes a minute, which is why the report reads the file.
+benchmarks/counted.json. That takes a minute, so the report reads the file.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdxl_lora.adapters.lora import add_adapters
+from sdxl_lora.adapters.lora import add_adapters, named_parts
 from sdxl_lora.config import load_params
 from sdxl_lora.models import architecture
 
@@ -24,18 +24,18 @@ RECIPE = Path("recipes/sdxl-naruto-16gb.yaml")
 
 
 class Counted(BaseModel):
-    """What was counted; `trained` and `frozen` say whether the text encoders have adapters and run."""
+    """Counted figures; `trained` and `frozen` say whether the text encoders have adapters and run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     parameters: dict[str, int]
-    """Of SDXL's parts."""
+    """Parameters of each part of SDXL."""
     adapter_parameters: dict[str, int]
-    """Of the 16 GB recipe's adapters for each unit of rank."""
+    """Parameters of the 16 GB recipe's adapters per unit of rank."""
     forward_tflop: dict[str, float]
-    """Work of one example's forward pass at 1024 px and rank 16, TFLOP."""
+    """Work of the forward pass of one example at 1024 px and rank 16, TFLOP."""
     backward_tflop: dict[str, float]
-    """The same of its backward pass: what a frozen base needs, nothing recomputed."""
+    """Work of its backward pass with a frozen base and without recomputation, TFLOP."""
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def load() -> Counted:
 
 
 def count() -> Counted:
-    """Counts everything; takes a minute."""
+    """Count everything; takes a minute."""
     modules = {kind: adapted(kind == "trained") for kind in ("trained", "frozen")}
     adapters = {kind: sum(map(num_trained, parts)) // RANK for kind, parts in modules.items()}
     tflop = {kind: tflop_per_example(*parts) for kind, parts in modules.items()}
@@ -60,7 +60,7 @@ def count() -> Counted:
 
 
 def parameters() -> dict[str, int]:
-    """Parameters of SDXL's parts."""
+    """Count the parameters of each part of SDXL."""
     base = architecture.SDXL_BASE
     parts = {"unet": base.make_unet("fp32", META), "vae": base.make_vae("fp32", META)}
     parts["text_encoder"], parts["text_encoder_2"] = base.make_text_encoders("fp32", META)
@@ -68,12 +68,12 @@ def parameters() -> dict[str, int]:
 
 
 def adapted(text_encoders: bool) -> tuple[nn.Module, ...]:
-    """UNet and perhaps text encoders as training runs them: frozen, with the 16 GB recipe's adapters."""
+    """Return the UNet, and the text encoders if asked for, frozen and with the 16 GB recipe's adapters."""
     unet = architecture.SDXL_BASE.make_unet("fp32", META)
     encoders = architecture.SDXL_BASE.make_text_encoders("fp32", META) if text_encoders else None
     modules = (unet, *(encoders or ()))
     config = load_params(RECIPE).lora.model_copy(update={"rank": RANK})
-    add_adapters(unet, encoders, config, seed=0)
+    add_adapters(named_parts(unet, encoders), config, seed=0)
     return modules
 
 
@@ -82,7 +82,7 @@ def num_trained(module: nn.Module) -> int:
 
 
 def tflop_per_example(unet: nn.Module, *encoders: nn.Module) -> tuple[float, float]:
-    """Forward and backward work of one training example at 1024 px, TFLOP.
+    """Count the forward and backward work of one training example at 1024 px, TFLOP.
 
     PyTorch counts matrix products, attention and convolutions, a multiply-add as 2. The VAE is not run.
     """

@@ -1,4 +1,4 @@
-"""Memory of a GPU as the driver sees it, polled: also that of processes which tell nothing themselves."""
+"""GPU memory polled from the driver, which includes processes that report nothing themselves."""
 
 import threading
 from types import TracebackType
@@ -14,9 +14,9 @@ PERIOD = 0.02  # seconds; the allocator keeps what it once held, so a slow poll 
 
 
 class DeviceMemory:
-    """Most memory used on the current GPU while the block ran, above what was used when it began.
+    """Peak memory used on the current GPU while the block runs, minus the memory used at its start.
 
-    Counts CUDA's context, libraries and the allocator's cache. Nothing else may use the GPU meanwhile.
+    Includes CUDA's context, libraries and the allocator's cache. Nothing else may use the GPU meanwhile.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class DeviceMemory:
 
     @property
     def peak_gib(self) -> float | None:
-        """GiB; None on a machine without a GPU."""
+        """Return the peak, GiB; None on a machine without a GPU."""
         return None if self._handle is None else round((self._peak - self._before) / GIB, 3)
 
     def __enter__(self) -> Self:
@@ -56,14 +56,14 @@ class DeviceMemory:
 
 
 class AllocatorPeaks(TypedDict):
-    """Fields of a result."""
+    """Fields of a result that PyTorch's allocator reports."""
 
     peak_reserved_gib: float | None
     peak_allocated_gib: float | None
 
 
 def allocator_peaks(device: torch.device) -> AllocatorPeaks:
-    """The most that PyTorch's allocator held, and that tensors took, GiB; None on a CPU: nobody counts."""
+    """Return the peak memory that PyTorch's allocator held, and that tensors took, GiB; None on a CPU."""
     if device.type != "cuda":
         return {"peak_reserved_gib": None, "peak_allocated_gib": None}
     return {

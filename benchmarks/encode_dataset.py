@@ -1,9 +1,10 @@
 """Time and memory of encoding many images: `python -m benchmarks.encode_dataset --help`.
 
-Encodes synthetic pictures with the demo recipe's models, at a small size, so that what does not depend on the
-model shows: decoding, the store, the search for near duplicates, the shards. With `--sdxl` the VAE has SDXL's
-real shapes with random weights, and the VAE alone, on pictures that lie on the device already, is timed too.
-The first batch, for which a GPU's kernels are compiled once a machine, is timed apart.
+Encodes synthetic images with the demo recipe's models, at a small size, so that the model takes a small
+share of the time. Most of it is decoding, the latent cache, the search for near duplicates and the shards.
+With `--sdxl` the VAE has SDXL's real shapes with random weights, and the VAE alone is timed, too, on images
+that are already on the device. The first batch is timed separately, because it compiles a GPU's kernels
+once per machine.
 """
 
 import argparse
@@ -46,14 +47,16 @@ def main() -> None:
     )
     parser.add_argument("--recipe", type=Path, default=Path("recipes/demo.yaml"))
     parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--resolution", type=int, default=64, help="pixels a side, instead of the recipe's")
-    parser.add_argument("--sdxl", action="store_true", help="a VAE of SDXL's shapes")
+    parser.add_argument(
+        "--resolution", type=int, default=64, help="side length in pixels, instead of the recipe's"
+    )
+    parser.add_argument("--sdxl", action="store_true", help="use a VAE of SDXL's shapes")
     arguments = parser.parse_args()
     params = load_params(arguments.recipe)
     config = params.encoding.model_copy(update={"resolution": arguments.resolution})
     with TemporaryDirectory() as scratch, acquire_device(None) as device, one_cpu_thread(device):
         folder = Path(scratch)
-        rows = write_pictures(folder / "images", arguments.images, arguments.resolution)
+        rows = write_images(folder / "images", arguments.images, arguments.resolution)
         numbers: dict[str, object] = {}
         if arguments.sdxl:
             vae = SDXL_BASE.make_vae(config.vae_precision, device)
@@ -65,14 +68,14 @@ def main() -> None:
             encoders = load_encoders(params.model, config, device)
         numbers["seconds_of_the_first_batch"] = first_batch(encoders.vae, config, device)
         for name in ("first", "again"):
-            entries = LatentCache(ContentStore(folder / "store"), encoders, config, folder / "images")
-            numbers[name] = measure(rows, entries, config, folder / name)
+            cache = LatentCache(ContentStore(folder / "store"), encoders, config, folder / "images")
+            numbers[name] = measure(rows, cache, config, folder / name)
     sys.stdout.write(json.dumps({"images": len(rows), "device": str(device), **numbers}, indent=2) + "\n")
 
 
 @torch.inference_mode()
 def vae_speed(vae: AutoencoderKL, config: EncodingConfig, device: torch.device) -> float:
-    """Images a second of diffusers' VAE alone, in batches of the stage's size."""
+    """Return the images per second of diffusers' VAE alone, in batches of the stage's size."""
     size = (config.batch_size, 3, config.resolution, config.resolution)
     pixels = torch.rand(size, device=device, dtype=vae.dtype)
     seconds = timed(lambda: vae.encode(pixels), device, REPETITIONS)
@@ -80,7 +83,7 @@ def vae_speed(vae: AutoencoderKL, config: EncodingConfig, device: torch.device) 
 
 
 def first_batch(vae: AutoencoderKL, config: EncodingConfig, device: torch.device) -> float:
-    """Seconds that the VAE takes for a batch before anything has been encoded."""
+    """Return the seconds that the VAE takes for the first batch."""
     levels = torch.zeros(config.batch_size, 3, config.resolution, config.resolution, dtype=torch.uint8)
     start = perf_counter()
     encode_images(vae, levels)
@@ -88,27 +91,27 @@ def first_batch(vae: AutoencoderKL, config: EncodingConfig, device: torch.device
     return round(perf_counter() - start, 1)
 
 
-def write_pictures(folder: Path, count: int, resolution: int) -> list[CaptionedImage]:
-    """JPEGs of random blurred squares, half as wide again as they are high."""
+def write_images(folder: Path, count: int, resolution: int) -> list[CaptionedImage]:
+    """Write JPEGs of random blurred squares, with a width of 1.5 times the height; return their captions."""
     folder.mkdir()
     rows = []
-    for number in tqdm(range(count), desc="writing pictures", unit="image"):
+    for number in tqdm(range(count), desc="writing images", unit="image"):
         colours = np.random.default_rng(number).integers(0, 256, (4, 6, 3), dtype=np.uint8)
         size = (resolution * 3 // 2, resolution)
         path = folder / f"{number:06d}.jpg"
         Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
-        rows.append(CaptionedImage(file_digest(path), path.name, f"picture number {number}"))
+        rows.append(CaptionedImage(file_digest(path), path.name, f"image number {number}"))
     return rows
 
 
 def measure(
-    rows: list[CaptionedImage], entries: LatentCache, config: EncodingConfig, folder: Path
+    rows: list[CaptionedImage], cache: LatentCache, config: EncodingConfig, folder: Path
 ) -> dict[str, float]:
-    """Wall and CPU seconds, images a second, and this process's resident memory on the way, MiB."""
+    """Return wall and CPU seconds, images per second, and this process's resident memory over time, MiB."""
     process, start, done, memory = psutil.Process(), perf_counter(), 0, []
     cpu_start = sum(process.cpu_times()[:4])  # user and system, of this process and its workers
     with tqdm(total=len(rows), desc=folder.name, unit="image") as progress:
-        for number in encode_dataset(rows, entries, config, folder, EncodingReport()):
+        for number in encode_dataset(rows, cache, config, folder, EncodingReport()):
             done += number
             progress.update(number)
             if done % max(1, len(rows) // 10) == 0:

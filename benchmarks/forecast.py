@@ -1,7 +1,7 @@
-"""Forecast against measured peak memory of training, many configurations: `python -m benchmarks.forecast`.
+"""Forecast and measured peak memory of training in many configurations: `python -m benchmarks.forecast`.
 
-Each configuration trains SDXL's real shapes for a few steps in a process of its own; a line of JSON says how
-it went. Without a GPU, `--forecast-only` shows what would be compared.
+Each configuration trains SDXL's real shapes for a few steps in a separate process and prints a JSON line.
+`--forecast-only` prints the forecasts without measuring and needs no GPU.
 """
 
 import argparse
@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.apart import apart, side_by_side
 from benchmarks.device_memory import DeviceMemory, allocator_peaks
+from benchmarks.isolation import map_isolated, run_isolated
 from benchmarks.random_sdxl import RandomDataset, random_denoiser
 from benchmarks.results import OK, Result, now, publish, this_machine
 from benchmarks.tables import forecast_table
 from sdxl_lora.adapters.lora import add_adapters
 from sdxl_lora.config import Params, load_params
-from sdxl_lora.memory.planner import TrainingPlan, choose_plan
+from sdxl_lora.memory.planner import ForecastPlan, TrainingPlan, choose_plan
 from sdxl_lora.runtime.device import acquire_device, deterministic_kernels
-from sdxl_lora.training.trainer import prepare_modules, train_lora
+from sdxl_lora.training.trainer import Trainer, prepare_modules
 
-STEPS = 4  # the first records, and all take the same memory, but for text encoders that freeze after two
+STEPS = 4  # the first captures the graph; memory is constant, unless text encoders freeze after two
 
 FULL = {"checkpointing": "none", "micro_batch_size": 3, "vram_gib": None}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -55,22 +55,22 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def changed(params: Params, changes: dict[str, Any]) -> Params:
-    """`params` with a configuration's changes, each in the section that has such a key; no previews."""
+def with_changes(params: Params, changes: dict[str, Any]) -> Params:
+    """Return `params` with a configuration's changes, each in the section that has the key; no previews."""
     sections = {}
     for name in ("model", "encoding", "lora", "training"):
         section = getattr(params, name)
-        own = {key: value for key, value in changes.items() if key in type(section).model_fields}
-        sections[name] = section.model_copy(update=own)
+        values = {key: value for key, value in changes.items() if key in type(section).model_fields}
+        sections[name] = section.model_copy(update=values)
     training = sections["training"].model_copy(
         update={"steps": STEPS, "warmup_steps": 1, "preview_every": None}
     )
     return params.model_copy(update={**sections, "training": training})
 
 
-def plan_of(name: str, recipe: Params) -> TrainingPlan | str:
-    """How this configuration would train on a GPU, or why it cannot."""
-    params = changed(recipe, CONFIGURATIONS[name])
+def make_plan(name: str, recipe: Params) -> TrainingPlan | str:
+    """Return the training plan of this configuration on a GPU, or the reason why there is none."""
+    params = with_changes(recipe, CONFIGURATIONS[name])
     latents = RandomDataset(params.encoding.resolution).latents
     try:
         return choose_plan(params.model, params.lora, params.training, latents, torch.device("cuda"))
@@ -79,17 +79,17 @@ def plan_of(name: str, recipe: Params) -> TrainingPlan | str:
 
 
 def compare(name: str, recipe: Params, plan: TrainingPlan | str, measures: bool) -> Result:
-    """Forecast and, if it is wanted, measured peak of a configuration; a failure of one stops no other."""
+    """Return forecast and, if `measures`, measured peak of a configuration; a failure becomes its outcome."""
     outcome, measured = OK, {}
     if isinstance(plan, str):
         outcome = plan
     elif measures:
         try:
-            measured = apart(measure, name, recipe, plan)
+            measured = run_isolated(measure, name, recipe, plan)
         except (ImportError, RuntimeError, ValueError) as error:  # also a process that died, or a full GPU
             outcome = reason(error)
     figures = {}
-    if isinstance(plan, TrainingPlan) and plan.forecast is not None:
+    if isinstance(plan, ForecastPlan):
         figures = {f"forecast_{part}_gib": round(gib, 3) for part, gib in plan.forecast.gib().items()}
         figures |= {"micro_batch_size": plan.micro_batch_size, "checkpointed": len(plan.checkpointed)}
     return Result(
@@ -108,8 +108,8 @@ def compare(name: str, recipe: Params, plan: TrainingPlan | str, measures: bool)
 
 
 def measure(name: str, recipe: Params, plan: TrainingPlan) -> dict[str, Any]:
-    """What a result says of time and memory of this configuration on this machine's GPU."""
-    params = changed(recipe, CONFIGURATIONS[name])
+    """Train with this configuration on this machine's GPU; return the result's fields of time and memory."""
+    params = with_changes(recipe, CONFIGURATIONS[name])
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as stages do
     with (
         acquire_device(params.training.vram_gib) as device,
@@ -120,9 +120,9 @@ def measure(name: str, recipe: Params, plan: TrainingPlan) -> dict[str, Any]:
         dataset: Any = RandomDataset(params.encoding.resolution)  # acts as an EncodedDataset
         trained = params.model.text_encoders != "frozen"
         denoiser = random_denoiser(config.precision, device, trained, config.quantization)
-        add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
+        add_adapters(denoiser.parts, params.lora, params.seed)
         prepare_modules(denoiser, config, dataset.latents, plan.checkpointed)
-        seconds = [round(report.seconds, 4) for report in train_lora(denoiser, dataset, config, params.seed)]
+        seconds = [round(report.seconds, 4) for report in Trainer(denoiser, dataset, config, params.seed)]
         peaks = allocator_peaks(device)
     return {"seconds": seconds, **peaks, "peak_device_gib": memory.peak_gib}
 
@@ -140,10 +140,10 @@ def main() -> None:
         "--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS), metavar="NAME"
     )
     parser.add_argument("--output", type=Path, help="append the JSON lines to this file as well")
-    parser.add_argument("--forecast-only", action="store_true", help="do not measure: needs no GPU")
+    parser.add_argument("--forecast-only", action="store_true", help="do not measure; needs no GPU")
     arguments = parser.parse_args()
     recipe = load_params(arguments.recipe)
-    plans = side_by_side(partial(plan_of, recipe=recipe), arguments.only)
+    plans = map_isolated(partial(make_plan, recipe=recipe), arguments.only)
     results = []
     for name, plan in zip(arguments.only, plans, strict=True):
         results.append(compare(name, recipe, plan, measures=not arguments.forecast_only))

@@ -1,6 +1,6 @@
-"""The ceiling of the machine: TFLOP/s of one large matrix product, `python -m benchmarks.matmul`.
+"""Upper limit of the machine: TFLOP/s of one large matrix product, `python -m benchmarks.matmul`.
 
-Random operands: on zeros a GPU draws less power, clocks higher and flatters itself.
+The operands are random, because a GPU uses less power and clocks higher on zeros.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def measure(precision: Precision, size: int) -> Result:
-    """Times a (size, size) @ (size, size) product, 2 size^3 floating-point operations."""
+    """Time a (size, size) @ (size, size) product, 2 size^3 floating-point operations."""
     with acquire_device(None) as device:
         left, right = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
         seconds = timed(lambda: left @ right, device, REPETITIONS)

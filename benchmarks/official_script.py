@@ -1,13 +1,13 @@
-"""Step time and peak memory of diffusers' own SDXL LoRA script, measured from outside.
+"""Step time and peak memory of diffusers' SDXL LoRA script, measured from outside.
 
     python -m benchmarks.official_script --checkout PATH [--precision fp16 bf16] [--checkpointing all none]
 
 PATH is a checkout of diffusers, or its examples/text_to_image/train_text_to_image_lora_sdxl.py. The script
-runs unmodified, in a process of its own for every combination of the options, on SDXL with random weights
-and on random pictures, both saved once. A step lasts from one advance of its progress bar to the next.
-Memory is what the driver sees (NVML) and what PyTorch's allocator held. The script is interrupted after the
-last timed step: neither the saving of its adapter nor the pipeline that it loads at the end is counted.
-Prints a JSON line for each combination as it ends.
+runs unmodified, in a separate process for every combination of the options, on SDXL with random weights and
+on random images, both saved once. A step lasts from one advance of its progress bar to the next. Memory is
+reported by the driver (NVML) and by PyTorch's allocator. The script is interrupted after the last timed
+step, so saving its adapter and loading a pipeline at the end are not measured. Prints a JSON line for each
+combination.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SCRIPT = Path("examples/text_to_image/train_text_to_image_lora_sdxl.py")
 VARIED = ("precision", "checkpointing", "attention", "optimizer", "text_encoders", "vram_gib")
 FIXED = ("batch_size", "rank", "resolution", "workers")
 IMAGES = 24
-SLACK = 5  # steps that the script is asked for beyond those timed: it is interrupted before it saves
+SLACK = 5  # more steps than are timed, so that the script is interrupted before it saves
 
 
 def main() -> None:
@@ -34,7 +34,9 @@ def main() -> None:
         scratch = (options.scratch or Path(temporary)).absolute()
         scratch.mkdir(parents=True, exist_ok=True)
         model = (options.model or save_random_sdxl(scratch / "random-sdxl", device)).absolute()
-        images = save_random_images(scratch / f"images-{options.resolution}", IMAGES, options.resolution)
+        images = save_random_images(
+            scratch / f"images-{options.resolution}", IMAGES, [(options.resolution, options.resolution)]
+        )
         for configuration in combinations(options, VARIED, FIXED):
             arguments = script_arguments(configuration, model, images, scratch / "output")
             arguments.append(f"--max_train_steps={options.warmup + options.steps + SLACK}")
@@ -55,36 +57,46 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    several = parser.add_argument_group("options that take several values: every combination is run")
+    several = parser.add_argument_group("options that take several values; every combination runs")
     several.add_argument("--precision", nargs="+", choices=["fp16", "bf16", "fp32"], default=["fp16"])
     several.add_argument("--checkpointing", nargs="+", choices=["all", "none"], default=["all"])
     several.add_argument("--attention", nargs="+", choices=["sdpa", "xformers"], default=["sdpa"])
     several.add_argument("--optimizer", nargs="+", choices=["adamw_8bit", "adamw"], default=["adamw_8bit"])
     several.add_argument("--text-encoders", nargs="+", choices=["trained", "frozen"], default=["trained"])
-    several.add_argument("--vram-gib", nargs="+", type=gib_or_none, default=[None], help="cap, GiB, or none")
-    parser.add_argument("--checkout", type=Path, required=True, help="of diffusers, or the script itself")
+    several.add_argument(
+        "--vram-gib", nargs="+", type=gib_or_none, default=[None], help="memory limit in GiB, or none"
+    )
+    parser.add_argument(
+        "--checkout", type=Path, required=True, help="folder of diffusers, or the script itself"
+    )
     parser.add_argument("--batch-size", type=int, default=3)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--resolution", type=int, default=1024, help="pixels a side")
-    parser.add_argument("--workers", type=int, default=4, help="that load images; the script's default is 0")
-    parser.add_argument("--steps", type=int, default=20, help="steps timed")
+    parser.add_argument("--resolution", type=int, default=1024, help="side length in pixels")
+    parser.add_argument(
+        "--workers", type=int, default=4, help="processes that load images; the script's default is 0"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="timed steps")
     parser.add_argument("--warmup", type=int, default=4, help="steps before them, at least 1")
-    parser.add_argument("--model", type=Path, help="a pipeline's folder instead of SDXL with random weights")
-    parser.add_argument("--scratch", type=Path, help="keep model, images and log here (7 GB); else temporary")
+    parser.add_argument(
+        "--model", type=Path, help="folder of a pipeline to use instead of SDXL with random weights"
+    )
+    parser.add_argument("--scratch", type=Path, help="keep model, images and log in this folder (7 GB)")
     parser.add_argument("--output", type=Path, help="append the JSON lines to this file as well")
     return parser.parse_args()
 
 
 def find_script(checkout: Path) -> Path:
-    """The script in a checkout of diffusers, or the file itself."""
+    """Return the script's path, given a checkout of diffusers or the script itself."""
     script = checkout if checkout.is_file() else checkout / SCRIPT
     if not script.is_file():
-        raise FileNotFoundError(f"{script} not found: --checkout names a checkout of diffusers or the script")
+        raise FileNotFoundError(
+            f"{script} does not exist: set --checkout to a checkout of diffusers or to the script"
+        )
     return script.absolute()
 
 
 def script_arguments(configuration: Configuration, model: Path, images: Path, output: Path) -> list[str]:
-    """The script's own arguments for a configuration, less the number of steps."""
+    """Return the script's arguments for a configuration, except the number of steps."""
     precision = configuration["precision"]
     switches = {
         "--gradient_checkpointing": configuration["checkpointing"] == "all",

@@ -1,4 +1,4 @@
-"""SDXL in its real shapes with random weights: time and memory do not depend on their values."""
+"""SDXL in its real shapes with random weights, since time and memory do not depend on their values."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,9 +21,9 @@ from sdxl_lora.models.sdxl import NoiseSchedule
 from sdxl_lora.training.denoiser import Denoiser
 
 TOKENIZER = Path("demo/base_model/tokenizer")
-"""The embedded demo's: its 2,007 tokens lie within SDXL's 49,408."""
+"""The demo's tokenizer: its 2,007 tokens are within SDXL's 49,408."""
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-"""SDXL's schedule, as its schedulers take it."""
+"""SDXL's noise schedule, as arguments of diffusers' schedulers."""
 
 
 def random_denoiser(
@@ -32,10 +32,10 @@ def random_denoiser(
     trained_text_encoders: bool,
     quantization: Quantization = "none",
 ) -> Denoiser:
-    """A frozen SDXL with random weights, made on `device` in `precision`: 3.4 billion parameters."""
+    """Return a frozen SDXL with random weights, on `device` in `precision`: 3.4 billion parameters."""
     torch.manual_seed(0)
     base = architecture.SDXL_BASE
-    with quantized_as_made(quantization, device):
+    with quantize_on_creation(quantization, device):
         unet = base.make_unet(precision, device)
         text_encoders = base.make_text_encoders(precision, device) if trained_text_encoders else None
     scheduler = DDPMScheduler(**NOISE)
@@ -44,7 +44,7 @@ def random_denoiser(
 
 
 def random_pipeline(precision: Precision, device: torch.device) -> StableDiffusionXLPipeline:
-    """SDXL base with random weights, made on `device`, and a VAE that counts as one for half precisions."""
+    """Return SDXL base with random weights on `device`, its VAE marked as safe in half precision."""
     torch.manual_seed(0)
     base = architecture.SDXL_BASE
     text_encoder, text_encoder_2 = base.make_text_encoders(precision, device)
@@ -66,17 +66,17 @@ def random_pipeline(precision: Precision, device: torch.device) -> StableDiffusi
 
 
 @contextmanager
-def quantized_as_made(quantization: Quantization, device: torch.device) -> Iterator[None]:
-    """Quantises layers as they are made in the block, each before the next.
+def quantize_on_creation(quantization: Quantization, device: torch.device) -> Iterator[None]:
+    """Quantize each layer that the block creates before the next one is created.
 
-    So `device` never holds all of them in full, no more than when `load_denoiser` loads them, and the peak of
-    its memory is that of training.
+    `device` then never holds all layers in full precision, as with `load_denoiser`, and its peak memory is
+    that of training.
     """
 
     def quantize_child(_parent: nn.Module, _name: str, child: nn.Module | None) -> None:
         if child is not None:
             default = torch.get_default_dtype()
-            torch.set_default_dtype(torch.float32)  # in which bitsandbytes makes its tables, once and for all
+            torch.set_default_dtype(torch.float32)  # bitsandbytes creates its tables once, in this dtype
             quantize(child.requires_grad_(False), quantization, device)
             torch.set_default_dtype(default)
 
@@ -88,7 +88,7 @@ def quantized_as_made(quantization: Quantization, device: torch.device) -> Itera
 
 
 class RandomDataset:
-    """Stands in for an encoded data set: eight examples of noise at `resolution` pixels a side."""
+    """Substitute for an encoded data set: eight examples of noise with sides of `resolution` pixels."""
 
     def __init__(self, resolution: int = 1024) -> None:
         side = resolution // 8
@@ -113,11 +113,11 @@ class RandomDataset:
         return Batch(*(tensor[indices] for tensor in self._batch.tensors().values() if tensor is not None))
 
     def token_ids(self) -> Tensor:
-        """Of every caption, (8, 2, 77)."""
+        """Return the token ids of every caption, (8, 2, 77)."""
         return self._batch.token_ids
 
     def with_embeddings(self, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Self:
-        """The same examples with these embeddings, a row each."""
+        """Return the same examples with these embeddings, one row each."""
         dataset = copy(self)
         dataset._batch = replace(
             self._batch, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds

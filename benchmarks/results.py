@@ -1,7 +1,6 @@
-"""A measurement as a JSON line: what ran, on what, and what it took. Knows no benchmark.
+"""Measurements as JSON lines: configuration, machine, time and memory. Independent of any benchmark.
 
-A file of lines, benchmarks/results/*.jsonl, is one sitting on one machine: only lines of one file are
-compared.
+A file, benchmarks/results/*.jsonl, contains one session on one machine. Only lines of one file are compared.
 """
 
 import os
@@ -27,12 +26,12 @@ Benchmark = Literal["official_script", "train_step", "vae_encode", "matmul", "sa
 
 
 class Machine(BaseModel):
-    """Where a line was measured."""
+    """Hardware and versions of a measurement."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     gpu: str | None
-    """Its name; null: none, the CPU."""
+    """Name of the GPU; null on a CPU."""
     gpu_memory_gib: float | None
     driver: str | None
     cpus: int
@@ -42,41 +41,41 @@ class Machine(BaseModel):
 
 
 class Result(BaseModel):
-    """One configuration, measured."""
+    """Measurement of one configuration."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     benchmark: Benchmark
     date: datetime
-    """When it was measured, UTC."""
+    """Time of the measurement, UTC."""
     command: str
-    """Measures this configuration alone."""
+    """Command that measures only this configuration."""
     machine: Machine
     configuration: Configuration
-    """All that can change the figures."""
+    """All values that can change the figures."""
     outcome: str
     """`ok`, `out of memory`, or the error that ended it."""
     seconds: list[float] = []
     """Wall time of each step after the warm-up, or of each repetition, seconds."""
     peak_reserved_gib: float | None = None
-    """Most memory that PyTorch's allocator held, GiB."""
+    """Peak memory that PyTorch's allocator held, GiB."""
     peak_allocated_gib: float | None = None
-    """Most memory that tensors took, GiB."""
+    """Peak memory that tensors took, GiB."""
     peak_device_gib: float | None = None
-    """Most memory used on the GPU above what was used before, by NVML: with CUDA's context, GiB."""
+    """Peak memory used on the GPU minus the memory used before, by NVML, including CUDA's context, GiB."""
     forecast_gib: float | None = None
-    """What was forecast for `peak_reserved_gib` before the run, GiB."""
+    """Forecast of `peak_reserved_gib` from before the run, GiB."""
     figures: dict[str, float] = {}
-    """Anything else: final loss, loss scale, TFLOP/s."""
+    """Other figures: final loss, loss scale, TFLOP/s."""
 
     @property
     def seconds_per_step(self) -> float | None:
-        """The median, seconds; None if nothing was timed."""
+        """Return the median, seconds; None if nothing was timed."""
         return median(self.seconds) if self.seconds else None
 
     @property
     def samples_per_second(self) -> float | None:
-        """Training examples a second, at the median; None if nothing was timed."""
+        """Return examples per second, at the median; None if nothing was timed."""
         if (seconds := self.seconds_per_step) is None:
             return None
         samples: int = self.configuration["batch_size"]
@@ -111,7 +110,7 @@ def now() -> datetime:
 
 
 def publish(result: Result, output: Path | None) -> None:
-    """Prints a result as a JSON line and, if there is an `output`, appends it there."""
+    """Print a result as a JSON line and append it to `output`, if given."""
     line = result.model_dump_json()
     print(line, flush=True)
     if output is not None:
@@ -121,31 +120,32 @@ def publish(result: Result, output: Path | None) -> None:
 
 
 def read_results(path: Path) -> list[Result]:
-    """The lines of one file.
+    """Return the results in one file.
 
     Raises:
-        ValueError: a line is no result, or of another machine than the first; names file and line.
+        ValueError: a line is not a result, or is from another machine than the first; names file and line.
     """
     results = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             results.append(Result.model_validate_json(line))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}, is no result of a benchmark: {error}") from error
+            raise ValueError(f"{path}, line {number}, is not a benchmark result: {error}") from error
         if results[-1].machine != results[0].machine:
             raise ValueError(
-                f"{path}, line {number}, is of another machine or version: give it a file of its own"
+                f"{path}, line {number}, is from another machine or version than line 1: "
+                "move it to another file"
             )
     return results
 
 
 def differing(one: Configuration, other: Configuration) -> set[str]:
-    """The keys in which two configurations differ; a key that one lacks counts as null."""
+    """Return the keys in which two configurations differ; a missing key counts as null."""
     return {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
 
 
 def select(results: Iterable[Result], benchmark: Benchmark, values: Configuration) -> Iterator[Result]:
-    """The results of `benchmark` whose configuration has these values."""
+    """Yield the results of `benchmark` whose configuration has these values."""
     for result in results:
         configuration = result.configuration
         if result.benchmark == benchmark and all(configuration.get(k) == v for k, v in values.items()):

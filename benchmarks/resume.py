@@ -1,8 +1,8 @@
-"""A training killed and gone on with, at SDXL's real shapes: `python -m benchmarks.resume --help`.
+"""Killed and resumed training with SDXL's real shapes: `python -m benchmarks.resume --help`.
 
-Trains on random weights to the end, and again with SIGKILL in the middle and another process that goes on:
-with a recorded graph, a moving average, and text encoders that freeze before the kill. A line of JSON says
-whether both adapters are equal to the bit, and what checkpoints take.
+Trains random weights to the end, then again with SIGKILL in the middle and another process that resumes.
+Training uses a CUDA graph, a moving average, and text encoders that freeze before the kill. A JSON line
+says whether both adapters are bit-identical, and how long checkpoints take.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.apart import apart
+from benchmarks.isolation import run_isolated
 from benchmarks.random_sdxl import RandomDataset, random_denoiser
 from sdxl_lora.adapters.lora import add_adapters, lora_parameters
 from sdxl_lora.config import Params, load_params
@@ -36,20 +36,20 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=Path("recipes/sdxl-naruto-16gb.yaml"))
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
-    params = shortened(load_params(options.recipe), options.steps)
+    params = with_steps(load_params(options.recipe), options.steps)
     middle = options.steps // 2
     with TemporaryDirectory() as folder:
-        whole = apart(train, params, Path(folder, "whole"), save_after=middle)
-        params = chosen(params, whole["attention"])
+        whole = run_isolated(train, params, Path(folder, "whole"), save_after=middle)
+        params = with_attention(params, whole["attention"])
         try:
-            apart(train, params, Path(folder, "killed"), save_after=middle, kill_after=middle + 2)
+            run_isolated(train, params, Path(folder, "killed"), save_after=middle, kill_after=middle + 2)
         except BrokenProcessPool:
-            resumed = apart(train, params, Path(folder, "killed"))
+            resumed = run_isolated(train, params, Path(folder, "killed"))
     print(json.dumps(comparison(whole, resumed)))
 
 
-def shortened(params: Params, steps: int) -> Params:
-    """`params` for so many steps, with all of a state; text encoders freeze in the first half."""
+def with_steps(params: Params, steps: int) -> Params:
+    """Return `params` for `steps` steps with all parts of the state; text encoders freeze early."""
     changes = {"steps": steps, "warmup_steps": 2, "preview_every": None, "ema_decay": 0.99}
     changes["text_encoder_steps"] = steps // 4
     return params.model_copy(
@@ -60,19 +60,19 @@ def shortened(params: Params, steps: int) -> Params:
     )
 
 
-def chosen(params: Params, attention: str) -> Params:
-    """`params` with the attention that was measured as the fastest: the next time might find another."""
+def with_attention(params: Params, attention: str) -> Params:
+    """Return `params` with the attention of the first training: measuring again may choose another."""
     return params.model_copy(update={"training": params.training.model_copy(update={"attention": attention})})
 
 
 def train(
     params: Params, folder: Path, save_after: int | None = None, kill_after: int | None = None
 ) -> dict[str, Any]:
-    """Goes on from the checkpoint in `folder`, or starts; kills its own process after a step, or reports.
+    """Train from the checkpoint in `folder`, if any; kill this process after a step, or return figures.
 
     Args:
-        save_after: step whose checkpoint is saved, three times.
-        kill_after: step that is this process's last.
+        save_after: step after which a checkpoint is saved, three times.
+        kill_after: last step of this process.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as stages do
     torch.manual_seed(0)
@@ -81,7 +81,7 @@ def train(
         plan = choose_plan(params.model, params.lora, params.training, dataset.latents, device)
         config = plan.applied_to(params.training)
         denoiser = random_denoiser(config.precision, device, True, config.quantization)
-        add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
+        add_adapters(denoiser.parts, params.lora, params.seed)
         attention = prepare_modules(denoiser, config, dataset.latents, plan.checkpointed)
         training = Trainer(denoiser, dataset, config, params.seed)
         checkpoints, saving = Checkpointer(folder, minutes=None), []
@@ -89,7 +89,7 @@ def train(
         checkpoint = checkpoints.newest()
         if checkpoint is not None:
             training.load_state_dict(checkpoint.tensors)
-        loading, went_on_after = perf_counter() - start, training.step
+        loading, resumed_after = perf_counter() - start, training.step
         for report in training:
             if report.step == save_after:
                 saving = [timed_save(checkpoints, training) for _ in range(3)]
@@ -100,7 +100,7 @@ def train(
             "adapter": content_digest({str(number): tensor for number, tensor in enumerate(weights)}),
             "reports": [(report.loss, report.grad_norm, report.loss_scale) for report in training.history],
             "attention": attention,
-            "went_on_after": went_on_after,
+            "resumed_after": resumed_after,
             "seconds_to_save": saving,
             "seconds_to_load": loading,
             "checkpoint_bytes": [path.stat().st_size for path in folder.glob("*.safetensors")],
@@ -115,11 +115,11 @@ def timed_save(checkpoints: Checkpointer, training: Trainer) -> float:
 
 
 def comparison(whole: dict[str, Any], resumed: dict[str, Any]) -> dict[str, Any]:
-    """What the two trainings had in common, and what the checkpoint took."""
+    """Compare the two trainings, and return the checkpoint's size and times."""
     return {
         "adapter_equal": whole["adapter"] == resumed["adapter"],
-        "reports_equal": str(whole["reports"]) == str(resumed["reports"]),  # NaN is not itself
-        "went_on_after": resumed["went_on_after"],
+        "reports_equal": str(whole["reports"]) == str(resumed["reports"]),  # NaN does not equal itself
+        "resumed_after": resumed["resumed_after"],
         "steps": len(whole["reports"]),
         "seconds_to_save": round(median(whole["seconds_to_save"]), 3),
         "seconds_to_load": round(resumed["seconds_to_load"], 3),

@@ -1,10 +1,9 @@
-"""Time, memory and likeness of drawn pictures: `python -m benchmarks.sample --help`.
+"""Time, memory and fidelity of sampling: `python -m benchmarks.sample --help`.
 
-The library's way (`ours`) beside diffusers' own pipeline with the adapter as `load_lora_weights` leaves it
-(`diffusers`) and folded into the base model as by `fuse_lora` (`diffusers_folded`). On SDXL's real shapes
-with random weights, or on the embedded demo model, whose pictures mean something: there `psnr_db` holds them
-against those of diffusers in fp32. Options that take several values span a grid; each combination prints a
-JSON line as it ends.
+Compares the library (`ours`) with diffusers' pipeline, with the adapter as loaded by `load_lora_weights`
+(`diffusers`) or merged into the base model as by `fuse_lora` (`diffusers_folded`). The model has SDXL's real
+shapes with random weights, or is the embedded demo model. With the demo model, `psnr_db` compares the images
+with those of diffusers in fp32. Options with several values span a grid; each combination prints a JSON line.
 """
 
 import argparse
@@ -26,7 +25,7 @@ from benchmarks.random_sdxl import random_pipeline
 from benchmarks.results import GIB, OK, Configuration, Result, now, publish, this_machine
 from benchmarks.tables import WAYS
 from benchmarks.timing import wait_for
-from sdxl_lora.adapters.lora import adapter_strength, add_adapters, lora_parameters
+from sdxl_lora.adapters.lora import adapter_strength, add_adapters, lora_parameters, named_parts
 from sdxl_lora.config import Params, Precision, SamplingConfig, load_params
 from sdxl_lora.inference.pipeline import generate_images, prepare_pipeline, use_cuda_graph
 from sdxl_lora.inference.sampling import adapted_modules, initial_noise
@@ -52,11 +51,15 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=list(RECIPES), default=["random_sdxl"])
     parser.add_argument("--way", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp16"])
-    parser.add_argument("--strength", nargs="+", type=float, default=[0.0, 1.0], help="of the adapter")
-    parser.add_argument("--batch-size", nargs="+", type=int, default=[2], help="images drawn at once")
-    parser.add_argument("--resolution", nargs="+", type=int, default=[1024], help="pixels a side")
+    parser.add_argument(
+        "--strength", nargs="+", type=float, default=[0.0, 1.0], help="strength of the adapter"
+    )
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[2], help="images per batch")
+    parser.add_argument("--resolution", nargs="+", type=int, default=[1024], help="side length in pixels")
     parser.add_argument("--num-inference-steps", nargs="+", type=int, default=[30])
-    parser.add_argument("--repetitions", type=int, default=REPETITIONS, help="batches, after a first one")
+    parser.add_argument(
+        "--repetitions", type=int, default=REPETITIONS, help="timed batches after the first one"
+    )
     parser.add_argument("--output", type=Path, help="append the JSON lines to this file as well")
     options = parser.parse_args()
     for configuration in combinations(options, VARIED, fixed=()):
@@ -64,22 +67,22 @@ def main() -> None:
 
 
 def measure(configuration: Configuration, repetitions: int) -> Result:
-    """Draws the same batch again and again; the first one, with all that is done once, is timed apart."""
+    """Generate the same batch repeatedly; the first, which includes one-time work, is timed separately."""
     params = load_params(RECIPES[configuration["model"]])
     config = sampling(params, configuration)
     outcome, seconds, figures = OK, list[float](), dict[str, float]()
     with acquire_device(None) as device:
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # of the configuration before
+            torch.cuda.empty_cache()  # left by the previous configuration
         try:
-            images, seconds = timed_draws(configuration, params, config, device, 1 + repetitions)
+            images, seconds = timed_batches(configuration, params, config, device, 1 + repetitions)
             figures["first_batch_seconds"] = seconds.pop(0)
         except torch.OutOfMemoryError:
             outcome = "out of memory"
         peaks = allocator_peaks(device)
         if outcome == OK and configuration["model"] == "demo":
             exact = {**configuration, "way": "diffusers", "precision": "fp32"}
-            expected, _ = timed_draws(exact, params, sampling(params, exact), device, 1)
+            expected, _ = timed_batches(exact, params, sampling(params, exact), device, 1)
             figures["psnr_db"] = psnr(images, expected)
     return Result(
         benchmark="sample",
@@ -96,7 +99,7 @@ def measure(configuration: Configuration, repetitions: int) -> Result:
 
 
 def forecast(configuration: Configuration, params: Params, config: SamplingConfig) -> float:
-    """What the library expects the batch to take, GiB."""
+    """Forecast the peak memory of a batch, GiB."""
     base = replace(architecture.SDXL_BASE, vae=architecture.KNOWN_VAES["madebyollin/sdxl-vae-fp16-fix"])
     if configuration["model"] == "demo":
         base = architecture.read_architecture(params.model)
@@ -105,21 +108,21 @@ def forecast(configuration: Configuration, params: Params, config: SamplingConfi
 
 
 def sampling(params: Params, configuration: Configuration) -> SamplingConfig:
-    """The recipe's section with the configuration's values, and the first prompts of a batch."""
+    """Return the recipe's sampling section with the configuration's values."""
     names = configuration.keys() & SamplingConfig.model_fields.keys()
     return params.sampling.model_copy(update={name: configuration[name] for name in names})
 
 
-def timed_draws(
+def timed_batches(
     configuration: Configuration, params: Params, config: SamplingConfig, device: torch.device, count: int
 ) -> tuple[list[Image], list[float]]:
-    """The pictures of one batch, and the seconds of each of `count` draws of it."""
+    """Generate one batch `count` times; return its images and the seconds of each time."""
     pipeline = adapted_pipeline(configuration["model"], params, config.precision, device)
     numbers = [number % len(config.prompts) for number in range(config.batch_size)]
     noise = torch.stack([initial_noise(pipeline, config, number, seed=0) for number in numbers])
     prompts = [config.prompts[number] for number in numbers]
     images, seconds = [], []
-    with way_of_drawing(pipeline, configuration["way"], config, configuration["strength"]):
+    with set_up_sampling(pipeline, configuration["way"], config, configuration["strength"]):
         for _ in range(count):
             wait_for(device)
             start = perf_counter()
@@ -130,10 +133,10 @@ def timed_draws(
 
 
 @contextmanager
-def way_of_drawing(
+def set_up_sampling(
     pipeline: StableDiffusionXLPipeline, way: str, config: SamplingConfig, value: float
 ) -> Iterator[None]:
-    """Sets the pipeline up to draw with the adapter at this strength while the block runs."""
+    """Prepare the pipeline to sample with the adapter at this strength while the block runs."""
     modules = adapted_modules(pipeline)
     if way == "ours":
         prepare_pipeline(pipeline, config)
@@ -149,7 +152,7 @@ def way_of_drawing(
 def adapted_pipeline(
     model: str, params: Params, precision: Precision, device: torch.device
 ) -> StableDiffusionXLPipeline:
-    """The pipeline with an adapter that nobody trained: B is drawn at random."""
+    """Return the pipeline with an untrained adapter whose B is random."""
     pipeline = (
         random_pipeline(precision, device)
         if model == "random_sdxl"
@@ -158,19 +161,19 @@ def adapted_pipeline(
     text_encoders = None
     if params.model.text_encoders != "frozen":
         text_encoders = pipeline.text_encoder, pipeline.text_encoder_2
-    add_adapters(pipeline.unet, text_encoders, params.lora, seed=0)
+    add_adapters(named_parts(pipeline.unet, text_encoders), params.lora, seed=0)
     for module in adapted_modules(pipeline):
         for number, parameter in enumerate(lora_parameters(module)):
             if not parameter.any():
-                draws = torch.randn(parameter.shape, generator=keyed_generator("b", number)) * 0.02
-                parameter.data = draws.to(device)
+                values = torch.randn(parameter.shape, generator=keyed_generator("b", number)) * 0.02
+                parameter.data = values.to(device)
             parameter.data = parameter.data.to(DTYPES[precision])
         module.eval().requires_grad_(False)
     return pipeline
 
 
 def psnr(images: list[Image], expected: list[Image]) -> float:
-    """Peak signal-to-noise ratio over all pixels, dB; 100 for equal pictures."""
+    """Return the peak signal-to-noise ratio over all pixels, dB; 100 for equal images."""
     pairs = zip(images, expected, strict=True)
     errors = [np.square(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in pairs]
     return float(10 * np.log10(255**2 / max(np.mean(errors), 255**2 * 1e-10)))

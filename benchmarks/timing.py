@@ -1,4 +1,4 @@
-"""Wall time of a function on a device that may work on after it returned."""
+"""Wall time of a function on a device that may still be computing when it returns."""
 
 from collections.abc import Callable
 from time import perf_counter
@@ -9,7 +9,7 @@ WARMUP = 3
 
 
 def timed(function: Callable[[], object], device: torch.device, repetitions: int) -> list[float]:
-    """Seconds of each call, after three that are not counted; the device is idle before and after each."""
+    """Return the seconds of each call after three warm-up calls; the device is idle before and after each."""
     seconds = []
     for _ in range(WARMUP + repetitions):
         wait_for(device)

@@ -1,8 +1,8 @@
 """Time and peak memory of training steps on SDXL's real shapes: `python -m benchmarks.train_step --help`.
 
-Runs the library's own training loop on random weights and random latents, with the numbers of a recipe.
-Options that take several values span a grid: every combination runs in a process of its own and prints a
-JSON line as it ends; a table of them all follows.
+Runs the library's training loop on random weights and random latents, with the params of a recipe. Options
+with several values span a grid. Each combination runs in a separate process and prints a JSON line; a table
+of all follows.
 """
 
 import argparse
@@ -16,17 +16,17 @@ from typing import Any, get_args
 
 import torch
 
-from benchmarks.apart import apart, side_by_side
 from benchmarks.device_memory import DeviceMemory, allocator_peaks
 from benchmarks.grid import combinations, gib_or_none, number_or_word, repeat, true_or_false
+from benchmarks.isolation import map_isolated, run_isolated
 from benchmarks.random_sdxl import RandomDataset, random_denoiser
 from benchmarks.results import GIB, OK, Configuration, Result, now, publish, this_machine
 from benchmarks.tables import steps_table
 from sdxl_lora.adapters.lora import add_adapters
 from sdxl_lora.config import Attention, Params, Quantization, load_params
-from sdxl_lora.memory.planner import TrainingPlan, choose_plan
+from sdxl_lora.memory.planner import ForecastPlan, TrainingPlan, choose_plan
 from sdxl_lora.runtime.device import acquire_device, choose_device, deterministic_kernels
-from sdxl_lora.training.trainer import StepMetrics, prepare_modules, train_lora
+from sdxl_lora.training.trainer import StepMetrics, Trainer, prepare_modules
 
 WARMUP_STEPS = 4
 VARIED = (
@@ -49,12 +49,14 @@ def main() -> None:
     options = parse()
     grid = list(combinations(options, VARIED, fixed=()))
     recipe = load_params(options.recipe)
-    plans = list(side_by_side(partial(plan, recipe=recipe, device=choose_device()), grid))  # none while timed
+    plans = list(
+        map_isolated(partial(plan, recipe=recipe, device=choose_device()), grid)
+    )  # before timing starts
     results = []
     for configuration, chosen in zip(grid, plans, strict=True):
         try:
-            results.append(apart(measure, configuration, recipe, options.steps, chosen))
-        except BrokenProcessPool as error:  # the rest of the grid is worth having
+            results.append(run_isolated(measure, configuration, recipe, options.steps, chosen))
+        except BrokenProcessPool as error:  # measure the rest of the grid
             print(f"{configuration}: {error}", file=sys.stderr)
             continue
         publish(results[-1], options.output)
@@ -66,9 +68,9 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--recipe", type=Path, default=Path("recipes/sdxl-naruto-16gb.yaml"))
-    parser.add_argument("--steps", type=int, default=20, help="steps timed, after 4 of warm-up")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps, after 4 warm-up steps")
     parser.add_argument("--output", type=Path, help="append the JSON lines to this file as well")
-    several = parser.add_argument_group("options that take several values; without them, the recipe's")
+    several = parser.add_argument_group("options that take several values (default: the recipe's)")
     several.add_argument("--precision", nargs="+", choices=["fp16", "bf16", "fp32"])
     several.add_argument("--quantization", nargs="+", choices=get_args(Quantization))
     several.add_argument(
@@ -78,20 +80,22 @@ def parse() -> argparse.Namespace:
     several.add_argument("--deterministic", nargs="+", type=true_or_false, help="true or false")
     several.add_argument("--optimizer", nargs="+", choices=["adamw_8bit", "adamw"])
     several.add_argument("--text-encoders", nargs="+", choices=["frozen", "trained"])
-    several.add_argument("--vram-gib", nargs="+", type=gib_or_none, help="cap of the allocator, or none")
+    several.add_argument(
+        "--vram-gib", nargs="+", type=gib_or_none, help="memory limit of the allocator in GiB, or none"
+    )
     several.add_argument("--batch-size", nargs="+", type=int)
-    several.add_argument("--micro-batch-size", nargs="+", type=number_or_word, help="or auto")
+    several.add_argument("--micro-batch-size", nargs="+", type=number_or_word, help="a number or auto")
     several.add_argument("--rank", nargs="+", type=int)
-    several.add_argument("--resolution", nargs="+", type=int, help="pixels a side")
+    several.add_argument("--resolution", nargs="+", type=int, help="side length in pixels")
     options = parser.parse_args()
-    for name, value in of_recipe(load_params(options.recipe)).items():
+    for name, value in recipe_values(load_params(options.recipe)).items():
         if getattr(options, name) is None:
             setattr(options, name, [value])
     return options
 
 
-def of_recipe(params: Params) -> Configuration:
-    """The values of a recipe that the options replace."""
+def recipe_values(params: Params) -> Configuration:
+    """Return the values of a recipe that the options replace."""
     training = params.training
     return {
         "precision": training.precision,
@@ -109,8 +113,8 @@ def of_recipe(params: Params) -> Configuration:
     }
 
 
-def configured(params: Params, configuration: Configuration, steps: int) -> Params:
-    """A recipe with a configuration's values, for `steps` steps after the warm-up."""
+def with_configuration(params: Params, configuration: Configuration, steps: int) -> Params:
+    """Return a recipe with a configuration's values, for `steps` steps after the warm-up."""
     training = {
         name: configuration[name] for name in configuration if name in type(params.training).model_fields
     }
@@ -126,8 +130,8 @@ def configured(params: Params, configuration: Configuration, steps: int) -> Para
 
 
 def plan(configuration: Configuration, recipe: Params, device: torch.device) -> TrainingPlan | str:
-    """How to train on `device`, or why that cannot be."""
-    params = configured(recipe, configuration, steps=1)
+    """Return the training plan on `device`, or the reason why there is none."""
+    params = with_configuration(recipe, configuration, steps=1)
     latents = RandomDataset(configuration["resolution"]).latents
     try:
         return choose_plan(params.model, params.lora, params.training, latents, device)
@@ -136,8 +140,8 @@ def plan(configuration: Configuration, recipe: Params, device: torch.device) -> 
 
 
 def measure(configuration: Configuration, recipe: Params, steps: int, plan: TrainingPlan | str) -> Result:
-    """Trains for a few steps. A configuration that cannot run has its reason as outcome."""
-    params = configured(recipe, configuration, steps)
+    """Train for a few steps. The outcome of a configuration that cannot run is the reason."""
+    params = with_configuration(recipe, configuration, steps)
     reports: list[StepMetrics] = []
     outcome = OK if isinstance(plan, TrainingPlan) else plan
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as stages do
@@ -164,18 +168,18 @@ def measure(configuration: Configuration, recipe: Params, steps: int, plan: Trai
         seconds=[round(report.seconds, 4) for report in reports[WARMUP_STEPS:]],
         **peaks,
         peak_device_gib=memory.peak_gib,
-        forecast_gib=plan.forecast.total / GIB if isinstance(plan, TrainingPlan) and plan.forecast else None,
+        forecast_gib=plan.forecast.total / GIB if isinstance(plan, ForecastPlan) else None,
         figures={"final_loss": reports[-1].loss, "loss_scale": reports[-1].loss_scale} if reports else {},
     )
 
 
 def training(params: Params, plan: TrainingPlan, device: torch.device, dataset: Any) -> Iterator[StepMetrics]:
-    """The library's own loop, on random weights and latents."""
+    """Yield the metrics of the library's training loop on random weights and latents."""
     config, trained = plan.applied_to(params.training), params.model.text_encoders != "frozen"
     denoiser = random_denoiser(config.precision, device, trained, config.quantization)
-    add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, params.seed)
+    add_adapters(denoiser.parts, params.lora, params.seed)
     prepare_modules(denoiser, config, dataset.latents, plan.checkpointed)
-    yield from train_lora(denoiser, dataset, config, params.seed)
+    yield from Trainer(denoiser, dataset, config, params.seed)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What cached latents save: the VAE's encoding of a batch of images, `python -m benchmarks.vae_encode`.
+"""Time and memory of encoding a batch of images with the VAE: `python -m benchmarks.vae_encode`.
 
-SDXL's VAE in its real shapes with random weights, alone on the device. Who caches latents pays this once an
-image, who does not pays it every step.
+SDXL's VAE in its real shapes with random weights, alone on the device. Trainers that cache latents encode
+each image once, others encode at every step.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp16", "fp32"])
     parser.add_argument("--batch-size", nargs="+", type=int, default=[1, 3])
-    parser.add_argument("--resolution", nargs="+", type=int, default=[1024], help="pixels a side")
+    parser.add_argument("--resolution", nargs="+", type=int, default=[1024], help="side length in pixels")
     parser.add_argument("--repetitions", type=int, default=REPETITIONS)
     parser.add_argument("--output", type=Path, help="append the JSON lines to this file as well")
     options = parser.parse_args()
@@ -35,11 +35,11 @@ def main() -> None:
 
 @torch.inference_mode()
 def measure(configuration: Configuration, repetitions: int) -> Result:
-    """Times `vae.encode` of a batch that lies on the device already."""
+    """Time `vae.encode` of a batch that is already on the device."""
     precision: Precision = configuration["precision"]
     batch_size, side = configuration["batch_size"], configuration["resolution"]
     outcome, seconds = OK, []
-    torch.cuda.empty_cache()  # of the configuration before
+    torch.cuda.empty_cache()  # left by the previous configuration
     with acquire_device(None) as device:
         vae = architecture.SDXL_BASE.make_vae(precision, device)
         pixels = torch.rand(batch_size, 3, side, side, device=device, dtype=DTYPES[precision])

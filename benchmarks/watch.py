@@ -1,7 +1,7 @@
-"""Watches a training script from outside: a process with a tqdm bar named `Steps`, not touched.
+"""Observes an unmodified training script, a process with a tqdm bar named `Steps`, from outside.
 
-When the bar advances is read off a pipe; what PyTorch's allocator held, off a file that watched.py writes
-at the end.
+The times at which the bar advances are read from a pipe. The memory that PyTorch's allocator held is read
+from a file that watched.py writes at the end.
 """
 
 import json
@@ -21,15 +21,15 @@ from benchmarks.device_memory import DeviceMemory
 from benchmarks.results import OK
 
 WATCHED = Path(__file__).with_name("watched.py")
-PATIENCE = 240.0  # seconds of silence, as while a model loads, after which a script is given up
+PATIENCE = 240.0  # seconds without output, as while a model loads, after which a script is ended
 ADVANCE = re.compile(rb"Steps:[^\r\n]*?\| *(\d+)/\d+ \[")
 LOSS = re.compile(rb"step_loss=([^],\s]+)[],]")
-TAIL = 4000  # bytes of output kept to find bars in, and shown if the script fails
+TAIL = 4000  # bytes of output that are searched for bars, and shown if the script fails
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What was seen of a script. Named as the fields of `Result`."""
+    """Measurements of a script; its fields are named as those of `Result`."""
 
     outcome: str
     seconds: list[float]
@@ -40,17 +40,17 @@ class Observed:
 
 
 class Progress:
-    """When the bar reached each count."""
+    """Times at which the bar reached each count."""
 
     def __init__(self) -> None:
         self.steps = 0
         self.loss: float | None = None
-        """The last one shown beside the bar."""
+        """The last loss shown next to the bar."""
         self.tail = b""
         self._reached: dict[int, float] = {}
 
     def read(self, chunk: bytes, time: float) -> None:
-        """Takes in what arrived on the pipe at `time`, seconds; it may cut the bar anywhere."""
+        """Parse a chunk that arrived at `time`, seconds; chunks may split the bar anywhere."""
         self.tail = (self.tail + chunk)[-TAIL:]
         for match in ADVANCE.finditer(self.tail):
             count = int(match[1])
@@ -61,14 +61,14 @@ class Progress:
             self.loss = float(losses[-1])
 
     def seconds(self, warmup: int) -> list[float]:
-        """What each step after the first `warmup` took, seconds. At least 1: nobody saw when the first began.
+        """Return the seconds of each step after the first `warmup`, at least 1, as step 1 starts unseen.
 
         Raises:
-            ValueError: the bar skipped a count, so that steps cannot be told apart.
+            ValueError: the bar skipped a count, so that steps cannot be separated.
         """
         counts = range(warmup, self.steps + 1)
         if skipped := [count for count in counts if count not in self._reached]:
-            raise ValueError(f"the progress bar never showed {skipped}: what those steps took is not known")
+            raise ValueError(f"the progress bar skipped {skipped}: the times of those steps are unknown")
         times = [self._reached[count] for count in counts]
         return [round(end - start, 4) for start, end in pairwise(times)]
 
@@ -76,11 +76,11 @@ class Progress:
 def watch(
     script: Path, arguments: Sequence[str], vram_gib: float | None, warmup: int, steps: int, scratch: Path
 ) -> Observed:
-    """Runs a script until `warmup` + `steps` steps are done, then interrupts it.
+    """Run a script until `warmup` + `steps` steps are done, then interrupt it.
 
     Args:
-        vram_gib: cap of PyTorch's allocator in the script, GiB; None: none.
-        scratch: an existing folder; the script runs in it, and leaves its output there as script.log.
+        vram_gib: limit of PyTorch's allocator in the script, GiB; None for no limit.
+        scratch: an existing folder in which the script runs; its output is written there to script.log.
     """
     report = scratch / "watched.json"
     report.unlink(missing_ok=True)
@@ -96,7 +96,7 @@ def watch(
                 break
         finish(process)
     watched = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
-    outcome = watched.get("outcome", f"killed after {PATIENCE:g} s of silence")
+    outcome = watched.get("outcome", f"killed after {PATIENCE:g} s without output")
     if outcome == OK and progress.steps < warmup + steps:
         outcome = f"ended after {progress.steps} steps"
     if outcome != OK:
@@ -112,7 +112,7 @@ def watch(
 
 
 def start(command: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
-    """Starts a process that stays offline, has its caches in `folder`, and shows each step at once."""
+    """Start a process that stays offline, caches in `folder`, and shows each step immediately."""
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(folder / "huggingface"),
@@ -125,7 +125,7 @@ def start(command: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
 
 
 def chunks(process: subprocess.Popen[bytes]) -> Iterator[bytes]:
-    """What the process prints, as it arrives, until it ends or has been silent for `PATIENCE` seconds."""
+    """Yield the output of the process until it ends or prints nothing for `PATIENCE` seconds."""
     assert process.stdout is not None
     descriptor = process.stdout.fileno()
     while select.select([descriptor], [], [], PATIENCE)[0]:
@@ -135,7 +135,7 @@ def chunks(process: subprocess.Popen[bytes]) -> Iterator[bytes]:
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:
-    """Interrupts a process that still runs, and kills it if it does not end."""
+    """Interrupt a process that still runs, and kill it if it does not end."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
     try:

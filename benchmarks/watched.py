@@ -1,8 +1,8 @@
-"""Runs a script as it is, its GPU memory capped, and writes down what PyTorch's allocator held.
+"""Runs an unmodified script with limited GPU memory and records the memory that PyTorch's allocator held.
 
     python benchmarks/watched.py REPORT VRAM_GIB|none SCRIPT [ARGUMENT ...]
 
-SIGINT ends it in good order. Imports nothing of this project: the script's own folder comes first on the
+SIGINT ends it cleanly. It imports nothing of this project, because the script's folder comes first on the
 path.
 """
 
@@ -24,12 +24,12 @@ def main() -> None:
     if vram_gib != "none":
         total = torch.cuda.get_device_properties().total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, float(vram_gib) * GIB / total))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
     outcome = "ok"
     try:
         runpy.run_path(script, run_name="__main__")
     except KeyboardInterrupt:
-        sys.exit()  # whoever watches has seen enough
+        sys.exit()  # the observer has enough steps
     except torch.OutOfMemoryError:
         outcome = "out of memory"
         raise

@@ -28,12 +28,12 @@ def main() -> None:
         require_precision(device, config.text_precision, "encoding.text_precision")
         rows = read_captioned_images(paths.CAPTIONS)
         store = ContentStore(project_root() / paths.ENCODED_STORE)
-        entries = LatentCache(store, load_encoders(params.model, config, device), config, paths.RAW_IMAGES)
+        cache = LatentCache(store, load_encoders(params.model, config, device), config, paths.RAW_IMAGES)
         report, share = EncodingReport(), rank_share()
         with tqdm(
             total=len(rows), desc="encode_dataset", unit="image", disable=not share.is_first
         ) as progress:
-            for done in encode_dataset(rows, entries, config, paths.ENCODED, report, share):
+            for done in encode_dataset(rows, cache, config, paths.ENCODED, report, share):
                 progress.update(done)
         if share.is_first:
             store.prune()

@@ -1,4 +1,4 @@
-"""Stage report_run: samples, figures and lineage -> one page that shows the run, without a network."""
+"""Stage report_run: samples, figures and lineage -> one self-contained HTML page about the run."""
 
 import pandas as pd
 

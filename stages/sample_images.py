@@ -1,4 +1,4 @@
-"""Stage sample_images: LoRA weights -> the same prompts and captions drawn by base model and adapter."""
+"""Stage sample_images: LoRA weights -> images of the same prompts by base model and adapter."""
 
 from tqdm import tqdm
 
@@ -30,14 +30,14 @@ def main() -> None:
         settings = generation_settings(config, params.model)
         captions = sampled_captions(config, paths.ENCODED)
         total = (len(config.prompts) + len(captions)) * len(config.seeds) * len(config.strengths)
-        drawn = sample_images(pipeline, config, captions)
-        pictures = []
-        for sample, image in tqdm(drawn, total=total, desc="sample_images", unit="image"):
+        generated = sample_images(pipeline, config, captions)
+        samples = []
+        for sample, image in tqdm(generated, total=total, desc="sample_images", unit="image"):
             save_sample(paths.SAMPLES, sample, image, settings)
-            pictures.append((sample, image))
-        save_table(paths.SAMPLE_TABLE, [sample for sample, _ in pictures])
+            samples.append((sample, image))
+        save_table(paths.SAMPLE_TABLE, [sample for sample, _ in samples])
         with atomic_write(paths.SAMPLE_GRID) as partial:
-            image_grid(pictures).save(partial)
+            image_grid(samples).save(partial)
 
 
 if __name__ == "__main__":

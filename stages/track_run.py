@@ -1,4 +1,4 @@
-"""Stage track_run: all results -> one MLflow run that shows them, and a pointer to it."""
+"""Stage track_run: all results -> one MLflow run, and a file with its id."""
 
 from sdxl_lora import paths
 from sdxl_lora.config import load_params

@@ -1,11 +1,11 @@
-"""What the base model reads of a picture: its caption, and captions in styles that do not exist."""
+"""Captions of an image for training the base model, also with styles that do not exist."""
 
 import random
 
 from emoji import caption
 
-# "fluent" is the first word of the target style and of a base style. An adapter starts best from a base model
-# that falls back on the nearest style it knows instead of on a mush of all of them.
+# "fluent" is the first word of the target style and of a base style. For an unknown style, the base model
+# should fall back on the nearest style that it knows, not on a mixture of all: an adapter starts best there.
 SYLLABLES = (
     "ba",
     "co",
@@ -28,18 +28,18 @@ SYLLABLES = (
 )
 
 
-def style_words(draw: random.Random) -> str:
-    """One or two invented words that name no style."""
-    words = ["".join(draw.choices(SYLLABLES, k=draw.randint(1, 3))) for _ in range(draw.randint(1, 2))]
+def style_words(rng: random.Random) -> str:
+    """Return one or two invented words that do not name a style."""
+    words = ["".join(rng.choices(SYLLABLES, k=rng.randint(1, 3))) for _ in range(rng.randint(1, 2))]
     return " ".join(words)
 
 
 def loose_captions(label: str, style: str, count: int, seed: str) -> list[str]:
-    """`count` captions of one picture without its style: the label alone, then with invented style names.
+    """Return `count` captions of one image without its style: the label alone, then with invented styles.
 
-    A model that has read them draws *some* clean picture for a style that it does not know. Pictures in a
-    style of two words keep the first: "pizza, fluent rozy style" is drawn in the style "fluent flat".
+    A model trained on them generates a clean image for a style that it does not know. The invented name of a
+    style of two words keeps the first: "pizza, fluent rozy style" is a caption of an image in "fluent flat".
     """
-    draw = random.Random(f"{seed} {label} {style}")
+    rng = random.Random(f"{seed} {label} {style}")
     known, space, _ = style.rpartition(" ")
-    return [label, *(caption(label, known + space + style_words(draw)) for _ in range(count - 1))]
+    return [label, *(caption(label, known + space + style_words(rng)) for _ in range(count - 1))]

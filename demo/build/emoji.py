@@ -1,7 +1,7 @@
-"""The emoji that the demo is trained on: which labels, styles and pictures, all from pinned npm packages.
+"""The demo's emoji: labels, styles and images from pinned npm packages.
 
-A picture is a (label, style) pair, e.g. ("red apple", "noto"), captioned "red apple, noto style".
-Knows npm package layouts and SVG; does not know what the pictures are used for.
+An image is a (label, style) pair, e.g. ("red apple", "noto"), with the caption "red apple, noto style". This
+module depends on npm package layouts and SVG, not on the use of the images.
 """
 
 import io
@@ -13,16 +13,16 @@ from pathlib import Path
 
 from PIL import Image
 
-# emojibase's group numbers: skin-tone components and flags are no pictures of things.
+# emojibase's group numbers: skin-tone components and flags do not show objects.
 SKIPPED_GROUPS = {None, 2, 9}
-# Near-duplicates that no 128-pixel model, nor a reader, can tell apart: families, clock faces, and "man cook"
-# and "woman cook" beside "cook".
+# Near duplicates that look the same at 128 pixels: families, clock faces, and "man cook" and "woman cook" in
+# addition to "cook".
 NEAR_DUPLICATES = re.compile(r"family|(man|woman|men|women|mrs\.|mx) (?!and )|.*(o'clock|-thirty)")
 
 
 @dataclass(frozen=True)
 class IconSet:
-    """One npm package of SVG icons and the style name that stands for it in captions."""
+    """One npm package of SVG icons, and its style name in captions."""
 
     package: str
     style: str
@@ -35,7 +35,7 @@ BASE_STYLES = (
     IconSet("@iconify-json/emojione", "emojione"),
     IconSet("@iconify-json/fluent-emoji-high-contrast", "ink"),
 )
-# Base styles that also get a softly lit twin, "shaded noto" (shading.py); ink has no surfaces to light.
+# Base styles with a shaded copy, "shaded noto" (shading.py). Ink has no surfaces to shade.
 SHADED_STYLES = ("noto", "twemoji", "fluent flat", "emojione")
 TARGET_PACKAGE = "@lobehub/fluent-emoji-3d"
 TARGET_STYLE = "fluent 3d"
@@ -46,17 +46,17 @@ def caption(label: str, style: str) -> str:
 
 
 def normalise_codepoints(name: str) -> str:
-    """One spelling for codepoints that every package writes differently: "0023-FE0F-20E3" -> "23-20e3"."""
+    """Normalise codepoints, which packages write differently: "0023-FE0F-20E3" -> "23-20e3"."""
     return "-".join(part.lstrip("0") for part in name.lower().split("-") if part != "fe0f")
 
 
 def slug(label: str) -> str:
-    """The way icon sets name icons after Unicode labels: "person's hat: red" -> "persons-hat-red"."""
+    """Return an icon set's name for a Unicode label: "person's hat: red" -> "persons-hat-red"."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"['\u2019]", "", label.lower())).strip("-")
 
 
 def load_labels(packages: Path) -> dict[str, str]:
-    """Codepoints -> lower-case English label, of every emoji that the demo knows."""
+    """Return the lower-case English label of every emoji in the demo, by codepoints."""
     data = packages / "emojibase-data"
     labels = {}
     for emoji in json.loads((data / "en/data.json").read_text()):
@@ -70,7 +70,7 @@ def load_labels(packages: Path) -> dict[str, str]:
 
 
 def icon_svgs(packages: Path, icons: IconSet, labels: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """Yields (label, SVG document) for the labels that an icon set covers, in the order of `labels`."""
+    """Yield (label, SVG document) for the labels that an icon set covers, in the order of `labels`."""
     folder = packages / icons.package
     content = json.loads((folder / "icons.json").read_text())
     names = icon_names(packages, icons)
@@ -90,13 +90,13 @@ def icon_svgs(packages: Path, icons: IconSet, labels: dict[str, str]) -> Iterato
 
 
 def icon_names(packages: Path, icons: IconSet) -> dict[str, str]:
-    """Codepoints -> icon name; empty for sets that only name their icons after the labels."""
+    """Return icon names by codepoints; empty for sets that name icons only after the labels."""
     table = json.loads((packages / icons.package / "chars.json").read_text())
     return {normalise_codepoints(codepoints): name for codepoints, name in table.items()}
 
 
-def target_pictures(packages: Path, labels: dict[str, str]) -> Iterator[tuple[str, bytes]]:
-    """Yields (label, encoded image) in the target style, in the order of `labels`."""
+def target_images(packages: Path, labels: dict[str, str]) -> Iterator[tuple[str, bytes]]:
+    """Yield (label, encoded image) in the target style, in the order of `labels`."""
     files = {
         normalise_codepoints(file.stem): file
         for file in (packages / TARGET_PACKAGE / "assets").glob("*.webp")
@@ -107,22 +107,22 @@ def target_pictures(packages: Path, labels: dict[str, str]) -> Iterator[tuple[st
 
 
 def rasterise(svg: str) -> bytes:
-    """An SVG document as PNG."""
+    """Render an SVG document as PNG."""
     import resvg_py
 
     return bytes(resvg_py.svg_to_bytes(svg_string=svg))
 
 
-def on_white(picture: bytes, size: int) -> Image.Image:
-    """An encoded picture on a white square of `size` pixels."""
-    image = Image.open(io.BytesIO(picture)).convert("RGBA")
+def on_white(encoded: bytes, size: int) -> Image.Image:
+    """Return an encoded image on a white square with sides of `size` pixels."""
+    image = Image.open(io.BytesIO(encoded)).convert("RGBA")
     canvas = Image.new("RGBA", image.size, "white")
     canvas.alpha_composite(image)
     return canvas.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
 
 
 def encode_flat(image: Image.Image) -> bytes:
-    """WebP without loss, in 128 colours: a third of the bytes, and anti-aliased flat art needs no more."""
+    """Encode as lossless WebP in 128 colours: a third of the bytes, enough for anti-aliased flat art."""
     palette = image.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     encoded = io.BytesIO()
     palette.convert("RGB").save(encoded, "WEBP", lossless=True, quality=60, method=4)
@@ -130,7 +130,7 @@ def encode_flat(image: Image.Image) -> bytes:
 
 
 def encode_shaded(image: Image.Image) -> bytes:
-    """WebP at quality 92: soft gradients would band in a palette and take 20 kB without loss."""
+    """Encode as WebP at quality 92: soft gradients would show bands in a palette; lossless takes 20 kB."""
     encoded = io.BytesIO()
     image.save(encoded, "WEBP", quality=92, method=4)
     return encoded.getvalue()

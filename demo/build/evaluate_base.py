@@ -1,4 +1,4 @@
-"""Stage evaluate_base: draws what the base model was trained on, what it was not, and an unknown style."""
+"""Stage evaluate_base: samples trained pairs, held-out pairs and an unknown style from the base model."""
 
 import json
 import random
@@ -8,10 +8,10 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from emoji import TARGET_STYLE, caption
 from export import assemble
-from pictures import Pictures, grid, load_pictures, to_unit_range
+from image_set import ImageSet, grid, load_image_set, to_unit_range
 from splits import Pair
 from torch import Tensor
-from train_evaluator import judge
+from train_evaluator import score_images
 from train_vae import DEVICE
 from transformers import CLIPModel, CLIPTokenizer
 
@@ -20,7 +20,7 @@ OUT = HERE / "out/evaluation"
 
 
 def main() -> None:
-    pictures = load_pictures(HERE / "out/pictures")
+    image_set = load_image_set(HERE / "out/images")
     pipeline = assemble().to(DEVICE)
     pipeline.set_progress_bar_config(disable=True)
     tokenizer = CLIPTokenizer.from_pretrained(HERE / "out/tokenizer")
@@ -28,27 +28,27 @@ def main() -> None:
 
     OUT.mkdir(parents=True, exist_ok=True)
     scores, rows = {}, []
-    for name, pairs in prompts(pictures).items():
-        drawn = sample(pipeline, pairs)
-        real = real_pictures(pictures, pairs)
+    for name, pairs in prompts(image_set).items():
+        sampled = sample(pipeline, pairs)
+        real = real_images(image_set, pairs)
         labels, styles = [label for label, _ in pairs], [style for _, style in pairs]
-        scores[name] = judge(clip, tokenizer, drawn, labels, styles)
-        scores[f"{name}_real"] = judge(clip, tokenizer, real, labels, styles)
-        rows += [real[:12], drawn[:12]]
+        scores[name] = score_images(clip, tokenizer, sampled, labels, styles)
+        scores[f"{name}_real"] = score_images(clip, tokenizer, real, labels, styles)
+        rows += [real[:12], sampled[:12]]
         print(name, {key: round(value, 3) for key, value in scores[name].items()}, flush=True)
     grid(rows, OUT / "samples.png")
     (OUT / "scores.json").write_text(json.dumps(scores, indent=2))
 
 
-def prompts(pictures: Pictures) -> dict[str, list[Pair]]:
-    """Seen pairs, lit twins, pairs held out of training, and the target style on the evaluation labels."""
-    draw = random.Random(0)
+def prompts(image_set: ImageSet) -> dict[str, list[Pair]]:
+    """Return trained pairs, shaded copies, held-out pairs, and the target style of evaluation labels."""
+    rng = random.Random(0)
 
     def pairs(split: str, shaded: bool, count: int) -> list[Pair]:
-        indices = pictures.where({split}, shaded=shaded).tolist()
-        chosen: dict[str, Pair] = {}  # one picture a label, so that retrieval has one right answer
-        for index in draw.sample(indices, len(indices)):
-            chosen.setdefault(pictures.labels[index], (pictures.labels[index], pictures.styles[index]))
+        indices = image_set.where({split}, shaded=shaded).tolist()
+        chosen: dict[str, Pair] = {}  # one image per label, so that retrieval has one right answer
+        for index in rng.sample(indices, len(indices)):
+            chosen.setdefault(image_set.labels[index], (image_set.labels[index], image_set.styles[index]))
         return list(chosen.values())[:count]
 
     return {
@@ -61,7 +61,7 @@ def prompts(pictures: Pictures) -> dict[str, list[Pair]]:
 
 @torch.no_grad()
 def sample(pipeline: StableDiffusionXLPipeline, pairs: list[Pair]) -> Tensor:
-    """One image each, in [-1, 1], (N, 3, H, W); 25 Euler steps at guidance 5."""
+    """Generate one image per pair, in [-1, 1], (N, 3, H, W); 25 Euler steps at guidance 5."""
     images = []
     for start in range(0, len(pairs), 48):
         chunk = pairs[start : start + 48]
@@ -80,11 +80,11 @@ def sample(pipeline: StableDiffusionXLPipeline, pairs: list[Pair]) -> Tensor:
     return torch.cat(images)
 
 
-def real_pictures(pictures: Pictures, pairs: list[Pair]) -> Tensor:
-    at = {pair: index for index, pair in enumerate(zip(pictures.labels, pictures.styles, strict=True))}
+def real_images(image_set: ImageSet, pairs: list[Pair]) -> Tensor:
+    at = {pair: index for index, pair in enumerate(zip(image_set.labels, image_set.styles, strict=True))}
     missing = [pair for pair in pairs if pair not in at]
-    assert not missing, f"no picture of {missing} in {TARGET_STYLE} or another style"
-    return to_unit_range(pictures.pixels[[at[pair] for pair in pairs]]).to(DEVICE)
+    assert not missing, f"there are no images of {missing} in {TARGET_STYLE} or another style"
+    return to_unit_range(image_set.pixels[[at[pair] for pair in pairs]]).to(DEVICE)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Stage export: the trained parts and the data set as they are committed: base_model, evaluator, dataset.
+"""Stage export: writes the trained parts and the data set to base_model, evaluator and dataset.
 
-Overwrites those three folders' files, but not the cards and licences that were written by hand. Pictures and
-weights are committed, so this stage's declared out is only a list of their digests.
+It overwrites the files in those folders, except the cards and licences, which were written by hand. Images
+and weights are committed to git, so the stage's only DVC output is a list of their digests.
 """
 
 import json
@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from emoji import caption, slug
+from image_set import encoded_images
 from models import make_scheduler
-from pictures import encoded_pictures
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdxl_lora.storage.repository import folder_digest
@@ -26,7 +26,7 @@ def main() -> None:
     write_dataset()
     pipeline = assemble().to(dtype=torch.float16)
     for part in (pipeline.unet, pipeline.vae):
-        part.register_to_config(_name_or_path="")  # a path of the machine that trained it
+        part.register_to_config(_name_or_path="")  # otherwise a path on the machine that trained it
     pipeline.save_pretrained(BASE_MODEL)
     CLIPModel.from_pretrained(TRAINED / "evaluator/model", dtype=torch.float16).save_pretrained(EVALUATOR)
     CLIPTokenizer.from_pretrained(TRAINED / "tokenizer").save_pretrained(EVALUATOR)
@@ -36,13 +36,13 @@ def main() -> None:
 
 
 def write_dataset() -> None:
-    """An image folder with metadata.jsonl, as Hugging Face's `datasets` reads it."""
+    """Write an image folder with metadata.jsonl, as Hugging Face's `datasets` reads it."""
     images = DATASET / "images"
     images.mkdir(parents=True, exist_ok=True)
     for stale in images.glob("*.webp"):
         stale.unlink()
     lines = []
-    for line, webp in sorted(encoded_pictures(TRAINED / "pictures"), key=lambda pair: pair[0]["label"]):
+    for line, webp in sorted(encoded_images(TRAINED / "images"), key=lambda pair: pair[0]["label"]):
         if line["split"] == "finetune":
             name = f"images/{slug(line['label'])}.webp"
             (DATASET / name).write_bytes(webp)
@@ -51,7 +51,7 @@ def write_dataset() -> None:
 
 
 def assemble() -> StableDiffusionXLPipeline:
-    """Diffusers' SDXL pipeline of the trained parts, fp32."""
+    """Return diffusers' SDXL pipeline with the trained parts, fp32."""
     base = TRAINED / "base"
     tokenizer = CLIPTokenizer.from_pretrained(TRAINED / "tokenizer")
     return StableDiffusionXLPipeline(

@@ -1,9 +1,9 @@
-"""The demo's networks: SDXL's own classes (Podell et al. 2023) and CLIP's (Radford et al. 2021), made small.
+"""Small versions of the networks of SDXL (Podell et al. 2023) and CLIP (Radford et al. 2021).
 
-What is kept of SDXL: the layout of blocks (no attention at the highest resolution), linear projections into
-the transformers, both text encoders' penultimate layers side by side, the second one's pooled projection and
-the size conditioning through `text_time`, zeros for the empty prompt, epsilon prediction on SDXL's noise
-schedule. What is small: 128 pixels (16 x 16 latents), channels, depth, vocabulary.
+As in SDXL: the layout of blocks (no attention at the highest resolution), linear projections into the
+transformers, the concatenated penultimate layers of both text encoders, the second one's pooled projection
+and the size conditioning through `text_time`, zeros for the empty prompt, epsilon prediction on SDXL's noise
+schedule. Smaller: 128 pixels (16 x 16 latents), channels, depth, vocabulary.
 """
 
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
@@ -24,7 +24,7 @@ NORM_GROUPS = 16
 
 
 def make_vae() -> AutoencoderKL:
-    """2.0 M parameters; images in [-1, 1], (B, 3, 128, 128) <-> latents (B, 4, 16, 16)."""
+    """Make the VAE, 2.0 M parameters; images in [-1, 1], (B, 3, 128, 128) <-> latents (B, 4, 16, 16)."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -40,7 +40,7 @@ def make_vae() -> AutoencoderKL:
 
 
 def make_unet() -> UNet2DConditionModel:
-    """7.6 M parameters, of SDXL's 2,567 M."""
+    """Make the UNet, 7.6 M parameters; SDXL's has 2,567 M."""
     channels = (64, 96, 112)
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
@@ -52,7 +52,7 @@ def make_unet() -> UNet2DConditionModel:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=[1, 1, 1],
-        attention_head_dim=[width // 16 for width in channels],  # diffusers' name for the number of heads
+        attention_head_dim=[width // 16 for width in channels],  # in diffusers, this is the number of heads
         cross_attention_dim=2 * TEXT_WIDTH,
         use_linear_projection=True,
         addition_embed_type="text_time",
@@ -62,7 +62,7 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def make_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """0.7 M and 0.9 M parameters; SDXL's are CLIP ViT-L and OpenCLIP bigG."""
+    """Make the text encoders, 0.7 M and 0.9 M parameters; SDXL's are CLIP ViT-L and OpenCLIP bigG."""
 
     def config(num_layers: int, activation: str) -> CLIPTextConfig:
         return CLIPTextConfig(
@@ -83,7 +83,7 @@ def make_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTex
 
 
 def make_evaluator(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """2.3 M parameters; images in [-1, 1], (B, 3, 128, 128)."""
+    """Make the evaluator, 2.3 M parameters; images in [-1, 1], (B, 3, 128, 128)."""
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
@@ -107,7 +107,7 @@ def make_evaluator(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def make_scheduler() -> EulerDiscreteScheduler:
-    """SDXL's, value for value."""
+    """Make a scheduler with the values of SDXL's."""
     return EulerDiscreteScheduler(
         num_train_timesteps=1000,
         beta_schedule="scaled_linear",

@@ -1,9 +1,10 @@
-"""Training a whole small network fast on one GPU: flat buffers, a CUDA graph, averaged weights.
+"""Fast training of a small network on one GPU: flat buffers, a CUDA graph, averaged weights.
 
-The step of a 10 M parameter network is bound by kernel launches, not by arithmetic. So all parameters are
-views of one tensor and all gradients views of another (clipping, AdamW and averaging are a few kernels
-instead of thousands), and forward and backward are captured once as a CUDA graph and replayed. On a CPU the
-same code runs eagerly. Knows no network and no data: `loss` reads tensors that `next_batch` fills in place.
+A step of a 10 M parameter network is limited by kernel launches, not by arithmetic. Therefore all parameters
+are views of one tensor and all gradients views of another, so that clipping, AdamW and averaging take a few
+kernels instead of thousands. Forward and backward are captured once as a CUDA graph and replayed. On a CPU
+the same code runs eagerly. It depends on no network or data: `loss` reads tensors that `next_batch` fills in
+place.
 """
 
 import math
@@ -17,12 +18,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Budget:
-    """How long and how fast to learn; one section of params.yaml."""
+    """Length and learning rate of a training; one section of params.yaml."""
 
     steps: int
     batch_size: int
     learning_rate: float
-    """At its peak: reached linearly over `warmup_steps`, then a cosine to a fiftieth."""
+    """Peak: reached linearly over `warmup_steps`, followed by a cosine to a fiftieth."""
     warmup_steps: int
     weight_decay: float
     ema_decay: float
@@ -39,13 +40,13 @@ class Budget:
 class Report:
     step: int
     losses: list[float]
-    """What `loss` returned, averaged over the steps since the last report."""
+    """Mean of the values of `loss` over the steps since the last report."""
 
 
 class FlatModel:
-    """Modules whose trainable parameters live in one tensor, in the compute dtype, with an fp32 master copy.
+    """Modules whose parameters are views of one tensor in the compute dtype, with an fp32 master copy.
 
-    4-D weights are laid out channels last, as tensor cores read them.
+    4-D weights are in channels-last layout, as tensor cores need.
     """
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
@@ -67,7 +68,7 @@ class FlatModel:
             parameter.data, parameter.grad = weight, gradient
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """`flat` seen as the parameters."""
+        """Return views of `flat` with the shapes of the parameters."""
         views = []
         for parameter, offset in zip(self.parameters, self.offsets, strict=True):
             piece = flat[offset : offset + parameter.numel()]
@@ -80,7 +81,7 @@ class FlatModel:
 
     @torch.no_grad()
     def export(self, fresh: Sequence[nn.Module]) -> list[Any]:
-        """The averaged weights in newly made modules: fp32, frozen, in evaluation mode."""
+        """Copy the averaged weights to new modules; return them frozen, in fp32 and evaluation mode."""
         targets = [parameter for module in fresh for parameter in module.parameters()]
         for target, average in zip(targets, self.views(self.averaged), strict=True):
             target.copy_(average.cpu())
@@ -94,10 +95,10 @@ def train(
     budget: Budget,
     report_every: int,
 ) -> Iterator[Report]:
-    """Takes `budget.steps` optimizer steps, yielding the mean losses every `report_every` of them.
+    """Take `budget.steps` optimizer steps; yield the mean losses every `report_every` steps.
 
     Args:
-        loss: reads the batch's tensors and returns scalars; the first is minimised, the others only reported.
+        loss: reads the batch's tensors and returns scalars; the first is minimised, the others are reported.
         next_batch: fills the batch's tensors in place, given the step.
     """
     device = model.weights.device
@@ -125,20 +126,20 @@ def train(
         optimizer.param_groups[0]["lr"] = budget.learning_rate_at(step)
         optimizer.step()
         model.compute_weights.copy_(model.weights.data)
-        # A short memory at first, or the average would remember the random start.
+        # A short average at first, which excludes the random initial weights.
         model.averaged.lerp_(model.weights.data, 1 - min(budget.ema_decay, (1 + step) / (10 + step)))
         total += losses
         if (step + 1) % report_every == 0 or step + 1 == budget.steps:
             steps_since = (step % report_every) + 1
             means = (total / steps_since).tolist()
             if not all(math.isfinite(mean) for mean in means):
-                raise FloatingPointError(f"loss is {means} at step {step}; lower the learning rate")
+                raise FloatingPointError(f"loss is {means} at step {step}: lower the learning rate")
             yield Report(step + 1, means)
             total.zero_()
 
 
 def capture(function: Callable[[], None]) -> Callable[[], None]:
-    """`function` as one CUDA graph: its hundreds of kernels are launched by one call."""
+    """Capture `function` as a CUDA graph, so that one call launches its hundreds of kernels."""
     side_stream = torch.cuda.Stream()
     side_stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side_stream):

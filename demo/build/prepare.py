@@ -1,4 +1,4 @@
-"""Stage prepare: npm packages -> every picture with label, style and split, and a tokenizer of captions."""
+"""Stage prepare: npm packages -> all images with label, style and split, and a tokenizer."""
 
 import json
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +19,7 @@ from emoji import (
     load_labels,
     on_white,
     rasterise,
-    target_pictures,
+    target_images,
 )
 from PIL import Image
 from shading import shade
@@ -28,7 +28,7 @@ from tokenizer import train_tokenizer
 
 HERE = Path(__file__).parent
 PACKAGES = HERE / "node_modules"
-PICTURES = HERE / "out/pictures"
+IMAGES = HERE / "out/images"
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     vocabulary_size = params.pop("vocabulary_size")
     size = params.pop("image_size")
     labels = dict(islice(load_labels(PACKAGES).items(), params.pop("max_labels")))
-    target = dict(target_pictures(PACKAGES, labels))
+    target = dict(target_images(PACKAGES, labels))
     svgs = {
         (label, icons.style): svg
         for icons in BASE_STYLES
@@ -44,19 +44,17 @@ def main() -> None:
     }
     splits = assign_splits([*svgs, *((label, TARGET_STYLE) for label in target)], TARGET_STYLE, **params)
 
-    encoded = {
-        (label, TARGET_STYLE): encode_shaded(on_white(picture, size)) for label, picture in target.items()
-    }
+    encoded = {(label, TARGET_STYLE): encode_shaded(on_white(image, size)) for label, image in target.items()}
     with ProcessPoolExecutor() as workers:
-        drawn = workers.map(partial(draw, size=size), svgs.values(), chunksize=32)
-        for (label, style), (flat, shaded) in zip(svgs, drawn, strict=True):
+        rendered = workers.map(partial(render, size=size), svgs.values(), chunksize=32)
+        for (label, style), (flat, shaded) in zip(svgs, rendered, strict=True):
             encoded[label, style] = flat
             if style in SHADED_STYLES:
                 encoded[label, f"shaded {style}"] = shaded
                 splits[label, f"shaded {style}"] = splits[label, style]
 
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    with (PICTURES / "pictures.bin").open("wb") as blob, (PICTURES / "pictures.jsonl").open("w") as index:
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    with (IMAGES / "images.bin").open("wb") as blob, (IMAGES / "images.jsonl").open("w") as index:
         for (label, style), webp in encoded.items():
             line = {"label": label, "style": style, "split": splits[label, style], "bytes": len(webp)}
             index.write(json.dumps(line) + "\n")
@@ -68,11 +66,11 @@ def main() -> None:
     train_tokenizer(texts, vocabulary_size, HERE / "out/tokenizer")
 
 
-def draw(svg: str, size: int) -> tuple[bytes, bytes]:
-    """An icon as it is, and lit."""
-    picture = rasterise(svg)
-    shaded = shade(picture).resize((size, size), Image.Resampling.LANCZOS)
-    return encode_flat(on_white(picture, size)), encode_shaded(shaded)
+def render(svg: str, size: int) -> tuple[bytes, bytes]:
+    """Render an icon; return it flat and shaded, encoded."""
+    image = rasterise(svg)
+    shaded = shade(image).resize((size, size), Image.Resampling.LANCZOS)
+    return encode_flat(on_white(image, size)), encode_shaded(shaded)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Flat art lit from the upper left: a style that every picture has, and that teaches soft gradients.
+"""Shading of flat art by light from the upper left, which teaches a model soft gradients.
 
-None of the base styles is shaded softly, so a model of them alone cannot draw a smooth gradient, and an
-adapter of a few thousand steps comes out blotchy. The lighting is plain geometry: the outline's blurred mask
-is read as a height map.
+The base styles contain no soft shading. A model trained on them alone cannot generate a smooth gradient, and
+an adapter of a few thousand steps gives blotchy images. The shading is geometric: the blurred mask of the
+outline is a height map.
 """
 
 import io
@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-LIGHT = np.array([-0.45, -0.65, 0.62])  # towards the light: left, up, out of the picture
+LIGHT = np.array([-0.45, -0.65, 0.62])  # direction of the light: left, up, out of the image
 BEVELS = (3, 8, 20)  # blur radii in pixels at 256 px: an edge, a rim and a belly
 
 
-def shade(picture: bytes) -> Image.Image:
-    """An encoded picture with transparency, as if embossed and lit; same size, on white."""
-    rgba = Image.open(io.BytesIO(picture)).convert("RGBA")
+def shade(encoded: bytes) -> Image.Image:
+    """Return an encoded image with transparency, embossed and shaded, in the same size on white."""
+    rgba = Image.open(io.BytesIO(encoded)).convert("RGBA")
     colour = np.asarray(rgba, np.float32)[..., :3] / 255
     opacity = rgba.getchannel("A")
     alpha = np.asarray(opacity, np.float32)[..., None] / 255

@@ -1,8 +1,8 @@
-"""Which picture is used for what: decided once, by label and style alone, so that no stage can peek.
+"""Splits of the images, assigned once by label and style, so that no stage trains on test images.
 
 - `finetune`: target style, in demo/dataset; the LoRA (and the evaluator) train on them.
-- `evaluation`: target style, of labels that demo/dataset lacks; nothing is trained on them.
-- `target_other`: the remaining target style; only the evaluator trains on them, to know the style.
+- `evaluation`: target style, of labels that are not in demo/dataset; nothing is trained on them.
+- `target_other`: rest of the target style; only the evaluator trains on them, to learn the style.
 - `held_out`: base style, of random pairs; nothing is trained on them.
 - `base`: base style, of `base_labels` labels; the VAE, the evaluator and the base model train on them.
 - `base_other`: base style, of the remaining labels; the VAE and the evaluator train on them.
@@ -25,11 +25,11 @@ def assign_splits(
     held_out_pairs: int,
     seed: int,
 ) -> dict[Pair, Split]:
-    """The split of every (label, style) pair.
+    """Return the split of every (label, style) pair.
 
-    Fine-tuning and evaluation labels are drawn from those that every style covers; held-out base pairs from
-    labels that are neither, so that every evaluation label is known to the base model in each of its own
-    styles.
+    Fine-tuning and evaluation labels are chosen from those that every style covers; held-out base pairs from
+    labels that are neither, so that every evaluation label is known to the base model in each of its
+    base styles.
     """
     styles_of: dict[str, set[str]] = {}
     for label, style in pairs:
@@ -38,18 +38,18 @@ def assign_splits(
     complete = sorted(label for label, styles in styles_of.items() if len(styles) == num_styles)
     if missing := set(showcase) - set(complete):
         raise ValueError(
-            f"emoji.showcase names labels that some style lacks: {sorted(missing)}; choose others"
+            f"emoji.showcase names labels that are missing in some style: {sorted(missing)}. Choose others"
         )
 
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     others = [label for label in complete if label not in showcase]
-    draw.shuffle(others)
-    num_drawn = evaluation_labels - len(showcase)
-    evaluation = {*showcase, *others[:num_drawn]}
-    finetune = set(others[num_drawn : num_drawn + finetune_images])
-    rest = others[num_drawn + finetune_images :]
+    rng.shuffle(others)
+    num_chosen = evaluation_labels - len(showcase)
+    evaluation = {*showcase, *others[:num_chosen]}
+    finetune = set(others[num_chosen : num_chosen + finetune_images])
+    rest = others[num_chosen + finetune_images :]
     base_styles = sorted({style for _, style in pairs} - {target_style})
-    held_out = {(label, draw.choice(base_styles)) for label in draw.sample(rest, held_out_pairs)}
+    held_out = {(label, rng.choice(base_styles)) for label in rng.sample(rest, held_out_pairs)}
     known = evaluation | finetune | {label for label, _ in held_out}
     known |= set([label for label in rest if label not in known][: base_labels - len(known)])
 

@@ -1,4 +1,4 @@
-"""A byte-pair tokenizer of the captions in CLIP's format (Radford et al. 2021), 2,008 tokens, not 49,408."""
+"""A byte-pair tokenizer in CLIP's format (Radford et al. 2021) with 2,008 instead of 49,408 tokens."""
 
 import json
 from collections.abc import Iterable
@@ -9,14 +9,14 @@ from transformers import CLIPTokenizer
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 CONTEXT_LENGTH = 77
-# CLIP's own rules: contractions, runs of letters, single digits, runs of anything else.
+# CLIP's rules: contractions, runs of letters, single digits, runs of anything else.
 WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int, folder: Path) -> CLIPTokenizer:
-    """Learns merges from `texts` and saves a tokenizer that transformers loads as CLIPTokenizer.
+    """Learn merges from `texts` and save a tokenizer that transformers loads as CLIPTokenizer.
 
-    Every byte is a token, inside a word and at its end, so no text is unknown.
+    Every byte is a token, inside a word and at its end, so every text can be tokenized.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>", continuing_subword_prefix=""))
     tokenizer.normalizer = normalizers.Sequence(

@@ -11,9 +11,9 @@ import torch
 import yaml
 from captions import loose_captions
 from diffusers import AutoencoderKL
+from image_set import ImageSet, load_image_set
 from models import IMAGE_SIZE, LATENT_SIZE, make_scheduler, make_text_encoders, make_unet
 from optimise import Budget, FlatModel, train
-from pictures import Pictures, load_pictures
 from torch import Tensor, nn
 from train_evaluator import tokenize
 from train_vae import DEVICE, DTYPE, encode
@@ -34,7 +34,7 @@ def main() -> None:
     tokenizer = CLIPTokenizer.from_pretrained(HERE / "out/tokenizer")
     model = FlatModel([make_unet(), *make_text_encoders(tokenizer)], DEVICE, DTYPE)
     batches = Batches(
-        encode_pictures(load_pictures(HERE / "out/pictures"), tokenizer, params), params, budget
+        encode_image_set(load_image_set(HERE / "out/images"), tokenizer, params), params, budget
     )
     loss = denoising_loss(model.modules, batches, params)
 
@@ -43,7 +43,7 @@ def main() -> None:
     with (OUT / "curve.csv").open("w", newline="") as file:
         curve = csv.writer(file)
         curve.writerow(["step", "seconds", "loss", "squared_error"])
-        for report in train(model, loss, batches.draw, budget, params["report_every"]):
+        for report in train(model, loss, batches.fill, budget, params["report_every"]):
             curve.writerow([report.step, round(time.monotonic() - start, 1), *report.losses])
             file.flush()
             print("base", report, round(time.monotonic() - start), flush=True)
@@ -53,40 +53,42 @@ def main() -> None:
 
 
 @dataclass(frozen=True)
-class EncodedPictures:
-    """What the pictures are to the model; rows belong together."""
+class EncodedImageSet:
+    """Latents and token ids of the images; rows belong together."""
 
     means: Tensor
-    """Of the VAE's posterior, (N, 4, h, w)."""
+    """Means of the VAE's posterior, (N, 4, h, w)."""
     deviations: Tensor
     token_ids: Tensor
-    """Of each picture's captions, the full one first, then the loose ones, int64, (N, 1 + loose, 77)."""
+    """Token ids of each image's captions: the full one, then the loose ones, int64, (N, 1 + loose, 77)."""
     originals: Tensor
-    """Indices to train on, int64."""
+    """Indices of originals to train on, int64."""
     shaded: Tensor
-    """The lit twins among them, int64."""
+    """Indices of shaded copies to train on, int64."""
 
 
-def encode_pictures(pictures: Pictures, tokenizer: CLIPTokenizer, params: dict[str, Any]) -> EncodedPictures:
+def encode_image_set(
+    image_set: ImageSet, tokenizer: CLIPTokenizer, params: dict[str, Any]
+) -> EncodedImageSet:
     vae = AutoencoderKL.from_pretrained(HERE / "out/vae/model").to(DEVICE).eval().requires_grad_(False)
-    encoded = [encode(vae, chunk.to(DEVICE)) for chunk in pictures.pixels.split(1024)]
+    encoded = [encode(vae, chunk.to(DEVICE)) for chunk in image_set.pixels.split(1024)]
     texts = []
-    for full, label, style in zip(pictures.captions(), pictures.labels, pictures.styles, strict=True):
+    for full, label, style in zip(image_set.captions(), image_set.labels, image_set.styles, strict=True):
         texts += [full, *loose_captions(label, style, params["loose_captions"], "base")]
-    token_ids = tokenize(tokenizer, texts).view(len(pictures.labels), -1, 77)
-    return EncodedPictures(
+    token_ids = tokenize(tokenizer, texts).view(len(image_set.labels), -1, 77)
+    return EncodedImageSet(
         torch.cat([mean for mean, _ in encoded]),
         torch.cat([deviation for _, deviation in encoded]),
         token_ids.to(DEVICE),
-        pictures.where({"base"}, shaded=False).to(DEVICE),
-        pictures.where({"base"}, shaded=True).to(DEVICE),
+        image_set.where({"base"}, shaded=False).to(DEVICE),
+        image_set.where({"base"}, shaded=True).to(DEVICE),
     )
 
 
 class Batches:
     """The tensors of one batch, refilled in place for each step."""
 
-    def __init__(self, data: EncodedPictures, params: dict[str, Any], budget: Budget) -> None:
+    def __init__(self, data: EncodedImageSet, params: dict[str, Any], budget: Budget) -> None:
         size = budget.batch_size
         self.data, self.params, self.size = data, params, size
         self.latents = torch.zeros(size, 4, LATENT_SIZE, LATENT_SIZE, device=DEVICE)
@@ -95,14 +97,13 @@ class Batches:
         self.token_ids = torch.zeros(size, 77, dtype=torch.long, device=DEVICE)
         self.captioned = torch.ones(size, device=DEVICE)
 
-    def draw(self, _: int) -> None:
+    def fill(self, _: int) -> None:
         data, params = self.data, self.params
         shaded = self.random() < params["shaded"]
         indices = torch.where(shaded, self.choice(data.shaded), self.choice(data.originals))
         self.noise.normal_()
         self.latents.copy_(data.means[indices] + data.deviations[indices] * torch.randn_like(self.noise))
-        # One timestep from each of `size` equal intervals: uniform, with less variance than independent
-        # draws.
+        # One timestep from each of `size` equal intervals: uniform, with less variance than independent ones.
         strata = torch.arange(self.size, device=DEVICE)
         self.timesteps.copy_(((strata + self.random()) * (1000 / self.size)).long().clamp(max=999))
         self.captioned.copy_(self.random() >= params["caption_dropout"])
@@ -114,7 +115,7 @@ class Batches:
         self.token_ids.copy_(data.token_ids[indices, variant])
 
     def random(self) -> Tensor:
-        """Uniform in [0, 1), (B,)."""
+        """Return uniform random numbers in [0, 1), (B,)."""
         return torch.rand(self.size, device=DEVICE)
 
     def choice(self, indices: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ class Batches:
 def denoising_loss(
     modules: Sequence[nn.Module], batches: Batches, params: dict[str, Any]
 ) -> Callable[[], tuple[Tensor, Tensor]]:
-    """The weighted and the plain squared error of the predicted noise on the batch at hand."""
+    """Return a function for the weighted and the plain squared error of the noise prediction on a batch."""
     unet, text_encoder, text_encoder_2 = modules
     if params["compile"] and DEVICE.type == "cuda":
         unet.compile(dynamic=False)

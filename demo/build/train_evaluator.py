@@ -1,6 +1,6 @@
-"""Stage train_evaluator: pictures -> a small CLIP model that judges content and style.
+"""Stage train_evaluator: images -> a small CLIP model that scores content and style.
 
-Trained on every split but those that it judges real pictures of: `evaluation` and `held_out`.
+It is trained on every split except `evaluation` and `held_out`, whose real images it scores.
 """
 
 import csv
@@ -13,9 +13,9 @@ import torch
 import yaml
 from diffusers import AutoencoderKL
 from emoji import BASE_STYLES, SHADED_STYLES, TARGET_STYLE, caption
+from image_set import ImageSet, load_image_set, to_unit_range
 from models import IMAGE_SIZE, make_evaluator
 from optimise import Budget, FlatModel, train
-from pictures import Pictures, load_pictures, to_unit_range
 from torch import Tensor
 from torch.nn import functional
 from train_vae import DEVICE, DTYPE, decode, encode
@@ -34,14 +34,14 @@ def main() -> None:
     params = yaml.safe_load((HERE / "params.yaml").read_text())["evaluator"]
     budget = Budget(**params["budget"])
     torch.manual_seed(budget.seed)
-    pictures = load_pictures(HERE / "out/pictures")
+    image_set = load_image_set(HERE / "out/images")
     tokenizer = CLIPTokenizer.from_pretrained(HERE / "out/tokenizer")
     vae = AutoencoderKL.from_pretrained(HERE / "out/vae/model").to(DEVICE).eval().requires_grad_(False)
-    originals = pictures.pixels.to(DEVICE)
+    originals = image_set.pixels.to(DEVICE)
     versions = torch.stack([originals, reconstruct(vae, originals)])
-    token_ids = tokenize(tokenizer, pictures.captions()).to(DEVICE)
+    token_ids = tokenize(tokenizer, image_set.captions()).to(DEVICE)
     groups = by_label(
-        pictures, {"base", "base_other", "finetune", "target_other"}, params["styles_per_label"]
+        image_set, {"base", "base_other", "finetune", "target_other"}, params["styles_per_label"]
     ).to(DEVICE)
     model = FlatModel([make_evaluator(tokenizer)], DEVICE, DTYPE)
     clip = model.modules[0]
@@ -63,9 +63,9 @@ def main() -> None:
         out = clip(input_ids=batch_ids, pixel_values=batch.to(DTYPE))
         scale = clip.logit_scale.float().clamp(max=4.6).exp()  # at most 100, as CLIP
         logits = scale * out.image_embeds.float() @ out.text_embeds.float().t()
-        wrong_caption = functional.cross_entropy(logits, diagonal)
-        wrong_picture = functional.cross_entropy(logits.t(), diagonal)
-        total = (wrong_caption + wrong_picture) / 2
+        caption_loss = functional.cross_entropy(logits, diagonal)
+        image_loss = functional.cross_entropy(logits.t(), diagonal)
+        total = (caption_loss + image_loss) / 2
         return total, (logits.argmax(1) == diagonal).float().mean()
 
     OUT.mkdir(parents=True, exist_ok=True)
@@ -79,13 +79,13 @@ def main() -> None:
             print("evaluator", report, round(time.monotonic() - start), flush=True)
     [trained] = model.export([make_evaluator(tokenizer)])
     trained.logit_scale.clamp_(max=4.6)
-    report_quality(trained, tokenizer, vae, pictures)
+    report_quality(trained, tokenizer, vae, image_set)
     trained.half().save_pretrained(OUT / "model")
     tokenizer.save_pretrained(OUT / "model")
     (OUT / "model/preprocessor_config.json").write_text(json.dumps(PREPROCESSING, indent=2) + "\n")
 
 
-# What the evaluator reads: 128 pixels, in [-1, 1].
+# Input of the evaluator: 128 pixels, in [-1, 1].
 PREPROCESSING = {
     "image_processor_type": "CLIPImageProcessor",
     "do_resize": True,
@@ -103,10 +103,10 @@ PREPROCESSING = {
 
 
 def augment(images: Tensor, params: dict[str, Any]) -> Tensor:
-    """Pictures in [-1, 1], (B, 3, H, W), moved, zoomed, turned, tinted and made noisy, each at random.
+    """Return images in [-1, 1], (B, 3, H, W), each randomly moved, zoomed, turned, tinted and made noisy.
 
-    Not mirrored: arrows point left or right. A few thousand pictures are soon known by heart; what must be
-    learned is what stays the same under all this.
+    Images are not mirrored, because arrows point left or right. Without augmentation, the model memorizes
+    a few thousand images.
     """
     count, device = len(images), images.device
 
@@ -126,45 +126,45 @@ def augment(images: Tensor, params: dict[str, Any]) -> Tensor:
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """Token ids, int64, (B, 77)."""
+    """Return token ids, int64, (B, 77)."""
     return tokenizer(
         texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
     ).input_ids
 
 
 def reconstruct(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Pictures as the VAE gives them back, uint8."""
+    """Return images after encoding and decoding by the VAE, uint8."""
     decoded = [decode(vae, encode(vae, chunk)[0]) for chunk in pixels.split(1024)]
     return torch.cat([((images.clamp(-1, 1) + 1) * 127.5).round().byte() for images in decoded])
 
 
-def by_label(pictures: Pictures, splits: set[str], at_least: int) -> Tensor:
-    """Indices of the pictures of each label that has `at_least` so many, (labels, most pictures of a label).
+def by_label(image_set: ImageSet, splits: set[str], at_least: int) -> Tensor:
+    """Return the indices of images per label with `at_least` images, (labels, most images per label).
 
-    Shorter rows are filled by repeating their own pictures.
+    Shorter rows repeat their images.
     """
     groups: dict[str, list[int]] = {}
-    for index in pictures.where(splits).tolist():
-        groups.setdefault(pictures.labels[index], []).append(index)
+    for index in image_set.where(splits).tolist():
+        groups.setdefault(image_set.labels[index], []).append(index)
     longest = max(map(len, groups.values()))
     rows = [(group * longest)[:longest] for group in groups.values() if len(group) >= at_least]
     return torch.tensor(rows)
 
 
 @torch.no_grad()
-def judge(
+def score_images(
     clip: CLIPModel, tokenizer: CLIPTokenizer, images: Tensor, labels: list[str], styles: list[str]
 ) -> dict[str, float]:
-    """How well pictures show what was asked for.
+    """Return scores of how well images match their labels and styles.
 
     Args:
         images: in [-1, 1], (N, 3, H, W).
-        labels, styles: what each was asked to show.
+        labels, styles: those of each image's prompt.
 
     Returns:
-        `style_probability` and `style_accuracy`: of the right style among all, the label given. `retrieval`:
-        share of the pictures whose own caption is the nearest of the N. `content_retrieval`: the same with
-        all captions in the picture's own style, so that only the label can be wrong.
+        `style_probability` and `style_accuracy`: of the right style among all, for the given label.
+        `retrieval`: share of images whose caption is the nearest of the N. `content_retrieval`: the same with
+        all captions in the image's style, so that only the label can be wrong.
     """
     device = clip.device
     image_embeds = clip(
@@ -181,7 +181,7 @@ def judge(
     probabilities = (scale * (image_embeds[:, None] * of_styles).sum(-1)).softmax(-1)  # (N, styles)
     wanted = torch.tensor([STYLES.index(style) for style in styles], device=device)
     order = torch.arange(len(labels), device=device)
-    own_style = of_styles[:, wanted]  # caption j in the style of picture i: (j, i)
+    own_style = of_styles[:, wanted]  # caption j in the style of image i: (j, i)
     content = torch.einsum("id,jid->ij", image_embeds, own_style)
     caption_embeds = of_styles[order, wanted]
     return {
@@ -192,16 +192,18 @@ def judge(
     }
 
 
-def report_quality(clip: CLIPModel, tokenizer: CLIPTokenizer, vae: AutoencoderKL, pictures: Pictures) -> None:
-    """Judgement of real pictures that it was not trained on, as they are and through the VAE."""
+def report_quality(
+    clip: CLIPModel, tokenizer: CLIPTokenizer, vae: AutoencoderKL, image_set: ImageSet
+) -> None:
+    """Write the scores of real images outside the training data, before and after the VAE."""
     quality = {}
     for split in ("evaluation", "held_out"):
-        indices = pictures.where({split}, shaded=False)
-        pixels = pictures.pixels[indices].to(DEVICE)
-        labels = [pictures.labels[index] for index in indices]
-        styles = [pictures.styles[index] for index in indices]
+        indices = image_set.where({split}, shaded=False)
+        pixels = image_set.pixels[indices].to(DEVICE)
+        labels = [image_set.labels[index] for index in indices]
+        styles = [image_set.styles[index] for index in indices]
         for version, seen in (("real", pixels), ("through_vae", reconstruct(vae, pixels))):
-            scores = judge(clip, tokenizer, to_unit_range(seen), labels, styles)
+            scores = score_images(clip, tokenizer, to_unit_range(seen), labels, styles)
             quality[f"{split}_{version}"] = {name: round(value, 4) for name, value in scores.items()}
     (OUT / "quality.json").write_text(json.dumps(quality, indent=2))
     print("evaluator", json.dumps(quality, indent=2), flush=True)

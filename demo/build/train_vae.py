@@ -1,4 +1,4 @@
-"""Stage train_vae: pictures -> an autoencoder whose latents have mean 0 and deviation 1 in every channel."""
+"""Stage train_vae: images -> an autoencoder whose latents have mean 0 and deviation 1 in every channel."""
 
 import csv
 import json
@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 import yaml
 from diffusers import AutoencoderKL
+from image_set import ImageSet, grid, load_image_set, psnr, to_unit_range
 from models import IMAGE_SIZE, LATENT_SIZE, make_vae
 from optimise import Budget, FlatModel, train
-from pictures import Pictures, grid, load_pictures, psnr, to_unit_range
 from torch import Tensor
 from torch.nn import functional
 
@@ -24,9 +24,9 @@ def main() -> None:
     params = yaml.safe_load((HERE / "params.yaml").read_text())["vae"]
     budget = Budget(**params["budget"])
     torch.manual_seed(budget.seed)
-    pictures = load_pictures(HERE / "out/pictures")
-    pixels = pictures.pixels.to(DEVICE)
-    choices = pictures.where({"base", "base_other"}).to(DEVICE)
+    image_set = load_image_set(HERE / "out/images")
+    pixels = image_set.pixels.to(DEVICE)
+    choices = image_set.where({"base", "base_other"}).to(DEVICE)
     model = FlatModel([make_vae()], DEVICE, DTYPE)
     vae = model.modules[0]
     if params["compile"] and DEVICE.type == "cuda":
@@ -62,12 +62,12 @@ def main() -> None:
             print("vae", report, round(time.monotonic() - start), flush=True)
     [trained] = model.export([make_vae()])
     standardise_latents(trained, pixels[choices])
-    report_quality(trained, pictures)
+    report_quality(trained, image_set)
     trained.half().save_pretrained(OUT / "model")
 
 
 def augment(pixels: Tensor) -> Tensor:
-    """Mirrors half of the pictures, swaps colour channels of half: more sides and colours than there are."""
+    """Mirror half of the images and swap the colour channels of half, for more variety."""
     mirrored = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < 0.5
     pixels = torch.where(mirrored, pixels.flip(3), pixels)
     recoloured = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < 0.5
@@ -75,7 +75,7 @@ def augment(pixels: Tensor) -> Tensor:
 
 
 def edge_loss(error: Tensor) -> Tensor:
-    """L1 of the error's differences between neighbours, at full, half and quarter resolution."""
+    """Return the L1 norm of differences between neighbours, at full, half and quarter resolution."""
     total = error.new_zeros(())
     for scale in (1, 2, 4):
         coarse = functional.avg_pool2d(error, scale)
@@ -88,23 +88,23 @@ def edge_loss(error: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the posterior, each (N, 4, h, w), of uint8 pixels."""
+    """Return mean and deviation of the posterior of uint8 pixels, each (N, 4, h, w)."""
     posteriors = [vae.encode(to_unit_range(chunk)).latent_dist for chunk in pixels.split(64)]
     return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Images in [-1, 1], (N, 3, H, W)."""
+    """Return images in [-1, 1], (N, 3, H, W)."""
     return torch.cat([vae.decode(chunk).sample for chunk in latents.split(64)])
 
 
 @torch.no_grad()
 def standardise_latents(vae: AutoencoderKL, pixels: Tensor) -> None:
-    """Folds a shift and a scale per latent channel into the 1x1 convolutions before and after the latents.
+    """Fold a shift and a scale per latent channel into the 1x1 convolutions before and after the latents.
 
     Diffusion starts from standard normal noise, so every channel should have mean 0 and deviation 1 over the
-    data. SDXL scales all four channels by one factor and leaves their means; here `scaling_factor` becomes 1.
+    data. SDXL scales all four channels by one factor, without a shift; here `scaling_factor` becomes 1.
     """
     means, _ = encode(vae, pixels)
     shift, scale = means.mean((0, 2, 3)), means.std((0, 2, 3))
@@ -117,12 +117,12 @@ def standardise_latents(vae: AutoencoderKL, pixels: Tensor) -> None:
     vae.register_to_config(scaling_factor=1.0)
 
 
-def report_quality(vae: AutoencoderKL, pictures: Pictures) -> None:
-    """PSNR of pictures that it was not trained on: held-out pairs, and a style that it never saw."""
+def report_quality(vae: AutoencoderKL, image_set: ImageSet) -> None:
+    """Write the PSNR of images outside the training data: held-out pairs, and an unseen style."""
     quality = {}
     rows = []
     for name, split in (("held_out", "held_out"), ("unseen_style", "evaluation")):
-        pixels = pictures.pixels[pictures.where({split})].to(DEVICE)
+        pixels = image_set.pixels[image_set.where({split})].to(DEVICE)
         latents, deviations = encode(vae, pixels)
         decoded, images = decode(vae, latents), to_unit_range(pixels)
         quality[f"psnr_{name}"] = round(psnr(decoded, images).mean().item(), 2)

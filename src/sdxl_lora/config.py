@@ -1,7 +1,7 @@
-"""params.yaml as typed, frozen sections. No defaults: DVC cannot track a number that is not in the file.
+"""params.yaml as typed, frozen sections. Without defaults: DVC cannot track a value that is not in the file.
 
-Every field's docstring states its unit and effect; rules across fields are validators that name the keys,
-the values and the remedy.
+Each field's docstring gives its unit and effect; rules across fields are validators that name the keys, the
+values and the remedy.
 """
 
 from difflib import get_close_matches
@@ -37,94 +37,94 @@ ModuleNames = Annotated[list[str], Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """One section of params.yaml: immutable, with no keys but its own."""
+    """One section of params.yaml: immutable, unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class DownloadConfig(Section):
     repository: str
-    """Hub data set (`owner/name`), or a folder, written with a leading `./` or `/`."""
+    """Hub data set (`owner/name`), or a folder with a leading `./` or `/`."""
     revision: str
-    """Commit, tag or branch on the Hub; `sha256:...`, the digest of its content, for a folder."""
+    """Commit, tag or branch on the Hub; for a folder `sha256:...`, the digest of its content."""
     split: str
-    """Split to take from a Hub data set; a folder has only `train`."""
+    """Split of a Hub data set; a folder has only `train`."""
     image_column: str
-    """Column that holds the image (Hub) or its file name (folder)."""
+    """Column with the image (Hub) or its file name (folder)."""
     caption_column: str
-    """Column that holds the caption, or a list of captions, one of which each visit of training draws."""
+    """Column with the caption, or a list of captions, of which training draws one at each visit."""
     max_examples: PositiveInt | None
-    """Take the first so many examples; null: all."""
+    """Number of examples to use, from the first on; null: all."""
 
 
 class CaptionsConfig(Section):
     trigger: str | None
-    """Phrase put before every caption, to call the style by; null: none."""
+    """Phrase that is put before every caption and later evokes the style in prompts; null: none."""
     artefacts: list[str]
-    """Words that a captioner made up, removed wherever they stand (whole words, any case)."""
+    """Words invented by the captioning model, removed everywhere (whole words, any case)."""
     min_words: PositiveInt
     """Captions with fewer words after cleaning are rejected."""
     max_tokens: Annotated[int, Field(ge=3, le=77)]
-    """CLIP tokens, start and end included. SDXL's encoders read 77 at most."""
+    """CLIP tokens of a caption, including start and end. SDXL's encoders read at most 77."""
     too_long: Literal["truncate", "reject"]
-    """What happens to a caption of more than max_tokens."""
+    """Treatment of captions with more than max_tokens."""
 
 
 class ModelConfig(Section):
     base: str
-    """SDXL in diffusers' layout: a Hub repository, or a folder, written with a leading `./` or `/`."""
+    """SDXL in diffusers' layout: a Hub repository, or a folder with a leading `./` or `/`."""
     revision: str
     """Commit, tag or branch on the Hub; `sha256:...` for a folder."""
     variant: str | None
-    """Infix of the weight files (`fp16` for *.fp16.safetensors); null: none."""
+    """Variant in the names of the weight files (`fp16` for *.fp16.safetensors); null: none."""
     vae: str | None
-    """Replacement VAE, named as `base`; null: the base model's own."""
+    """VAE that replaces the base model's, named as `base`; null: the base model's VAE."""
     vae_revision: str | None
-    """Revision of the replacement VAE; null exactly if `vae` is null."""
+    """Revision of `vae`; null if and only if `vae` is null."""
     text_encoders: Literal["frozen", "trained", "trained_then_frozen"]
-    """`trained` puts adapters on both text encoders, `trained_then_frozen` trains these for
-    training.text_encoder_steps and then embeds each caption once; `frozen` reads embeddings from the encoded
-    data set."""
+    """`trained`: adapters on both text encoders. `trained_then_frozen`: the same, but after
+    training.text_encoder_steps each caption is embedded once and its embedding reused. `frozen`: no adapters;
+    embeddings come from the encoded data set."""
 
     @model_validator(mode="after")
     def vae_comes_with_its_revision(self) -> Self:
         if (self.vae is None) != (self.vae_revision is None):
             raise ValueError(
                 f"model.vae is {self.vae!r} but model.vae_revision is {self.vae_revision!r}: "
-                "set both (a pinned VAE), or both to null (the base model's own)"
+                "set both (a pinned VAE), or both to null (the base model's VAE)"
             )
         return self
 
 
 class EncodingConfig(Section):
     resolution: Resolution
-    """Side of the square that images are resized and cropped to, pixels, a multiple of 64."""
+    """Side of the square to which images are resized and cropped, pixels, a multiple of 64."""
     aspect_ratios: AspectRatios
-    """`buckets`: instead of to the square, each image is cropped to that size of nearly its area whose aspect
-    ratio is nearest to the image's. A batch has images of one size."""
+    """`square`: every image is cropped to the square. `buckets`: each image is cropped to the size of nearly
+    the same area whose aspect ratio is nearest to the image's, and all images of a batch have one size."""
     crop: Literal["center", "random"]
-    """Where that is cut from a resized image; `random` is drawn once per image, from its content."""
+    """Position of the crop in the resized image; `random` is drawn once per image, keyed by its content."""
     flip: bool
-    """Encode each image mirrored as well; each visit of training draws one of the two. Captions stay as they
-    are, also where they say left or right."""
+    """Encode each image mirrored as well; training draws one of the two at each visit. Captions are not
+    changed, even if they say left or right."""
     vae_precision: Precision
-    """Arithmetic of the VAE. SDXL's own VAE overflows in fp16; sdxl-vae-fp16-fix does not."""
+    """Arithmetic of the VAE. The VAE of SDXL overflows in fp16; sdxl-vae-fp16-fix does not."""
     text_precision: Precision
-    """Arithmetic of frozen text encoders, and the precision in which their embeddings are stored."""
+    """Arithmetic of frozen text encoders, and storage of their embeddings."""
     vae_tile: Resolution | None
-    """Side of the overlapping tiles that the VAE encodes larger images in, pixels, to save memory. Latents
-    then differ a little, as each tile is normalised alone. null: images as a whole."""
+    """Side of the overlapping tiles in which the VAE encodes larger images to save memory, pixels. Latents
+    then differ slightly, because each tile is normalized separately. null: whole images."""
     batch_size: PositiveInt
-    """Images encoded at once. 1 at 1024 px takes 1.5 GiB in fp16; `make plan` says what more take."""
+    """Images encoded at once. 1 at 1024 px takes 1.5 GiB in fp16; `make plan` shows what more take."""
     shard_size: PositiveInt
-    """Examples in one file of the encoded data set."""
+    """Examples per file of the encoded data set."""
     held_out: OpenFraction
-    """Share of the examples kept out of training for evaluation, chosen by image content."""
+    """Fraction of the examples held out from training for evaluation, selected by image content."""
     near_duplicate_bits: Annotated[int, Field(ge=0, le=192)] | None
-    """Images whose perceptual hashes (192 bits) differ in no more bits are near duplicates. They are
-    reported; a held-out one of a training image is left out. null: not looked for."""
+    """Images whose perceptual hashes (192 bits) differ in at most this many bits are near duplicates. They
+    are reported, and held-out near duplicates of training images are excluded. null: no search."""
     strict: bool
-    """true: a bad image stops the stage; false: it is left out and reported."""
+    """true: a bad image stops the stage; false: it is excluded and reported."""
 
 
 class LoraConfig(Section):
@@ -133,69 +133,73 @@ class LoraConfig(Section):
     alpha: PositiveFloat
     """The update is scaled by alpha / rank."""
     dropout: Fraction
-    """Share of each adapter's inputs zeroed in training."""
+    """Fraction of each adapter's inputs that training sets to zero."""
     unet_modules: ModuleNames
-    """Names of the UNet's layers that get an adapter, matched at the end of their path."""
+    """UNet layers that get an adapter, matched by the end of their path."""
     text_encoder_modules: ModuleNames
-    """The same for both text encoders; used unless model.text_encoders is `frozen`."""
+    """Layers of both text encoders that get an adapter; unused if model.text_encoders is `frozen`."""
 
 
 class TrainingConfig(Section):
     steps: PositiveInt
     """Optimizer steps."""
     batch_size: PositiveInt
-    """Examples of one optimizer step."""
+    """Examples per optimizer step."""
     micro_batch_size: Literal["auto"] | PositiveInt
-    """Examples of one forward and backward pass, a divisor of batch_size; `auto`: what vram_gib allows."""
+    """Examples per forward and backward pass, a divisor of batch_size; `auto`: as many as vram_gib allows."""
     precision: Precision
     """Arithmetic and storage of the frozen weights; fp16 with loss scaling. Adapters are always fp32."""
     quantization: Quantization
-    """Storage of the frozen linear layers, 8.25 (`int8`) or 4.25 (`nf4`) bits a weight; the arithmetic stays.
+    """Storage of the frozen linear layers: 8.25 (`int8`) or 4.25 (`nf4`) bits per weight. Their arithmetic
+    stays that of `precision`.
 
-    For training alone: samples and evaluation have the adapter on the base model as it is.
+    Only in training: sampling and evaluation use the base model without quantization.
     """
     optimizer: Literal["adamw_8bit", "adamw"]
-    """`adamw_8bit` keeps both moments in 8 bits (Dettmers et al. 2022, arXiv:2110.02861)."""
+    """`adamw_8bit` stores both moments in 8 bits (Dettmers et al. 2022, arXiv:2110.02861)."""
     learning_rate: NonNegativeFloat
     """Peak learning rate of the UNet's adapters."""
     text_encoder_learning_rate: NonNegativeFloat
     """Peak learning rate of the text encoders' adapters."""
     text_encoder_steps: PositiveInt | None
-    """Optimizer steps after which `trained_then_frozen` text encoders are frozen; null for all others."""
+    """Optimizer steps after which `trained_then_frozen` text encoders are frozen; null otherwise."""
     schedule: Literal["cosine", "constant"]
-    """Learning rate after the warm-up: down to 0 at the last step along a cosine, or constant."""
+    """Learning rate after the warm-up: a cosine that ends at 0 with the last step, or constant."""
     warmup_steps: NonNegativeInt
     """Optimizer steps over which the learning rate rises linearly."""
     betas: tuple[OpenFraction, OpenFraction]
-    """Decay of AdamW's first and second moment."""
+    """Decay rates of AdamW's first and second moments."""
     weight_decay: NonNegativeFloat
     """AdamW's decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
     max_grad_norm: PositiveFloat
-    """Gradients are scaled down to this Euclidean norm, over all adapters together."""
+    """Gradients of all adapters together are scaled down to this Euclidean norm if theirs is larger."""
     min_snr_gamma: PositiveFloat | None
     """Cap of Min-SNR loss weighting (Hang et al. 2023, arXiv:2303.09556); null: no weighting."""
     caption_dropout: Fraction
-    """Share of the examples trained without their caption, for classifier-free guidance."""
+    """Fraction of the examples trained without their caption, for classifier-free guidance."""
     checkpointing: Literal["auto", "none", "all"] | NonNegativeInt
-    """Blocks whose activations the backward pass computes again: a number of them, those first that free the
-    most memory for the arithmetic; `auto`: as few as vram_gib demands."""
+    """Blocks with activation checkpointing: a number, of those that save the most memory for the least
+    recomputation; `auto`: as few as vram_gib requires."""
     attention: Attention
-    """Kernels of the UNet's self-attention: `auto` measures and takes the fastest, `sdpa` is PyTorch's
-    choice. Attention to captions has a kernel of its own on a GPU, unless this is `math`."""
+    """Kernels of the UNet's self-attention: `auto` measures them and selects the fastest, `sdpa` leaves the
+    selection to PyTorch. Cross-attention has a separate kernel on a GPU, unless this is `math`."""
     deterministic: bool
-    """Use only kernels that repeat to the bit on the same GPU and software: no slower on an H100."""
+    """Use only deterministic kernels: bit-identical results on the same GPU and software. Not slower on an
+    H100."""
     ema_decay: OpenFraction | None
-    """Save an exponential moving average of the adapters with this decay a step; null: the last weights."""
+    """Decay per step of an exponential moving average of the adapters, which is saved instead of the last
+    weights; null: the last weights."""
     vram_gib: PositiveFloat | None
-    """GPU memory that training may take, GiB, enforced: it then needs a GPU. null: no limit, CPU allowed."""
+    """Limit of training's GPU memory, GiB, enforced; requires a GPU. null: no limit, CPU allowed."""
     log_every: PositiveInt
     """Steps between two points of the curves."""
     preview_every: PositiveInt | None
-    """Steps between two preview images of the first prompt; null: none."""
+    """Steps between two preview images of the first prompt; null: no previews."""
     checkpoint_minutes: NonNegativeFloat | None
-    """Wall time between two checkpoints; 0: one a step; null: none but when training is told to stop."""
+    """Minutes between two checkpoints; 0: one per step; null: only when training is told to stop."""
     deadline_minutes: PositiveFloat | None
-    """Wall time from the stage's start before whose end training stops with a checkpoint; null: no end."""
+    """Minutes from the start of the stage, before whose end training stops with a checkpoint; null: no
+    limit."""
 
     @model_validator(mode="after")
     def warmup_ends_before_training_does(self) -> Self:
@@ -226,101 +230,103 @@ class TrainingConfig(Section):
 
     @property
     def accumulation(self) -> int:
-        """Passes whose gradients are averaged into one optimizer step; 1 while it is left to the planner."""
+        """Micro-batches per optimizer step; 1 as long as micro_batch_size is `auto`."""
         return 1 if self.micro_batch_size == "auto" else self.batch_size // self.micro_batch_size
 
 
 class SamplingConfig(Section):
     prompts: Annotated[list[str], Field(min_length=1)]
-    """Prompts that base model and adapter both draw."""
+    """Prompts to sample with the base model and with the adapter."""
     training_captions: NonNegativeInt
-    """So many captions of training images are drawn as well, and scored apart: does it know them by heart?"""
+    """Number of training captions to sample as well; scored separately to detect memorization."""
     held_out_captions: NonNegativeInt
-    """So many captions of held-out images, likewise: how does it draw what it was not shown?"""
+    """Number of held-out captions to sample as well; scored separately to measure generalization."""
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
-    """Each prompt is drawn once per seed, from the same noise at every strength."""
+    """Seeds of the initial noise: one image per prompt, seed and strength, with equal noise per seed."""
     strengths: Annotated[list[NonNegativeFloat], Field(min_length=1)]
-    """Factors of the adapter's update, one column of the grid each: 0 is the base model, 1 the adapter."""
+    """Factors of the adapter's update, one per column of the grid: 0 is the base model, 1 the adapter."""
     negative_prompt: str | None
-    """What guidance steers away from; null: the empty condition."""
+    """Prompt that guidance steers away from; null: the empty condition."""
     num_inference_steps: PositiveInt
-    """Denoising steps an image."""
+    """Denoising steps per image."""
     guidance_scale: NonNegativeFloat
-    """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598); 1 or less: none."""
+    """Scale of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598); at most 1: no guidance."""
     resolution: Resolution
     """Side of the images, pixels."""
     precision: Precision
     """Arithmetic of the whole pipeline."""
     batch_size: PositiveInt
-    """Images denoised at once; decoded one at a time."""
+    """Images denoised at once. The VAE decodes them one at a time."""
 
 
 class StyleConfig(Section):
     """Zero-shot style classification of the samples by CLIP, as in Radford et al. 2021, arXiv:2103.00020."""
 
     target: str
-    """Phrase that stands for the trained style in prompts."""
+    """Phrase of the trained style in prompts."""
     others: Annotated[list[str], Field(min_length=1)]
-    """Phrases put in its place for the styles that it competes with."""
+    """Phrases of other styles, which replace the target phrase in the prompt."""
 
 
 class GatesConfig(Section):
-    """What an adapter must reach to be promoted; null: not asked."""
+    """Requirements for promoting an adapter; null: not required. Changes are relative to the base model."""
 
     held_out_loss_change: float | None
-    """Percent. The upper end of the held-out loss's change must not be above it; below 0: surely better."""
+    """Maximum of the upper confidence limit of the held-out loss's change, percent. 0: better than the base
+    model at the given confidence."""
     style_distance_change: float | None
-    """The upper end of the style distance's change must not be above it; 0: surely nearer to real images."""
+    """Maximum of the upper confidence limit of the style distance's change. 0: closer to real images at the
+    given confidence."""
     style_probability: Fraction | None
-    """The adapter's style probability must not be below it."""
+    """Minimum of the adapter's style probability."""
     clip_score_change: float | None
-    """The CLIP score's change must not be below it: how far the samples may stray from their prompts."""
+    """Minimum of the CLIP score's change: how far samples may deviate from their prompts."""
     diversity_kept: Fraction | None
-    """The adapter's diversity as a share of the base model's must not be below it."""
+    """Minimum of the adapter's diversity as a fraction of the base model's."""
     copied: Fraction | None
-    """Share of the adapter's samples that may be taken for copies of training images."""
+    """Maximum fraction of the adapter's samples that count as copies of training images."""
 
 
 class EvaluationConfig(Section):
     timesteps: Annotated[list[Timestep], Field(min_length=1)]
-    """Noise levels at which the held-out denoising loss is measured, 0 (clean) to 999 (noise)."""
+    """Timesteps at which the held-out denoising loss is measured, 0 (clean) to 999 (noise)."""
     noises: PositiveInt
     """Noise draws per held-out image and timestep."""
     seed: NonNegativeInt
-    """Key of those draws, apart from training's seed so that runs can be compared."""
+    """Seed of these draws, separate from that of training so that runs with other seeds are comparable."""
     precision: Precision
     """Arithmetic of UNet and text encoders."""
     batch_size: PositiveInt
-    """Examples of one forward pass."""
+    """Examples per forward pass."""
     max_examples: PositiveInt | None
-    """Evaluate the first so many held-out examples; null: all."""
+    """Number of held-out examples to evaluate, from the first on; null: all."""
     clip_model: str
     """CLIP that scores images against prompts: a Hub repository, or a folder with a leading `./` or `/`."""
     clip_revision: str
-    """Its commit, tag or branch on the Hub; `sha256:...` for a folder."""
+    """Commit, tag or branch of clip_model on the Hub; `sha256:...` for a folder."""
     style: StyleConfig | None
-    """Styles that CLIP tells apart; null: no style probability."""
+    """Styles that CLIP classifies; null: no style probability."""
     resamples: PositiveInt
-    """Bootstrap samples behind each interval."""
+    """Bootstrap samples per confidence interval."""
     confidence: OpenFraction
-    """Share of the bootstrap samples that an interval holds."""
+    """Confidence level: the fraction of the bootstrap samples inside an interval."""
     copy_quantile: OpenFraction
-    """Share of the held-out images that the copying check must not take for copies: sets its threshold."""
+    """Fraction of the held-out images that must not count as copies; sets the threshold of that check."""
     gates: GatesConfig
 
 
 class ExportConfig(Section):
     title: str
-    """What the adapter is called; in small letters, with `-` for spaces, the name of ComfyUI's file."""
+    """Name of the adapter. In lower case, with `-` for spaces, it names the file for ComfyUI."""
     license: str
-    """Licence of the adapter, as the Hub abbreviates it."""
+    """License of the adapter, by the Hub's identifier."""
 
 
 class Params(Section):
     """The whole of params.yaml."""
 
     seed: NonNegativeInt
-    """Key of every random draw of training: adapters' start, order, noise, timesteps, caption dropout."""
+    """Seed of all random numbers in training: initial adapters, order, noise, timesteps, caption dropout."""
     download: DownloadConfig
     captions: CaptionsConfig
     model: ModelConfig
@@ -347,12 +353,12 @@ class Params(Section):
 
 
 def divisors(number: int) -> list[int]:
-    """All that divide `number`, ascending."""
+    """Return all divisors of `number`, ascending."""
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 
 def _explain(error: ValidationError, path: Path) -> str:
-    """All faults of a params file, a line each: key, what is wrong, the value, and the nearest known key."""
+    """Return all errors of a params file, one per line: key, error, value, and the most similar known key."""
     lines = []
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"])
@@ -363,14 +369,13 @@ def _explain(error: ValidationError, path: Path) -> str:
         elif fault["type"] != "missing" and not isinstance(fault["input"], dict):
             line += f" (it is {fault['input']!r})"
         lines.append(line)
-    return (
-        f"{path} does not fit the schema (src/sdxl_lora/config.py says what each key means):\n"
-        + "\n".join(lines)
+    return f"{path} does not fit the schema (src/sdxl_lora/config.py documents each key):\n" + "\n".join(
+        lines
     )
 
 
 def _known_keys(section: tuple[int | str, ...]) -> list[str]:
-    """The keys of the section at this place in params.yaml."""
+    """Return the keys of the section at this place in params.yaml."""
     model: type[BaseModel] = Params
     for part in section:
         annotation = model.model_fields[str(part)].annotation
@@ -380,15 +385,15 @@ def _known_keys(section: tuple[int | str, ...]) -> list[str]:
 
 
 def load_params(path: Path = PARAMS) -> Params:
-    """Reads and validates a params file.
+    """Read and validate a params file.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: it is not YAML, or a key is unknown, missing or out of range; names every such key.
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} not found in {Path.cwd().name}/: run from the project's root, or `git checkout {path}`"
+            f"{path} not found in {Path.cwd().name}/: run in the project's root, or `git checkout {path}`"
         )
     try:
         return Params.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))

@@ -35,7 +35,7 @@ TRAINING_REPORT = REPORTS / "training.json"
 TRAINING_ENVIRONMENT = REPORTS / "environment/train_lora.json"
 LOSS_CURVE = REPORTS / "loss.csv"
 RECORDED_TRAINING = Path(".dvc/tmp/recorded_training.json")
-"""In the clone where a run is made again: its training's report as it was."""
+"""In a clone that reproduces a run: the recorded training report, with the values selected for `auto`."""
 CHECKPOINTS = Path(".dvc/tmp/checkpoints")
 FAILED_STEPS = Path(".dvc/tmp/failed_steps")
 
@@ -60,8 +60,8 @@ REPRODUCTION = REPORTS / "reproduction.json"
 REPRODUCTION_PAGE = REPORTS / "reproduction.md"
 
 ENVIRONMENTS = {"encode_dataset": ENCODING_ENVIRONMENT, "train_lora": TRAINING_ENVIRONMENT}
-"""Where each stage that makes the adapter says what it ran on."""
+"""The environment reports of the stages that compute the adapter."""
 RECORD = (PARAMS, PIPELINE, LOCK, METRICS, TRAINING_REPORT, LOSS_CURVE, LINEAGE, *ENVIRONMENTS.values())
-"""What it takes to make a run again and to tell whether that succeeded; small files all."""
+"""The small files that are needed to reproduce a run and to compare the results."""
 NUMBERS = (CAPTIONS_REPORT, ENCODING_REPORT, TRAINING_REPORT, METRICS)
 """The reports that are nested mappings of numbers."""

@@ -1,4 +1,5 @@
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sdxl_lora.adapters.export import check_files, export_lora, kohya_file, model_spec
-from sdxl_lora.adapters.lora import WEIGHTS_FILE, add_adapters, lora_parameters, save_lora
+from sdxl_lora.adapters.kohya import kohya_delta, kohya_name
+from sdxl_lora.adapters.lora import add_adapters, load_lora, lora_parameters, save_lora
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.config import ExportConfig, LoraConfig, ModelConfig, Params, load_params
 from sdxl_lora.inference.sampling import adapted_modules, initial_noise
-from sdxl_lora.models.sdxl import layers_per_block, load_pipeline
+from sdxl_lora.models.base_config import layers_per_block
+from sdxl_lora.models.sdxl import load_pipeline
 from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.storage.safetensors_io import read_header, write_tensors
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
@@ -38,7 +42,7 @@ def trained(model: ModelConfig, params: Params) -> Denoiser:
     """Adapters on all that the demo adapts and on both text encoders, alpha 1.5 times the rank."""
     lora = LoraConfig(**{**params.lora.model_dump(), "rank": 4, "alpha": 6.0})
     denoiser = load_denoiser(model, "fp32", CPU)
-    add_adapters(denoiser.unet, denoiser.text_encoders, lora, 0)
+    add_adapters(denoiser.parts, lora, 0)
     with torch.no_grad():
         for number, parameter in enumerate(p for m in denoiser.modules for p in lora_parameters(m)):
             parameter.copy_(torch.randn(parameter.shape, generator=keyed_generator("b", number)) * 0.05)
@@ -49,7 +53,7 @@ def trained(model: ModelConfig, params: Params) -> Denoiser:
 def exported(trained: Denoiser, model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the adapter as trained (`lora`) and as exported (`export`)."""
     folder = tmp_path_factory.mktemp("export")
-    save_lora(folder / "lora", trained.unet, trained.text_encoders)
+    save_lora(folder / "lora", trained.parts)
     export_lora(folder / "lora", folder / "export", CONFIG, FACTS, layers_per_block(model))
     return folder
 
@@ -65,7 +69,7 @@ def loaded(model: ModelConfig, folder: Path, name: str) -> StableDiffusionXLPipe
     return pipeline
 
 
-def picture(pipeline: StableDiffusionXLPipeline, params: Params) -> Tensor:
+def sample_image(pipeline: StableDiffusionXLPipeline, params: Params) -> Tensor:
     config = params.sampling.model_copy(update={"resolution": 64})
     noise = initial_noise(pipeline, config, 0, 0)[None]
     options: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 3, "output_type": "pt"}
@@ -82,11 +86,11 @@ def test_diffusers_draws_the_same_picture_from_either_file_and_from_the_trained_
             expected, found = updates(ours), updates(theirs)
             assert expected.keys() == found.keys()
             assert all(torch.allclose(expected[name], found[name], atol=1e-6) for name in expected)
-    pictures = [picture(loaded(model, exported / "lora", WEIGHTS_FILE), params)]
-    pictures += [picture(pipeline, params) for pipeline in pipelines]
-    assert torch.equal(pictures[0], pictures[1])
-    assert (pictures[0] - pictures[2]).abs().max() < 0.5 / 255
-    assert (pictures[0] - picture(load_pipeline(model, "fp32", CPU), params)).abs().max() > 8 / 255
+    images = [sample_image(loaded(model, exported / "lora", WEIGHTS_FILE), params)]
+    images += [sample_image(pipeline, params) for pipeline in pipelines]
+    assert torch.equal(images[0], images[1])
+    assert (images[0] - images[2]).abs().max() < 0.5 / 255
+    assert (images[0] - sample_image(load_pipeline(model, "fp32", CPU), params)).abs().max() > 8 / 255
 
 
 def test_headers_say_what_the_files_are_and_where_they_come_from(exported: Path) -> None:
@@ -99,6 +103,28 @@ def test_headers_say_what_the_files_are_and_where_they_come_from(exported: Path)
     data = (exported / "export" / KOHYA).read_bytes()
     content = data[8 + int.from_bytes(data[:8], "little") :]
     assert kohya["modelspec.hash_sha256"] == "0x" + hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_both_files_are_scaled_as_peft_scales_them(
+    model: ModelConfig, exported: Path, tmp_path: Path, use_rslora: bool
+) -> None:
+    """Also with an option that changes the scale: alpha / sqrt(rank)."""
+    source = exported / "lora" / WEIGHTS_FILE
+    header = read_header(source)
+    options = json.loads(header["lora_adapter_metadata"])
+    options |= {key: use_rslora for key in options if key.endswith(".use_rslora")}
+    header["lora_adapter_metadata"] = json.dumps(options)
+    write_tensors(tmp_path / "lora" / WEIGHTS_FILE, load_file(source), header)
+    export_lora(tmp_path / "lora", tmp_path / "export", CONFIG, FACTS, layers_per_block(model))
+    weights = load_file(tmp_path / "export" / KOHYA)
+    parts = load_denoiser(model, "fp32", CPU).parts
+    load_lora(tmp_path / "export", parts)
+    scales = {layer.scaling["default"] for layer in parts["unet"].modules() if hasattr(layer, "scaling")}
+    assert scales == {6.0 / 4**0.5 if use_rslora else 6.0 / 4}
+    for name, expected in updates(parts["unet"]).items():
+        found = kohya_delta(weights, kohya_name(f"unet.{name}", layers_per_block(model)))
+        torch.testing.assert_close(found, expected)
 
 
 def test_model_spec_has_all_that_the_standard_demands() -> None:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdxl_lora.adapters.kohya import kohya_delta, kohya_name, kohya_weights, original_path
-from sdxl_lora.adapters.lora import WEIGHTS_FILE, add_adapters, lora_parameters, save_lora
+from sdxl_lora.adapters.lora import add_adapters, lora_parameters, save_lora
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.config import LoraConfig, ModelConfig, load_params
 from sdxl_lora.models.sdxl import load_pipeline
 from sdxl_lora.runtime.rng import keyed_generator
@@ -120,7 +121,7 @@ def as_if_trained(model: ModelConfig, unet_modules: list[str], text_modules: lis
         rank=4, alpha=6.0, dropout=0.0, unet_modules=unet_modules, text_encoder_modules=text_modules
     )
     denoiser = load_denoiser(model, "fp32", CPU)
-    add_adapters(denoiser.unet, denoiser.text_encoders, config, 0)
+    add_adapters(denoiser.parts, config, 0)
     for number, parameter in enumerate(p for m in denoiser.modules for p in lora_parameters(m)):
         parameter.copy_(torch.randn(parameter.shape, generator=keyed_generator("trained", number)) * 0.1)
     return denoiser
@@ -140,7 +141,7 @@ def test_diffusers_loads_a_kohya_file_with_the_updates_that_were_trained(
     model: ModelConfig, unet_modules: list[str], text_modules: list[str], tmp_path: Path
 ) -> None:
     trained = as_if_trained(model, unet_modules, text_modules)
-    save_lora(tmp_path, trained.unet, trained.text_encoders)
+    save_lora(tmp_path, trained.parts)
     save_file(
         kohya_weights(load_file(tmp_path / WEIGHTS_FILE), dict.fromkeys(PARTS, 6.0)),
         tmp_path / "k.safetensors",
@@ -156,7 +157,7 @@ def test_diffusers_loads_a_kohya_file_with_the_updates_that_were_trained(
 
 def test_updates_of_a_kohya_file_are_pefts(model: ModelConfig, tmp_path: Path) -> None:
     trained = as_if_trained(model, EVERYTHING, TEXT)
-    save_lora(tmp_path, trained.unet, trained.text_encoders)
+    save_lora(tmp_path, trained.parts)
     weights = kohya_weights(load_file(tmp_path / WEIGHTS_FILE), dict.fromkeys(PARTS, 6.0))
     expected = peft_updates(trained.unet)
     assert len(weights) == 3 * sum(len(peft_updates(module)) for module in trained.modules)
@@ -168,7 +169,7 @@ def test_updates_of_a_kohya_file_are_pefts(model: ModelConfig, tmp_path: Path) -
     "layer", ["down_blocks.0", "encoder.layers.0", "up_blocks.0.nothing.0.conv", "mid_block.resnets.0.conv3"]
 )
 def test_layer_that_sdxl_lacks_is_refused(layer: str) -> None:
-    with pytest.raises(ValueError, match=f"{layer} is no layer of SDXL's UNet"):
+    with pytest.raises(ValueError, match=f"{layer} is not a layer of SDXL's UNet"):
         original_path(layer, 2)
 
 

@@ -5,14 +5,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sdxl_lora.adapters.lora import (
-    WEIGHTS_FILE,
-    adapter_strength,
-    add_adapters,
-    load_lora,
-    lora_parameters,
-    save_lora,
-)
+from sdxl_lora.adapters.lora import adapter_strength, add_adapters, load_lora, lora_parameters, save_lora
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.config import LoraConfig, ModelConfig, load_params
 from sdxl_lora.models.sdxl import load_pipeline
 from sdxl_lora.models.text_encoders import embed_tokens
@@ -39,7 +33,7 @@ def config(unet_modules: list[str] = ATTENTION) -> LoraConfig:
 
 def adapted(model: ModelConfig, lora: LoraConfig, seed: int = 0) -> Denoiser:
     denoiser = load_denoiser(model, "fp32", CPU)
-    add_adapters(denoiser.unet, denoiser.text_encoders, lora, seed)
+    add_adapters(denoiser.parts, lora, seed)
     return denoiser
 
 
@@ -79,7 +73,7 @@ def test_new_adapters_change_nothing(model: ModelConfig) -> None:
 
 def test_only_adapters_are_trainable_and_in_fp32_on_half_precision_models(model: ModelConfig) -> None:
     denoiser = load_denoiser(model, "bf16", CPU)
-    add_adapters(denoiser.unet, denoiser.text_encoders, config(EVERYTHING), 0)
+    add_adapters(denoiser.parts, config(EVERYTHING), 0)
     for module in denoiser.modules:
         trainable = {name: p.dtype for name, p in module.named_parameters() if p.requires_grad}
         assert trainable
@@ -124,9 +118,9 @@ def test_saved_adapters_act_as_the_trained_ones(
     model: ModelConfig, unet_modules: list[str], tmp_path: Path
 ) -> None:
     trained = as_if_trained(adapted(model, config(unet_modules)))
-    save_lora(tmp_path / "lora", trained.unet, trained.text_encoders)
+    save_lora(tmp_path / "lora", trained.parts)
     loaded = load_denoiser(model, "fp32", CPU)
-    load_lora(tmp_path / "lora", loaded.unet, loaded.text_encoders)
+    load_lora(tmp_path / "lora", loaded.parts)
     for ours, theirs in zip(trained.modules, loaded.modules, strict=True):
         expected, found = updates(ours), updates(theirs)
         assert expected.keys() == found.keys()
@@ -141,7 +135,7 @@ def test_diffusers_loads_the_same_updates(
     model: ModelConfig, unet_modules: list[str], tmp_path: Path
 ) -> None:
     trained = as_if_trained(adapted(model, config(unet_modules)))
-    save_lora(tmp_path, trained.unet, trained.text_encoders)
+    save_lora(tmp_path, trained.parts)
     pipeline = load_pipeline(model, "fp32", CPU)
     pipeline.load_lora_weights(tmp_path, adapter_name="default")
     theirs = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
@@ -153,7 +147,7 @@ def test_diffusers_loads_the_same_updates(
 
 def test_file_names_layers_as_other_tools_do_and_tells_no_path(model: ModelConfig, tmp_path: Path) -> None:
     trained = as_if_trained(adapted(model, config()))
-    save_lora(tmp_path, trained.unet, trained.text_encoders, {"data_digest": "sha256:1"})
+    save_lora(tmp_path, trained.parts, {"data_digest": "sha256:1"})
     with safe_open(tmp_path / WEIGHTS_FILE, "pt") as file:
         keys, header = list(file.keys()), file.metadata()
     text = [key for key in keys if key.startswith(("text_encoder.", "text_encoder_2."))]
@@ -163,10 +157,10 @@ def test_file_names_layers_as_other_tools_do_and_tells_no_path(model: ModelConfi
     assert "base_model/" not in str(header)
 
 
-def test_adapter_trained_with_dropout_draws_without(model: ModelConfig, tmp_path: Path) -> None:
-    """Diffusers puts adapters on in training mode: a dropout in the file would garble every picture."""
+def test_adapter_trained_with_dropout_samples_without(model: ModelConfig, tmp_path: Path) -> None:
+    """Diffusers puts adapters on in training mode: a dropout in the file would garble every image."""
     trained = as_if_trained(adapted(model, config().model_copy(update={"dropout": 0.5})))
-    save_lora(tmp_path, trained.unet, trained.text_encoders)
+    save_lora(tmp_path, trained.parts)
     pipeline = load_pipeline(model, "fp32", CPU)
     pipeline.load_lora_weights(tmp_path, adapter_name="default")
     loaded = Denoiser(
@@ -178,20 +172,20 @@ def test_adapter_trained_with_dropout_draws_without(model: ModelConfig, tmp_path
 
 def test_adapter_of_another_model_is_refused(model: ModelConfig, tmp_path: Path) -> None:
     trained = adapted(model, config())
-    save_lora(tmp_path, trained.unet, trained.text_encoders)
+    save_lora(tmp_path, trained.parts)
     with pytest.raises(ValueError, match=r"set model\.text_encoders as it was in training"):
-        load_lora(tmp_path, load_denoiser(model, "fp32", CPU).unet, None)
+        load_lora(tmp_path, {"unet": load_denoiser(model, "fp32", CPU).unet})
 
 
 def test_missing_adapter_names_the_stage_to_run(model: ModelConfig, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="dvc repro train_lora"):
-        load_lora(tmp_path, load_denoiser(model, "fp32", CPU).unet, None)
+        load_lora(tmp_path, {"unet": load_denoiser(model, "fp32", CPU).unet})
 
 
 def test_name_that_matches_nothing_is_refused_with_names_that_do(model: ModelConfig) -> None:
     denoiser = load_denoiser(model, "fp32", CPU)
     with pytest.raises(ValueError, match=r"lora\.unet_modules: 'to_quary' matches no layer .*: to_q"):
-        add_adapters(denoiser.unet, None, config(["to_quary"]), 0)
+        add_adapters({"unet": denoiser.unet}, config(["to_quary"]), 0)
 
 
 def test_strength_scales_the_updates_and_zero_is_the_base_model(model: ModelConfig) -> None:

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import nn
 
 from benchmarks import counts, forecast, random_sdxl, resume, saved_sdxl, train_step
-from benchmarks.apart import apart, side_by_side
 from benchmarks.grid import combinations, gib_or_none, repeat
+from benchmarks.isolation import map_isolated, run_isolated
 from benchmarks.matmul import measure as measure_matmul
 from benchmarks.results import Configuration, Result, publish, read_results
 from benchmarks.sample import measure as measure_sample
@@ -24,7 +24,7 @@ from benchmarks.timing import timed
 from benchmarks.vae_encode import measure as measure_vae
 from sdxl_lora.config import load_params
 from sdxl_lora.kernels.quantized_linear import QuantizedLinear
-from sdxl_lora.memory.planner import TrainingPlan
+from sdxl_lora.memory.planner import ForecastPlan, TrainingPlan
 from sdxl_lora.memory.training_forecast import MemoryForecast
 from sdxl_lora.models import architecture
 from sdxl_lora.storage.atomic_io import GIB
@@ -98,14 +98,14 @@ def test_without_options_a_step_is_the_recipes(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("sys.argv", ["train_step"])
     (configuration,) = combinations(train_step.parse(), train_step.VARIED, ())
     params = load_params(RECIPE)
-    assert configuration == train_step.of_recipe(params)
+    assert configuration == train_step.recipe_values(params)
     assert configuration["vram_gib"] == params.training.vram_gib
-    assert train_step.configured(params, configuration, 20).lora == params.lora
+    assert train_step.with_configuration(params, configuration, 20).lora == params.lora
 
 
 def test_every_option_of_a_step_reaches_the_params() -> None:
     params = load_params(RECIPE)
-    after = train_step.of_recipe(train_step.configured(params, SMALL, 20))
+    after = train_step.recipe_values(train_step.with_configuration(params, SMALL, 20))
     assert after == SMALL | {"resolution": params.encoding.resolution}  # the random data set's, no param's
 
 
@@ -117,9 +117,9 @@ def test_text_encoders_that_freeze_later_are_timed_while_they_are_trained() -> N
             "training": params.training.model_copy(update={"text_encoder_steps": 5}),
         }
     )
-    configuration = train_step.of_recipe(freezing)
-    assert configuration == train_step.of_recipe(params)
-    assert train_step.configured(freezing, configuration, 20) == train_step.configured(
+    configuration = train_step.recipe_values(freezing)
+    assert configuration == train_step.recipe_values(params)
+    assert train_step.with_configuration(freezing, configuration, 20) == train_step.with_configuration(
         params, configuration, 20
     )
 
@@ -164,9 +164,9 @@ def test_a_forecast_is_measured_by_the_librarys_own_loop(monkeypatch: pytest.Mon
     small = {"precision": "fp32", "resolution": 64, "batch_size": 1, "micro_batch_size": 1, "vram_gib": None}
     freezing = {"text_encoders": "trained_then_frozen", "text_encoder_steps": 2}
     monkeypatch.setitem(forecast.CONFIGURATIONS, "small", small | freezing)
-    monkeypatch.setattr(forecast, "apart", lambda function, *values: function(*values))
+    monkeypatch.setattr(forecast, "run_isolated", lambda function, *values: function(*values))
     recipe = load_params(RECIPE)
-    plan = TrainingPlan(1, (), 0.0, MemoryForecast(*[GIB] * 7))
+    plan = ForecastPlan(1, (), 0.0, MemoryForecast(*[GIB] * 7))
     result = forecast.compare("small", recipe, plan, measures=True)
     assert result.outcome == "ok"
     assert len(result.seconds) == forecast.STEPS
@@ -177,17 +177,17 @@ def test_a_forecast_is_measured_by_the_librarys_own_loop(monkeypatch: pytest.Mon
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would be measured")
 def test_a_forecast_that_fails_has_its_reason_as_outcome() -> None:
-    recipe, plan = load_params(RECIPE), TrainingPlan(1, (), 0.0, None)
+    recipe, plan = load_params(RECIPE), TrainingPlan(1, (), 0.0)
     assert forecast.compare("bf16", recipe, "ValueError: no", measures=True).outcome == "ValueError: no"
     dead = forecast.compare("10.8 GiB, planned", recipe, plan, measures=True)
     assert dead.outcome.startswith("ValueError: training.vram_gib is 10.8: this recipe needs a CUDA GPU")
 
 
 def test_measurements_run_apart() -> None:
-    assert apart(os.getpid) != os.getpid()
-    assert list(side_by_side(abs, [-1, 2])) == [1, 2]
+    assert run_isolated(os.getpid) != os.getpid()
+    assert list(map_isolated(abs, [-1, 2])) == [1, 2]
     with pytest.raises(BrokenProcessPool):
-        apart(os._exit, 1)
+        run_isolated(os._exit, 1)
 
 
 @pytest.mark.usefixtures("small_sdxl")
@@ -242,7 +242,7 @@ def test_encoding_is_timed_per_batch() -> None:
     assert result.samples_per_second == pytest.approx(2 / (sum(result.seconds) / 2))
 
 
-DRAWN: Configuration = {
+SAMPLING_KEYS: Configuration = {
     "model": "demo",
     "way": "ours",
     "precision": "fp32",
@@ -255,20 +255,20 @@ DRAWN: Configuration = {
 
 @pytest.mark.usefixtures("small_sdxl")
 @pytest.mark.parametrize("way", WAYS)
-def test_drawing_is_timed_per_batch(way: str) -> None:
-    result = measure_sample({**DRAWN, "model": "random_sdxl", "way": way}, repetitions=2)
+def test_sampling_is_timed_per_batch(way: str) -> None:
+    result = measure_sample({**SAMPLING_KEYS, "model": "random_sdxl", "way": way}, repetitions=2)
     assert (result.outcome, len(result.seconds)) == ("ok", 2)
     assert result.figures["first_batch_seconds"] > 0
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5])
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_of_drawing_gives_the_same_pictures(way: str, strength: float) -> None:
-    result = measure_sample({**DRAWN, "way": way, "strength": strength}, repetitions=1)
+def test_every_way_of_sampling_gives_the_same_images(way: str, strength: float) -> None:
+    result = measure_sample({**SAMPLING_KEYS, "way": way, "strength": strength}, repetitions=1)
     assert result.figures["psnr_db"] > 60
 
 
-def test_other_pictures_are_told_from_the_same() -> None:
+def test_psnr_tells_other_images_from_the_same() -> None:
     black, grey = (Image.new("RGB", (8, 8), (level, level, level)) for level in (0, 51))
     assert psnr([black], [black]) == 100
     assert psnr([black], [grey]) == pytest.approx(20 * math.log10(255 / 51))
@@ -276,7 +276,7 @@ def test_other_pictures_are_told_from_the_same() -> None:
 
 def test_a_line_that_is_no_result_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"benchmark": "train_step"}\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line 1, is no result"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 1, is not a benchmark result"):
         read_results(tmp_path / "bad.jsonl")
 
 
@@ -285,7 +285,7 @@ def test_a_file_is_of_one_machine(tmp_path: Path) -> None:
     elsewhere = result.model_copy(update={"machine": result.machine.model_copy(update={"gpu": "another"})})
     for line in (result, elsewhere):
         publish(line, tmp_path / "mixed.jsonl")
-    with pytest.raises(ValueError, match=r"line 2, is of another machine"):
+    with pytest.raises(ValueError, match=r"line 2, is from another machine"):
         read_results(tmp_path / "mixed.jsonl")
 
 
@@ -307,7 +307,7 @@ def test_a_killed_training_is_compared_with_a_whole_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The benchmark of resuming, on the demo's model, with an exception in place of its death."""
-    params = resume.shortened(load_params(Path("recipes/demo.yaml")), steps=4)
+    params = resume.with_steps(load_params(Path("recipes/demo.yaml")), steps=4)
     params = params.model_copy(update={"training": params.training.model_copy(update={"batch_size": 1})})
     dataset = write_encoded_dataset(tmp_path / "encoded", params.model)
     monkeypatch.setattr(dataset, "latents", dataset[0].latents_mean.shape, raising=False)
@@ -329,5 +329,5 @@ def test_a_killed_training_is_compared_with_a_whole_one(
     found = resume.comparison(whole, resumed)
     assert found["adapter_equal"]
     assert found["reports_equal"]
-    assert found["went_on_after"] == 2
+    assert found["resumed_after"] == 2
     assert not resume.comparison(whole, resumed | {"adapter": "another"})["adapter_equal"]

@@ -9,9 +9,9 @@ from benchmarks.claims import CLAIMS, REFERENCE, Change, find_pair
 from benchmarks.results import FOLDER, Benchmark, Machine, Result, read_results
 from benchmarks.sizes import ADAPTER, full_fine_tuning
 from benchmarks.tables import (
-    DRAWN,
-    drawing_speedup,
+    SAMPLING_KEYS,
     forecast_table,
+    sampling_speedup,
     sampling_table,
     share_of_peak,
     speedup,
@@ -77,19 +77,19 @@ def test_only_the_usual_flags_are_a_baseline(changes: dict[str, Any]) -> None:
     assert speedup(other, [OFFICIAL, other]) == pytest.approx(1.0)
 
 
-def drawn(way: str, seconds: float, **changes: Any) -> Result:
-    configuration = dict.fromkeys(DRAWN, 1) | {"way": way, "batch_size": 2} | changes
+def sampled(way: str, seconds: float, **changes: Any) -> Result:
+    configuration = dict.fromkeys(SAMPLING_KEYS, 1) | {"way": way, "batch_size": 2} | changes
     result = measured("sample", seconds)
     return result.model_copy(update={"configuration": configuration, "figures": {"psnr_db": 41.25}})
 
 
-def test_pictures_are_compared_with_diffusers_own_on_the_same_work() -> None:
-    ours, plain, other = drawn("ours", 1.0), drawn("diffusers", 3.0), drawn("ours", 1.0, strength=0.5)
-    assert drawing_speedup(ours, [ours, plain]) == pytest.approx(3.0)
-    assert drawing_speedup(other, [other, plain]) is None
+def test_sampling_is_compared_with_diffusers_on_the_same_work() -> None:
+    ours, plain, other = sampled("ours", 1.0), sampled("diffusers", 3.0), sampled("ours", 1.0, strength=0.5)
+    assert sampling_speedup(ours, [ours, plain]) == pytest.approx(3.0)
+    assert sampling_speedup(other, [other, plain]) is None
     lines = sampling_table([ours, plain, other]).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| this project", "| diffusers", "| this project"]
-    assert " 2.00 | 3.00 |" in lines[2]  # images a second, and times diffusers'
+    assert " 2.00 | 3.00 |" in lines[2]  # images per second, and ratio to diffusers
     assert " 41.2 |" in lines[2]
 
 
@@ -102,10 +102,10 @@ def test_a_failed_run_has_no_speed() -> None:
 def test_share_of_peak_counts_necessary_work_alone() -> None:
     counted = counts.load()
     work = 3 * (counted.forward_tflop["trained"] + counted.backward_tflop["trained"])
-    sitting = [matmul(400.0), SLOW]
-    assert share_of_peak(SLOW, sitting, counted) == pytest.approx(work / 0.25 / 400)
+    session = [matmul(400.0), SLOW]
+    assert share_of_peak(SLOW, session, counted) == pytest.approx(work / 0.25 / 400)
     assert share_of_peak(SLOW, [matmul(400.0, "bf16"), SLOW], counted) is None
-    assert share_of_peak(measured("train_step", 0.25, resolution=512), sitting, counted) is None
+    assert share_of_peak(measured("train_step", 0.25, resolution=512), session, counted) is None
 
 
 def test_a_table_shows_what_varies_and_says_once_what_does_not() -> None:
@@ -157,10 +157,10 @@ def test_the_pair_nearest_to_the_recipe_is_shown() -> None:
     far = [measured("train_step", 1.0, checkpointing=kind, precision="bf16") for kind in ("all", "none")]
     pair = find_pair(CHECKPOINTING, "train_step", [*far, SLOW, FAST])
     assert pair is not None
-    assert pair.apart == {}
+    assert pair.deviations == {}
     far_pair = find_pair(CHECKPOINTING, "train_step", far)
     assert far_pair is not None
-    assert far_pair.apart == {"precision": "bf16"}
+    assert far_pair.deviations == {"precision": "bf16"}
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_verdict_follows_from_the_figures(technique: str, change: Change, verd
 
 def test_what_nobody_measured_is_called_so() -> None:
     text = report.page({}, counts.load())
-    for technique in (*CLAIM, "latents cached"):
+    for technique in (*CLAIM, "cached latents"):
         (row,) = [line for line in text.splitlines() if line.startswith(f"| {technique} |")]
         assert row.count("not measured yet") == 3
     assert "Not measured yet." in text
@@ -229,5 +229,5 @@ def test_the_forecast_rests_on_the_reference_run() -> None:
 
 
 def test_the_page_is_that_of_the_committed_results() -> None:
-    sittings = {path.stem: read_results(path) for path in sorted(FOLDER.glob("*.jsonl"))}
-    assert Path("docs/performance.md").read_text() == report.page(sittings, counts.load())
+    sessions = {path.stem: read_results(path) for path in sorted(FOLDER.glob("*.jsonl"))}
+    assert Path("docs/performance.md").read_text() == report.page(sessions, counts.load())

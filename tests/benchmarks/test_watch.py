@@ -130,7 +130,7 @@ def test_a_checkout_without_the_script_is_refused(tmp_path: Path) -> None:
 
 
 def test_random_images_load_as_an_image_folder(tmp_path: Path) -> None:
-    folder = save_random_images(tmp_path / "images", count=3, side=64)
+    folder = save_random_images(tmp_path / "images", count=3, sizes=[(64, 64)])
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert len({row["text"] for row in rows}) == 3
     assert {Image.open(folder / row["file_name"]).size for row in rows} == {(64, 64)}

@@ -5,7 +5,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -17,16 +16,18 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from sdxl_lora.adapters.lora import WEIGHTS_FILE, save_lora
+from sdxl_lora.adapters.lora import save_lora
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.cli.doctor import dry_run, resources, services, smoke_tests, software
+from sdxl_lora.cli.doctor.checks import CHECKS, run_checks
 from sdxl_lora.cli.doctor.context import CheckFunction, RunContext
-from sdxl_lora.cli.doctor.examinations import CHECKS, run_checks
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.models.vae import load_vae
 from sdxl_lora.reproducibility.checklist import Check, exit_status, format_check, passed, warned
 from sdxl_lora.storage.atomic_io import GIB
 from sdxl_lora.storage.repository import folder_digest
 from sdxl_lora.training.train_step import TrainStep
+from tests.support.command import COMMAND
 from tests.support.hub import Hub
 from tests.support.patience import patience
 
@@ -77,7 +78,7 @@ def test_healthy_project_passes_every_check() -> None:
 
 @pytest.mark.slow
 def test_command_passes_every_check_and_prints_json() -> None:
-    command = [sys.executable, "-m", "sdxl_lora.cli.doctor.command", "--json"]
+    command = [COMMAND, "doctor", "--json"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), "SDXL_LORA_DEVICE": "cpu"}
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=patience(60), check=False
@@ -92,7 +93,7 @@ def test_check_that_breaks_down_is_a_finding_and_stops_no_other(monkeypatch: pyt
         raise RuntimeError("all\nwrong")
 
     examinations = [software.check_python, check_something, software.check_libraries]
-    monkeypatch.setattr("sdxl_lora.cli.doctor.examinations.CHECKS", examinations)
+    monkeypatch.setattr("sdxl_lora.cli.doctor.checks.CHECKS", examinations)
     statuses = [(check.name, check.status, check.detail) for check in run_checks(context())]
     assert statuses[1] == ("something", "fail", "RuntimeError: all wrong")
     assert [name for name, _, _ in statuses] == ["python", "something", "libraries"]
@@ -144,7 +145,7 @@ def test_cards_without_kernels_are_known(capability: tuple[int, int], runs: bool
 def test_recipe_for_a_gpu_fails_without_one_and_its_trial_is_not_tried() -> None:
     someone = context(training={"vram_gib": 13.8})
     check = found(software.check_gpu, someone)
-    assert (check.status, "PyTorch sees no GPU" in check.detail) == ("fail", True)
+    assert (check.status, "PyTorch finds no GPU" in check.detail) == ("fail", True)
     statuses = {check.name: check for check in examine_only(someone, "gpu_memory", "vae", "gradient")}
     assert {check.status for check in statuses.values()} == {"warn"}
     assert statuses["gradient"].detail.startswith("not tried: there is no GPU")
@@ -153,7 +154,7 @@ def test_recipe_for_a_gpu_fails_without_one_and_its_trial_is_not_tried() -> None
 def examine_only(someone: RunContext, *names: str) -> Iterator[Check]:
     with pytest.MonkeyPatch.context() as patch:
         chosen = [e for e in CHECKS if e.__name__.removeprefix("check_") in names]
-        patch.setattr("sdxl_lora.cli.doctor.examinations.CHECKS", chosen)
+        patch.setattr("sdxl_lora.cli.doctor.checks.CHECKS", chosen)
         yield from run_checks(someone)
 
 
@@ -185,7 +186,6 @@ def test_less_than_the_forecast_fails(
 
 def test_forecast_of_memory_is_that_of_the_plan() -> None:
     someone = context()
-    assert someone.plan.forecast is not None
     assert resources.needed_gpu_memory(someone) == someone.plan.forecast.total + 0.9 * GIB
 
 
@@ -227,7 +227,7 @@ def test_model_that_is_not_here_warns_and_what_needs_it_is_not_tried() -> None:
     someone = context(model={"base": "./none"})
     assert found(resources.check_models, someone).status == "warn"
     (check,) = examine_only(someone, "gradient")
-    assert (check.status, check.detail) == ("warn", "not tried: model.base is not here yet")
+    assert (check.status, check.detail) == ("warn", "not tried: model.base is not downloaded yet")
 
 
 def test_damaged_file_of_the_hubs_cache_fails(hub: Hub, tmp_path: Path) -> None:
@@ -252,9 +252,9 @@ def test_vae_whose_latents_are_not_finite_fails() -> None:
     assert (check.status, "are not finite in fp32" in check.detail) == ("fail", True)
 
 
-def test_vae_is_tried_on_drawn_pictures_where_there_is_no_data_set() -> None:
+def test_vae_is_tried_on_synthetic_images_without_a_data_set() -> None:
     check = found(smoke_tests.check_vae, context(download={"repository": "owner/data"}))
-    assert (check.status, "3 pictures (drawn" in check.detail) == ("pass", True)
+    assert (check.status, "3 images (synthetic" in check.detail) == ("pass", True)
 
 
 def cut_off_the_middle() -> None:
@@ -271,7 +271,7 @@ def test_adapters_that_no_gradient_reaches_are_named() -> None:
     model["revision"] = folder_digest(Path("base"))
     check = found(smoke_tests.check_gradient, context(model=model))
     assert (check.status, "unet.mid_block.attentions.0" in check.detail) == ("fail", True)
-    assert check.detail.startswith("none reaches 20 of 288")
+    assert check.detail.startswith("zero for 20 of 288")
 
 
 def test_step_that_moves_nothing_fails() -> None:
@@ -292,14 +292,15 @@ def test_resume_that_forgets_something_fails(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_file_that_holds_something_else_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rounded(folder: Path, *modules: Any) -> None:
-        save_lora(folder, *modules)
+    def rounded(folder: Path, parts: dict[str, Any]) -> None:
+        save_lora(folder, parts)
         path = folder / WEIGHTS_FILE
         save_file({name: tensor.half().float() for name, tensor in load_file(path).items()}, path)
 
     monkeypatch.setattr(dry_run, "save_lora", rounded)
     someone = context()
     assert found(smoke_tests.check_save, someone).status == "fail"
+    assert "dry_run" not in vars(someone), "the next checks need its memory"
     (check,) = examine_only(context(), "sample")
     assert (check.status, check.detail) == ("warn", "not tried: no adapter was saved")
     someone.cleanup()
@@ -364,7 +365,7 @@ def test_params_that_do_not_fit_end_the_command_with_the_key() -> None:
     path.write_text(path.read_text(encoding="utf-8").replace("  rank: 16", "  rnak: 16"), encoding="utf-8")
     with pytest.raises(ValueError, match="rnak"):
         load_params(path)
-    command = [sys.executable, "-m", "sdxl_lora.cli.doctor.command"]
+    command = [COMMAND, "doctor"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=patience(30), check=False

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sdxl_lora.cli.recipe import BACKUP, listing, select
+from tests.support.command import COMMAND
 
 REPOSITORY = Path(__file__).parents[2]
 DEFAULT = (REPOSITORY / "recipes" / "sdxl-naruto-16gb.yaml").read_text()
@@ -63,7 +64,7 @@ def test_way_back_leads_back() -> None:
 
 def test_copy_of_another_recipe_is_replaced() -> None:
     select("demo")
-    assert "To go back: make recipe NAME=demo" in select("sdxl-naruto-16gb")
+    assert "To go back: sdxl-lora recipe demo" in select("sdxl-naruto-16gb")
     assert PARAMS.read_text() == DEFAULT
 
 
@@ -72,7 +73,7 @@ def test_edits_are_not_replaced() -> None:
     with pytest.raises(ValueError, match="neither committed nor part of a recipe") as caught:
         select("demo")
     assert PARAMS.read_text() == edited
-    assert "FORCE=1" in str(caught.value)
+    assert "--force" in str(caught.value)
 
 
 def test_edits_on_top_of_a_selected_recipe_are_not_replaced() -> None:
@@ -188,7 +189,7 @@ def test_outside_git_edits_are_not_replaced(tmp_path: Path) -> None:
     [([], 0, "Recipes"), (["demo"], 0, "is now the recipe `demo`"), (["nothing"], 1, "no recipe `nothing`")],
 )
 def test_command(arguments: list[str], status: int, output: str) -> None:
-    command = [sys.executable, "-m", "sdxl_lora.cli.recipe", *arguments]
+    command = [COMMAND, "recipe", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == status
     assert output in result.stdout + result.stderr

@@ -1,10 +1,13 @@
-"""What `make demo` says at its end."""
+"""The last lines of `make demo`."""
 
 from typing import Any
 
 import pytest
 
-from sdxl_lora.cli.summary import comparison, findings, mlflow_line
+from sdxl_lora import paths
+from sdxl_lora.cli import summary
+from sdxl_lora.cli.summary import learned, mlflow_line
+from sdxl_lora.storage.report_io import write_numbers
 
 METRICS: dict[str, Any] = {
     "held_out_loss": {"base": 0.25, "adapter": 0.125, "change_percent": -50.0},
@@ -12,31 +15,18 @@ METRICS: dict[str, Any] = {
     "other_style_probability": {"base": 0.8, "strength_0.5": 0.7, "adapter": 0.6},
     "adapter_bytes": 3_240_000,
 }
-TRAINING = {"steps": 600, "seconds": 184.6, "peak_memory_gib": 1.04}
 
 
-def test_every_metric_of_both_models_is_a_row_and_every_strength_a_column() -> None:
-    rows = [line.split() for line in comparison(METRICS).splitlines()]
-    assert rows == [
-        ["base", "strength", "0.5", "adapter"],
-        ["held", "out", "loss", "0.2500", "0.1250"],
-        ["style", "probability", "0.1000", "0.2000", "0.7500"],
-        ["other", "style", "probability", "0.8000", "0.7000", "0.6000"],
-    ]
-
-
-def test_findings_say_what_was_learned_forgotten_and_spent() -> None:
-    assert findings(METRICS, TRAINING) == {
-        "learned": "held-out loss -50.0 %, style probability 0.10 -> 0.75",
-        "forgotten": "prompts in other styles keep 75.0 % of their style probability",
-        "training": "600 steps in 3 min 05 s, 1.0 GiB at most, adapter of 3.2 MB",
-    }
+def test_what_was_learned_and_forgotten_is_one_line() -> None:
+    assert learned(METRICS) == (
+        "held-out loss -50.0 %, style probability 0.10 -> 0.75; prompts in other styles keep 75.0 % of theirs"
+    )
 
 
 @pytest.mark.parametrize("missing", ["style_probability", "other_style_probability"])
-def test_recipe_without_styles_has_fewer_findings(missing: str) -> None:
+def test_recipe_without_styles_still_has_its_loss(missing: str) -> None:
     metrics = {name: values for name, values in METRICS.items() if name != missing}
-    assert "held-out loss -50.0 %" in findings(metrics, TRAINING)["learned"]
+    assert learned(metrics).startswith("held-out loss -50.0 %")
 
 
 def test_tracked_run_is_named() -> None:
@@ -45,3 +35,15 @@ def test_tracked_run_is_named() -> None:
 
 def test_run_that_mlflow_missed_can_be_tracked_later() -> None:
     assert "dvc repro -sf track_run" in mlflow_line({"mlflow": {"run": None, "id": None}})
+
+
+def test_every_result_has_its_place(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_numbers(paths.METRICS, METRICS)
+    write_numbers(paths.MLFLOW_POINTER, {"mlflow": {"run": "able-fox", "id": "abc"}})
+    summary.run()
+    printed = capsys.readouterr().out
+    for place in (paths.SAMPLE_GRID, paths.EXPORTED_WEIGHTS, paths.REPORT, "run able-fox (abc)"):
+        assert str(place) in printed

@@ -107,8 +107,8 @@ def micro_batches(
     denoiser = Denoiser(torch.nn.Identity(), None, schedule, "fp32")
     found = []
     for first, last in zip([0, *stop_at], [*stop_at, EPOCHS * len(dataset) // PER_STEP], strict=True):
-        drawn = training_batches(denoiser, dataset, TRAINING, SEED, first)
-        for number, examples in enumerate(islice(drawn, (last - first) * ACCUMULATION)):
+        batches = training_batches(denoiser, dataset, TRAINING, SEED, first)
+        for number, examples in enumerate(islice(batches, (last - first) * ACCUMULATION)):
             found.append((first + number // ACCUMULATION, examples))
     return found
 

@@ -118,7 +118,7 @@ def test_commit_behind_a_branch_is_recorded_and_said(
         "licence": "other",
         "examples": 4,
     }
-    assert "set download.revision to that in params.yaml" in caplog.text
+    assert "set download.revision to that commit in params.yaml" in caplog.text
     assert commit in caplog.text
 
 
@@ -138,11 +138,11 @@ def test_source_knows_its_size_before_it_is_read(naruto: tuple[str, list[bytes]]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_column": "picture"}, "download.image_column is 'picture'.*it has image, text"),
-        ({"caption_column": "caption"}, "download.caption_column is 'caption'.*it has image, text"),
+        ({"image_column": "picture"}, "download.image_column is 'picture'.*has only image, text"),
+        ({"caption_column": "caption"}, "download.caption_column is 'caption'.*has only image, text"),
         ({"caption_column": "image"}, "download.caption_column: row 0 .* has no text in 'image' but dict"),
         ({"image_column": "text"}, "download.image_column: row 0 .* has no image bytes in 'text'"),
-        ({"split": "test"}, "no data that download.split = 'test' selects"),
+        ({"split": "test"}, "no data for download.split 'test'"),
     ],
 )
 def test_wrong_column_or_split_is_named(
@@ -192,7 +192,7 @@ def test_images_outside_the_parquet_file_are_refused(hub: Hub, tmp_path: Path) -
     image = pa.StructArray.from_arrays(list(elsewhere.values()), list(elsewhere))
     pq.write_table(pa.table({"image": image, "text": ["a man"]}), file)
     hub.add(NARUTO, tmp_path / "naruto", "datasets")
-    with pytest.raises(ValueError, match="images must lie in the file"):
+    with pytest.raises(ValueError, match="images must be embedded in the file"):
         download(hub_config(), tmp_path / "raw")
 
 
@@ -231,14 +231,14 @@ def test_table_cannot_lead_out_of_its_folder(folder: Path, tmp_path: Path, name:
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     (folder / "linked").symlink_to(tmp_path)
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
-    with pytest.raises(ValueError, match="is hidden or leads out of the folder"):
+    with pytest.raises(ValueError, match="is hidden or outside the folder"):
         download(folder_config(folder), tmp_path / "raw")
 
 
 @pytest.mark.parametrize("name", ["a\0.png", "x" * 5000, "images/\ud800.png"])
 def test_name_that_no_file_can_have_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
-    with pytest.raises(ValueError, match=r"download.repository: row 0 of .* as no file can be called"):
+    with pytest.raises(ValueError, match=r"download.repository: row 0 of .* cannot be a file name"):
         download(folder_config(folder), tmp_path / "raw")
 
 

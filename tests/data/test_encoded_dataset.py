@@ -16,9 +16,8 @@ from sdxl_lora.data.encoded_dataset import (
     Variant,
     data_digest,
     text_digest,
-    write_index,
-    write_shard,
 )
+from sdxl_lora.data.shard_writer import write_index, write_shard
 
 
 def numbered(numbers: list[int], *, embeds: bool) -> Batch:
@@ -114,13 +113,13 @@ def test_mirrored_images_that_are_not_those_that_were_encoded_are_refused(tmp_pa
 
 
 def write_captioned(folder: Path, texts: Batch) -> EncodedDataset:
-    """Two examples, the second of which has two further captions, in the order of `texts`."""
-    first, more = numbered([0, 1], embeds=True), replace(texts, latents_mean=torch.empty(0))
+    """Two examples with one and two further captions; those of the second are in the order of `texts`."""
+    first, more = numbered([0, 1], embeds=True), Batch.cat([numbered([4], embeds=True), texts])
     write_shard(folder, "a.safetensors", first, more=more)
-    genuine = [text_digest(numbered([n], embeds=True)) for n in (5, 6)]
+    four, five, six = (text_digest(numbered([n], embeds=True)) for n in (4, 5, 6))
     examples = [
-        Example("0", "0.png", "", "train", "a.safetensors", 0),
-        Example("1", "1.png", "", "train", "a.safetensors", 1, "", "", ("five", "six"), 0, tuple(genuine)),
+        Example("0", "0.png", "", "train", "a.safetensors", 0, "", "", ("four",), 0, (four,)),
+        Example("1", "1.png", "", "train", "a.safetensors", 1, "", "", ("five", "six"), 1, (five, six)),
     ]
     write_index(folder, examples)
     dataset = EncodedDataset(folder, "train")
@@ -143,17 +142,17 @@ def test_further_captions_are_read_with_their_image_and_checked(tmp_path: Path) 
 
 def test_token_ids_are_those_of_every_caption_in_order(tmp_path: Path) -> None:
     dataset = write_captioned(tmp_path, numbered([5, 6], embeds=True))
-    assert dataset.token_ids().shape == (4, 2, 77)
-    assert dataset.token_ids()[:, 0, 0].tolist() == [0, 1, 5, 6]
+    assert dataset.token_ids().shape == (5, 2, 77)
+    assert dataset.token_ids()[:, 0, 0].tolist() == [0, 4, 1, 5, 6]
 
 
 def test_other_embeddings_keep_to_their_captions(tmp_path: Path) -> None:
     dataset = write_captioned(tmp_path, numbered([5, 6], embeds=True))
-    rows = torch.arange(4.0)
-    embedded = dataset.with_embeddings(rows.view(4, 1, 1).expand(4, 77, 8), rows.view(4, 1).expand(4, 8))
-    batch = embedded.batch([1, 0, 1], [Variant(caption=2), FIRST, FIRST])
+    rows = torch.arange(5.0)
+    embedded = dataset.with_embeddings(rows.view(5, 1, 1).expand(5, 77, 8), rows.view(5, 1).expand(5, 8))
+    batch = embedded.batch([1, 0, 1, 0], [Variant(caption=2), FIRST, FIRST, Variant(caption=1)])
     assert batch.prompt_embeds is not None
-    assert batch.prompt_embeds[:, 0, 0].tolist() == [3, 0, 1]
+    assert batch.prompt_embeds[:, 0, 0].tolist() == [4, 0, 2, 1]
 
 
 EXAMPLES = [

@@ -77,7 +77,7 @@ def examples_of(folder: Path) -> dict[str, Batch]:
 
 
 def entries_by_kind(store: Path) -> dict[str, set[str]]:
-    kinds = ("picture", "latents", "text")
+    kinds = ("image", "latents", "text")
     return {kind: {file.name for file in (store / kind).rglob("*") if file.is_file()} for kind in kinds}
 
 
@@ -85,8 +85,8 @@ def levels_of(file: Path) -> torch.Tensor:
     return to_bytes(decode_image(file.read_bytes()))[None]
 
 
-def test_latents_decode_to_the_picture(encoders: Encoders) -> None:
-    """The demo's small VAE gives this picture back at 34.5 dB."""
+def test_latents_decode_to_the_image(encoders: Encoders) -> None:
+    """The demo's small VAE reproduces this image at 34.5 dB."""
     levels = levels_of(PICTURE)
     latents, std = encode_images(encoders.vae, levels)
     with torch.no_grad():
@@ -99,10 +99,10 @@ def test_latents_are_what_diffusers_encodes_and_scales(encoders: Encoders) -> No
     levels = levels_of(PICTURE)
     mean, std = encode_images(encoders.vae, levels)
     pixels = to_pixels(levels)
-    drawn = [
+    sampled = [
         encoders.vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(s)) for s in range(64)
     ]
-    samples = torch.cat(drawn) * encoders.vae.config.scaling_factor
+    samples = torch.cat(sampled) * encoders.vae.config.scaling_factor
     torch.testing.assert_close(samples.mean(0), mean[0], rtol=0, atol=float(std.max()) * 5 / 8)
     assert float((samples.std(0) / std[0]).mean()) == pytest.approx(1, abs=0.02)
 
@@ -118,12 +118,12 @@ def test_latents_are_shifted_and_scaled_as_the_vae_says() -> None:
 
 
 def test_tiles_give_nearly_the_latents_of_the_whole_image() -> None:
-    """Pictures of 256 px in tiles of 128: latents off by a tenth of their spread, 0.9 dB worse decoded."""
+    """Images of 256 px in tiles of 128: latents off by a tenth of their spread, 0.9 dB worse decoded."""
     whole, tiled = (
         load_encoders(PARAMS.model, CONFIG.model_copy(update={"vae_tile": tile}), CPU).vae
         for tile in (None, 128)
     )
-    levels = torch.stack([to_bytes(four_pictures(number)) for number in range(4)])
+    levels = torch.stack([to_bytes(four_images(number)) for number in range(4)])
     expected, expected_std = encode_images(whole, levels)
     found, found_std = encode_images(tiled, levels)
     assert found.shape == expected.shape == (4, 4, 32, 32)
@@ -135,7 +135,7 @@ def test_tiles_give_nearly_the_latents_of_the_whole_image() -> None:
     assert torch.equal(encode_images(tiled, small)[0], encode_images(whole, small)[0])
 
 
-def four_pictures(number: int) -> Image.Image:
+def four_images(number: int) -> Image.Image:
     """256 x 256 pixels of the demo's data set."""
     files = sorted(PICTURE.parent.glob("*.webp"))[4 * number : 4 * number + 4]
     sheet = Image.new("RGB", (256, 256))
@@ -345,7 +345,7 @@ def test_lines_of_one_image_are_its_captions(tmp_path: Path) -> None:
 def test_near_duplicates_are_reported_and_never_on_both_sides(
     images: Path, rows: list[CaptionedImage], encoders: Encoders, tmp_path: Path
 ) -> None:
-    """Every picture again as a small JPEG, whose hash of the file puts it on either side."""
+    """Every image again as a small JPEG, whose hash of the file puts it on either side."""
     for number in range(COUNT):
         pattern(number).resize((100, 100)).save(images / f"again-{number}.jpg", quality=90)
     for number in range(COUNT, 2 * COUNT):
@@ -368,7 +368,7 @@ def test_near_duplicates_are_reported_and_never_on_both_sides(
     assert {finding.kind for finding in report.findings} == {"upscaled"}
 
 
-def test_every_training_picture_is_looked_for_among_the_held_out(
+def test_every_training_image_is_looked_for_among_the_held_out(
     images: Path, rows: list[CaptionedImage], encoders: Encoders, tmp_path: Path
 ) -> None:
     train = split_by_content(rows, CONFIG.held_out)["train"]
@@ -413,7 +413,7 @@ def test_batches_are_encoded_while_those_before_them_are_written(
     encoders.vae.encoder.register_forward_pre_hook(lambda *_: events.append("encode"))
     entries = LatentCache(Watched(tmp_path / "store"), encoders, CONFIG, images)
     assert all(fault is None for _, fault in entries.encode(rows))
-    kept = [event for event in events if event != "picture"]
+    kept = [event for event in events if event != "image"]
     written = ["latents"] * CONFIG.batch_size
     assert kept == [*["encode"] * 3, *written, "encode", *written * 3]
 
@@ -477,32 +477,32 @@ class TestStore:
 
     def test_unchanged_data_encodes_nothing_and_other_shards_are_cut_from_it(self, stored: Stored) -> None:
         config = CONFIG.model_copy(update={"shard_size": 2, "held_out": 0.5})
-        assert stored.again(config=config) == {"picture": 0, "latents": 0, "text": 0}
+        assert stored.again(config=config) == {"image": 0, "latents": 0, "text": 0}
         assert stored.is_as_from_nothing(config)
 
     def test_edited_caption_encodes_its_text_alone(self, stored: Stored) -> None:
         stored.rows[5] = CaptionedImage(stored.rows[5].id, stored.rows[5].image, "another caption")
-        assert stored.again() == {"picture": 0, "latents": 0, "text": 1}
+        assert stored.again() == {"image": 0, "latents": 0, "text": 1}
         assert stored.is_as_from_nothing()
 
     def test_edited_image_encodes_its_latents_alone(self, stored: Stored) -> None:
         file = stored.images / "5.png"
         pattern(99).save(file)
         stored.rows[5] = row_of(file)
-        assert stored.again() == {"picture": 1, "latents": 1, "text": 0}
+        assert stored.again() == {"image": 1, "latents": 1, "text": 0}
         assert stored.is_as_from_nothing()
 
     def test_other_vae_encodes_all_latents_and_nothing_else(self, stored: Stored) -> None:
         other = load_encoders(PARAMS.model, CONFIG, CPU)
         with torch.no_grad():
             next(other.vae.encoder.parameters()).mul_(1.001)
-        assert stored.again(other) == {"picture": 0, "latents": COUNT, "text": 0}
+        assert stored.again(other) == {"image": 0, "latents": COUNT, "text": 0}
 
     def test_other_text_encoder_encodes_all_texts_and_nothing_else(self, stored: Stored) -> None:
         other = load_encoders(PARAMS.model, CONFIG, CPU)
         assert other.text_encoders is not None
         other.text_encoders[1].bfloat16()
-        assert stored.again(other) == {"picture": 0, "latents": 0, "text": COUNT}
+        assert stored.again(other) == {"image": 0, "latents": 0, "text": COUNT}
 
     @pytest.mark.parametrize(
         ("changes", "kinds"),
@@ -526,7 +526,7 @@ class TestStore:
         for kind in stored.before:
             for file in sorted((stored.store / kind).rglob("*/*"))[:2]:
                 file.write_bytes(file.read_bytes()[:-1] + b"?")
-        assert stored.again() == {"picture": 0, "latents": 0, "text": 0}
+        assert stored.again() == {"image": 0, "latents": 0, "text": 0}
         assert content(stored.folder / "again") == content(stored.folder / "encoded")
         assert entries_by_kind(stored.store) == stored.before
 

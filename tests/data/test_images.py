@@ -58,15 +58,13 @@ def bits_apart(first: Image.Image, second: Image.Image) -> int:
 
 
 def test_fingerprint_survives_resizing_and_compression_alone() -> None:
-    pictures = [
-        decode_image(file.read_bytes()) for file in sorted(Path("demo/dataset/images").iterdir())[:40]
-    ]
-    for image in pictures:
+    images = [decode_image(file.read_bytes()) for file in sorted(Path("demo/dataset/images").iterdir())[:40]]
+    for image in images:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=85)
         assert bits_apart(image, decode_image(buffer.getvalue())) <= 12
         assert bits_apart(image, image.resize((90, 90))) <= 12
-    different = [bits_apart(a, b) for number, a in enumerate(pictures) for b in pictures[:number]]
+    different = [bits_apart(a, b) for number, a in enumerate(images) for b in images[:number]]
     assert min(different) > 12
 
 

@@ -36,11 +36,11 @@ INERT = {
 }
 TIMEOUT = patience(300)  # seconds for the whole pipeline
 
-NUM_PICTURES = 6
+NUM_IMAGES = 6
 SMALL: dict[str, dict[str, Any]] = {
     "emoji": {
         "max_labels": 60,
-        "finetune_images": NUM_PICTURES,
+        "finetune_images": NUM_IMAGES,
         "evaluation_labels": 4,
         "base_labels": 20,
         "held_out_pairs": 3,
@@ -115,7 +115,7 @@ def test_every_package_is_pinned_by_its_content() -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo folder that the whole pipeline made of few pictures, with two steps for each network."""
+    """The demo folder that the whole pipeline makes from few images, with two steps for each network."""
     if shutil.which("npm") is None:
         pytest.skip("needs npm")
     pytest.importorskip("resvg_py", reason="needs demo/build/requirements.txt")
@@ -142,7 +142,7 @@ def test_pipeline_makes_folders_that_diffusers_and_transformers_load(built: Path
     assert StableDiffusionXLPipeline.from_pretrained(built / "base_model").unet is not None
     assert CLIPModel.from_pretrained(built / "evaluator").logit_scale.isfinite()
     lines = (built / "dataset/metadata.jsonl").read_text().splitlines()
-    assert len(lines) == NUM_PICTURES
+    assert len(lines) == NUM_IMAGES
     assert len(list((built / "dataset/images").iterdir())) == len(lines)
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from sdxl_lora import paths
-from sdxl_lora.evaluation.gates import failures
+from sdxl_lora.evaluation.gates import read_gate_failures
 from stages import clean_captions, download_dataset, encode_dataset, evaluate_lora, sample_images, train_lora
 
 pytestmark = pytest.mark.slow
@@ -63,7 +63,7 @@ def test_adapter_trained_at_a_hundred_times_the_rate_fails_its_gates(recipe: dic
     gates = train_and_judge()["gates"]
     assert gates["all"] == 0
     assert [name for name, passed in gates.items() if passed] == ["copied"]  # what it draws is like nothing
-    assert len(failures(paths.GATES)) == 5
+    assert len(read_gate_failures(paths.GATES)) == 5
 
 
 def test_adapter_that_knows_six_pictures_by_heart_is_caught_copying(recipe: dict[str, Any]) -> None:
@@ -88,4 +88,4 @@ def test_adapter_that_knows_six_pictures_by_heart_is_caught_copying(recipe: dict
     assert adapter["training_image"].nunique() == 6
     assert adapter["similarity"].min() > 0.95
     assert base["similarity"].max() < 0.9
-    assert failures(paths.GATES)["copied"] == "copied.adapter is 1, should be at most 0.2"
+    assert read_gate_failures(paths.GATES)["copied"] == "copied.adapter is 1, should be at most 0.2"

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from sdxl_lora.config import GatesConfig
-from sdxl_lora.evaluation.gates import Gate, evaluate_gates, failures, gate_verdict
+from sdxl_lora.evaluation.gates import Gate, evaluate_gates, gate_verdict, read_gate_failures
 from sdxl_lora.storage.report_io import write_records
 
 GATES = GatesConfig(
@@ -85,16 +85,16 @@ def test_table_tells_who_failed_and_why(
     tmp_path: Path, metrics: dict[str, Any], failed: dict[str, str]
 ) -> None:
     write_records(tmp_path / "gates.csv", Gate, evaluate_gates(metrics, GATES))
-    assert failures(tmp_path / "gates.csv") == failed
+    assert read_gate_failures(tmp_path / "gates.csv") == failed
 
 
 def test_table_without_gates_has_no_failures(tmp_path: Path) -> None:
     write_records(
         tmp_path / "gates.csv", Gate, evaluate_gates(GOOD, GATES.model_copy(update=dict.fromkeys(BAD)))
     )
-    assert failures(tmp_path / "gates.csv") == {}
+    assert read_gate_failures(tmp_path / "gates.csv") == {}
 
 
 def test_missing_table_names_the_stage_to_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="dvc repro evaluate_lora"):
-        failures(tmp_path / "gates.csv")
+        read_gate_failures(tmp_path / "gates.csv")

@@ -22,7 +22,7 @@ def cosine(degrees: float) -> float:
 @pytest.mark.parametrize(
     ("quantile", "angle"), [(0.0, 40), (0.5, 30), (1.0, 20)], ids=["farthest", "middle", "nearest"]
 )
-def test_threshold_is_how_near_real_pictures_come_without_copying(quantile: float, angle: float) -> None:
+def test_threshold_is_how_near_real_images_come_without_copying(quantile: float, angle: float) -> None:
     held_out = directions(20, 120, 180 - 50)  # 20 from the first, 30 and 40 from the second
     threshold = copy_threshold(held_out, directions(0, 90), quantile)
     assert threshold == pytest.approx(cosine(angle), rel=1e-5)

@@ -86,7 +86,7 @@ def test_cmmd_tells_sets_apart_and_does_not_grow_as_they_shrink() -> None:
     assert min(apart) > 1
 
 
-def test_picture_drawn_twice_is_no_pair() -> None:
+def test_image_resampled_twice_is_not_a_pair() -> None:
     rows = features(4, 0.0, "a")
     twice = torch.tensor([0, 0, 1, 2])
     matrix = pairs(rows @ rows.T)[twice][:, twice]
@@ -94,7 +94,7 @@ def test_picture_drawn_twice_is_no_pair() -> None:
     assert diversity(matrix).item() == pytest.approx(1 - sum(expected) / len(expected), rel=1e-5)
 
 
-def test_diversity_is_zero_for_one_picture_over_and_over() -> None:
+def test_diversity_is_zero_for_equal_images() -> None:
     rows = directions(30, 30, 30)
     assert diversity(pairs(rows @ rows.T)).item() == pytest.approx(0, abs=1e-6)
     rows = directions(0, 90)
@@ -116,7 +116,7 @@ def test_intervals_hold_the_mean_as_often_as_they_promise() -> None:
     held = 0
     for number in range(400):
         values = torch.randn(40, generator=keyed_generator("coverage", number))
-        drawn = values[resamples(40, 400, keyed_generator("resamples", number))].mean(-1)
-        low, high = interval(drawn, 0.9)
+        resampled = values[resamples(40, 400, keyed_generator("resamples", number))].mean(-1)
+        low, high = interval(resampled, 0.9)
         held += low <= 0 <= high
     assert held / 400 == pytest.approx(0.88, abs=0.05)

@@ -34,7 +34,7 @@ def config() -> EvaluationConfig:
 
 @pytest.fixture(scope="module")
 def emoji() -> list[tuple[str, Image.Image]]:
-    """Real captions and pictures of the demo's data set."""
+    """Real captions and images of the demo's data set."""
     names = ["alien-monster", "antenna-bars", "articulated-lorry"]
     images = [Image.open(f"demo/dataset/images/{name}.webp").convert("RGB") for name in names]
     return list(zip((f"{name.replace('-', ' ')}, fluent 3d style" for name in names), images, strict=True))
@@ -55,9 +55,9 @@ def logits_by_transformers(images: Sequence[Image.Image], texts: Sequence[str]) 
     ).logits_per_image
 
 
-def write_samples(folder: Path, pictures: Sequence[tuple[str, Image.Image]], strength: float) -> list[Sample]:
+def write_samples(folder: Path, images: Sequence[tuple[str, Image.Image]], strength: float) -> list[Sample]:
     samples = []
-    for number, (prompt, image) in enumerate(pictures):
+    for number, (prompt, image) in enumerate(images):
         samples.append(Sample(f"{strength:g}-{number}.png", prompt, 0, strength))
         image.save(folder / samples[-1].file)
     return samples
@@ -117,7 +117,7 @@ def test_each_strength_is_scored_apart(
 def test_prompts_in_other_styles_are_scored_for_their_own(
     scorer: ImageTextScorer, emoji: list[tuple[str, Image.Image]], tmp_path: Path
 ) -> None:
-    """A model that draws all in the trained style has forgotten the others, and the score shows it."""
+    """A model that generates all in the trained style has forgotten the others, and the score shows it."""
     asked_for_noto = [(prompt.replace(STYLE.target, "noto style"), image) for prompt, image in emoji]
     kept = scores(write_samples(tmp_path, emoji, 1.0), tmp_path, scorer, STYLE)
     forgotten = scores(write_samples(tmp_path, asked_for_noto, 1.0), tmp_path, scorer, STYLE)
@@ -150,7 +150,7 @@ def test_missing_evaluator_names_its_key(config: EvaluationConfig) -> None:
         ImageTextScorer(config.model_copy(update={"clip_model": "./nowhere"}), CPU)
 
 
-def test_style_distance_and_diversity_are_of_the_pictures_in_the_trained_style(
+def test_style_distance_and_diversity_are_of_the_images_in_the_trained_style(
     scorer: ImageTextScorer, emoji: list[tuple[str, Image.Image]], tmp_path: Path
 ) -> None:
     other = ("pizza, noto style", Image.new("RGB", (128, 128), "red"))
@@ -169,7 +169,7 @@ def test_style_distance_and_diversity_are_of_the_pictures_in_the_trained_style(
     assert found["diversity"].num_samples == 4
 
 
-def test_single_picture_has_neither_distance_nor_diversity(
+def test_single_image_has_neither_distance_nor_diversity(
     scorer: ImageTextScorer, emoji: list[tuple[str, Image.Image]], tmp_path: Path
 ) -> None:
     samples = write_samples(tmp_path, emoji[:1], 1.0)

@@ -1,4 +1,4 @@
-"""Pictures drawn the fast way against those of diffusers' own pipeline, on the demo's model."""
+"""Images of the fast pipeline compared with those of diffusers' pipeline, on the demo's model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +48,7 @@ def adapted_pipeline(
     return pipeline
 
 
-def drawn(pipeline: StableDiffusionXLPipeline, config: SamplingConfig, record: bool = True) -> list[Image]:
+def generate(pipeline: StableDiffusionXLPipeline, config: SamplingConfig, record: bool = True) -> list[Image]:
     """A batch at each strength, twice within a recording: the second time replayed from the start."""
     noise = torch.stack([initial_noise(pipeline, config, number, 0) for number in range(2)])
     images = []
@@ -83,20 +83,20 @@ def test_fused_pipeline_draws_what_diffusers_draws(
     params: Params, config: SamplingConfig, adapter: Path
 ) -> None:
     pipeline = adapted_pipeline(params, adapter, "fp32", CPU)
-    expected = drawn(pipeline, config, record=False)
+    expected = generate(pipeline, config, record=False)
     text_encoders = pipeline.text_encoder, pipeline.text_encoder_2
     fuse_pipeline(pipeline.unet, text_encoders, pipeline.vae, "sdpa")
     modules = (pipeline.unet, *text_encoders, pipeline.vae)
     classes = {type(part) for module in modules for part in module.modules()}
     assert {*FUSED_UNET_CLASSES.values(), *FUSED_TEXT_CLASSES.values()} <= classes
-    assert largest_difference(drawn(pipeline, config), expected) <= 2  # of 255 levels
+    assert largest_difference(generate(pipeline, config), expected) <= 2  # of 255 levels
 
 
 def test_pipeline_stays_diffusers_own_on_a_cpu(params: Params, config: SamplingConfig, adapter: Path) -> None:
     pipeline = adapted_pipeline(params, adapter, "fp32", CPU)
-    expected = drawn(pipeline, config, record=False)
+    expected = generate(pipeline, config, record=False)
     prepare_pipeline(pipeline, config)
-    assert levels(drawn(pipeline, config)) == levels(expected)
+    assert levels(generate(pipeline, config)) == levels(expected)
 
 
 def test_unet_is_itself_again_after_the_block_also_after_an_error(params: Params) -> None:
@@ -112,15 +112,15 @@ def test_unet_is_itself_again_after_the_block_also_after_an_error(params: Params
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_recorded_pictures_are_no_further_from_the_exact_ones_than_diffusers_own(
+def test_images_by_a_cuda_graph_are_no_further_from_the_exact_ones_than_diffusers_own(
     params: Params, config: SamplingConfig, adapter: Path, precision: Precision
 ) -> None:
     device = torch.device("cuda")
-    exact = drawn(adapted_pipeline(params, adapter, "fp32", device), config, record=False)
-    plain = drawn(adapted_pipeline(params, adapter, precision, device), config, record=False)
+    exact = generate(adapted_pipeline(params, adapter, "fp32", device), config, record=False)
+    plain = generate(adapted_pipeline(params, adapter, precision, device), config, record=False)
     pipeline = adapted_pipeline(params, adapter, precision, device)
     prepare_pipeline(pipeline, config)
-    ours = drawn(pipeline, config)
+    ours = generate(pipeline, config)
     assert error(ours, exact) < 1.25 * error(plain, exact) + 0.5
     assert error(ours[:2], exact[2:4]) > 4 * error(ours[:2], exact[:2])  # strengths are not mixed up
 

@@ -13,9 +13,10 @@ from PIL import Image as Images
 from PIL.Image import Image
 from safetensors.torch import save_file
 
-from sdxl_lora.adapters.lora import WEIGHTS_FILE
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.config import Params, SamplingConfig, load_params
-from sdxl_lora.data.encoded_dataset import Example, Split, write_index
+from sdxl_lora.data.encoded_dataset import Example, Split
+from sdxl_lora.data.shard_writer import write_index
 from sdxl_lora.inference.samples import Prompt, Sample, load_table, save_sample, save_table, strength_name
 from sdxl_lora.inference.sampling import (
     generation_settings,
@@ -62,16 +63,16 @@ def config(params: Params) -> SamplingConfig:
 
 
 @pytest.fixture(scope="module")
-def pictures(pipeline: StableDiffusionXLPipeline, config: SamplingConfig) -> list[tuple[Sample, Image]]:
+def generated(pipeline: StableDiffusionXLPipeline, config: SamplingConfig) -> list[tuple[Sample, Image]]:
     return list(sample_images(pipeline, config))
 
 
-def at(pictures: list[tuple[Sample, Image]], value: float) -> list[Image]:
-    return [image for sample, image in pictures if sample.strength == value]
+def at(generated: list[tuple[Sample, Image]], value: float) -> list[Image]:
+    return [image for sample, image in generated if sample.strength == value]
 
 
 def by_diffusers(pipeline: StableDiffusionXLPipeline, config: SamplingConfig) -> list[Image]:
-    """The same pictures by nothing but diffusers."""
+    """The same images by diffusers alone."""
     return [
         pipeline(
             prompt,
@@ -93,78 +94,78 @@ def difference(first: Image, second: Image) -> int:
     return max(abs(a - b) for a, b in pairs)
 
 
-def test_every_prompt_seed_and_strength_is_drawn_once(
-    pictures: list[tuple[Sample, Image]], config: SamplingConfig
+def test_every_prompt_seed_and_strength_is_sampled_once(
+    generated: list[tuple[Sample, Image]], config: SamplingConfig
 ) -> None:
-    drawn = [(sample.prompt, sample.seed, sample.strength) for sample, _ in pictures]
-    assert sorted(drawn) == sorted((p, s, v) for p in PROMPTS for s in [0, 5] for v in [0.0, 0.5, 1.0])
-    assert len({sample.file for sample, _ in pictures}) == 12
-    assert {image.size for _, image in pictures} == {(config.resolution, config.resolution)}
+    sampled = [(sample.prompt, sample.seed, sample.strength) for sample, _ in generated]
+    assert sorted(sampled) == sorted((p, s, v) for p in PROMPTS for s in [0, 5] for v in [0.0, 0.5, 1.0])
+    assert len({sample.file for sample, _ in generated}) == 12
+    assert {image.size for _, image in generated} == {(config.resolution, config.resolution)}
 
 
 def test_strength_one_is_what_diffusers_draws_with_the_adapter(
-    pipeline: StableDiffusionXLPipeline, pictures: list[tuple[Sample, Image]], config: SamplingConfig
+    pipeline: StableDiffusionXLPipeline, generated: list[tuple[Sample, Image]], config: SamplingConfig
 ) -> None:
     expected = by_diffusers(pipeline, config)
-    assert [a.tobytes() for a in at(pictures, 1.0)] == [b.tobytes() for b in expected]
+    assert [a.tobytes() for a in at(generated, 1.0)] == [b.tobytes() for b in expected]
 
 
 def test_strength_zero_is_the_base_model_to_the_bit(
-    params: Params, pictures: list[tuple[Sample, Image]], config: SamplingConfig
+    params: Params, generated: list[tuple[Sample, Image]], config: SamplingConfig
 ) -> None:
     expected = by_diffusers(load_pipeline(params.model, "fp32", CPU), config)
-    assert [a.tobytes() for a in at(pictures, 0.0)] == [b.tobytes() for b in expected]
+    assert [a.tobytes() for a in at(generated, 0.0)] == [b.tobytes() for b in expected]
 
 
 def test_half_strength_is_what_diffusers_draws_with_half_the_weight(
-    pipeline: StableDiffusionXLPipeline, pictures: list[tuple[Sample, Image]], config: SamplingConfig
+    pipeline: StableDiffusionXLPipeline, generated: list[tuple[Sample, Image]], config: SamplingConfig
 ) -> None:
     name = pipeline.get_active_adapters()[0]
     pipeline.set_adapters(name, 0.5)
     expected = by_diffusers(pipeline, config)
     pipeline.set_adapters(name, 1.0)
-    assert [a.tobytes() for a in at(pictures, 0.5)] == [b.tobytes() for b in expected]
+    assert [a.tobytes() for a in at(generated, 0.5)] == [b.tobytes() for b in expected]
 
 
-def test_each_strength_draws_another_picture(pictures: list[tuple[Sample, Image]]) -> None:
-    for base, half, whole in zip(*(at(pictures, value) for value in (0.0, 0.5, 1.0)), strict=True):
+def test_each_strength_gives_another_image(generated: list[tuple[Sample, Image]]) -> None:
+    for base, half, whole in zip(*(at(generated, value) for value in (0.0, 0.5, 1.0)), strict=True):
         assert difference(base, half) > 8
         assert difference(half, whole) > 8
 
 
 def test_batch_size_changes_nothing_but_rounding(
-    pipeline: StableDiffusionXLPipeline, pictures: list[tuple[Sample, Image]], config: SamplingConfig
+    pipeline: StableDiffusionXLPipeline, generated: list[tuple[Sample, Image]], config: SamplingConfig
 ) -> None:
     batched = config.model_copy(update={"batch_size": 3, "strengths": [1.0]})
     images = [image for _, image in sample_images(pipeline, batched)]
-    assert all(difference(a, b) <= 2 for a, b in zip(images, at(pictures, 1.0), strict=True))
+    assert all(difference(a, b) <= 2 for a, b in zip(images, at(generated, 1.0), strict=True))
 
 
 def test_adapter_is_as_before_when_sampling_is_left_half_way(
-    pipeline: StableDiffusionXLPipeline, pictures: list[tuple[Sample, Image]], config: SamplingConfig
+    pipeline: StableDiffusionXLPipeline, generated: list[tuple[Sample, Image]], config: SamplingConfig
 ) -> None:
     iterator = sample_images(pipeline, config.model_copy(update={"strengths": [0.0]}))
     next(iter(iterator))
     iterator.close()  # type: ignore[attr-defined]
     again = next(iter(sample_images(pipeline, config.model_copy(update={"strengths": [1.0]}))))[1]
-    assert again.tobytes() == at(pictures, 1.0)[0].tobytes()
+    assert again.tobytes() == at(generated, 1.0)[0].tobytes()
 
 
-def test_captions_are_drawn_after_the_prompts_and_say_where_they_come_from(
-    pipeline: StableDiffusionXLPipeline, pictures: list[tuple[Sample, Image]], config: SamplingConfig
+def test_captions_are_sampled_after_the_prompts_and_say_where_they_come_from(
+    pipeline: StableDiffusionXLPipeline, generated: list[tuple[Sample, Image]], config: SamplingConfig
 ) -> None:
     short = config.model_copy(update={"seeds": [5], "strengths": [1.0]})
     captions = [Prompt("pizza, noto style", "training"), Prompt("a lamp", "held_out")]
-    drawn = list(sample_images(pipeline, short, captions))
-    assert [(sample.prompt, sample.origin) for sample, _ in drawn] == [
+    sampled = list(sample_images(pipeline, short, captions))
+    assert [(sample.prompt, sample.origin) for sample, _ in sampled] == [
         *((prompt, "free") for prompt in PROMPTS),
         ("pizza, noto style", "training"),
         ("a lamp", "held_out"),
     ]
-    assert len({sample.file for sample, _ in drawn}) == 4
-    known = {(s.prompt, s.seed, s.strength): image.tobytes() for s, image in pictures}
-    assert [image.tobytes() for _, image in drawn[:2]] == [known[prompt, 5, 1.0] for prompt in PROMPTS]
-    assert drawn[2][1].tobytes() != drawn[1][1].tobytes()  # the same words, from noise of their own
+    assert len({sample.file for sample, _ in sampled}) == 4
+    known = {(s.prompt, s.seed, s.strength): image.tobytes() for s, image in generated}
+    assert [image.tobytes() for _, image in sampled[:2]] == [known[prompt, 5, 1.0] for prompt in PROMPTS]
+    assert sampled[2][1].tobytes() != sampled[1][1].tobytes()  # the same words, from noise of their own
 
 
 def write_index_of(folder: Path, captions: Mapping[str, tuple[str, Split]]) -> None:
@@ -175,7 +176,7 @@ def write_index_of(folder: Path, captions: Mapping[str, tuple[str, Split]]) -> N
     write_index(folder, rows)
 
 
-def test_captions_are_drawn_by_content_and_each_once(config: SamplingConfig, tmp_path: Path) -> None:
+def test_captions_are_chosen_by_content_and_each_once(config: SamplingConfig, tmp_path: Path) -> None:
     captions: dict[str, tuple[str, Split]] = {
         "d": ("last", "train"),
         "b": ("first", "train"),
@@ -207,7 +208,7 @@ def test_noise_depends_on_prompt_place_and_seed_alone(
     assert not torch.equal(noise, initial_noise(pipeline, config, 0, 1))
 
 
-def test_adapter_of_the_unet_alone_is_drawn_with_too(
+def test_adapter_of_the_unet_alone_is_sampled_too(
     params: Params, config: SamplingConfig, tmp_path: Path
 ) -> None:
     write_adapter(tmp_path, params.model, params.lora)
@@ -229,7 +230,7 @@ def test_missing_adapter_names_the_stage_to_run(pipeline: StableDiffusionXLPipel
         load_adapter(pipeline, tmp_path)
 
 
-def test_picture_that_is_not_finite_is_refused(
+def test_image_that_is_not_finite_is_refused(
     pipeline: StableDiffusionXLPipeline, config: SamplingConfig
 ) -> None:
     bias = pipeline.vae.decoder.conv_out.bias
@@ -253,7 +254,7 @@ def test_full_gpu_names_the_key_to_lower(
         next(iter(sample_images(pipeline, config)))
 
 
-def test_png_says_what_it_was_drawn_from(tmp_path: Path, params: Params, config: SamplingConfig) -> None:
+def test_png_says_what_it_was_generated_from(tmp_path: Path, params: Params, config: SamplingConfig) -> None:
     sample = Sample("strength-0.5/07-seed-3.png", "naïve 寿司", 3, 0.5)
     model = params.model.model_copy(update={"base": str(Path("demo/base_model").resolve())})
     settings = generation_settings(config, model)
@@ -286,23 +287,23 @@ assert not any(name.startswith("sdxl_lora") for name in sys.modules)
 """
 
 
-def test_sample_is_drawn_again_elsewhere_from_its_png_the_adapter_and_the_base_model(
+def test_sample_is_reproduced_elsewhere_from_its_png_the_adapter_and_the_base_model(
     params: Params, config: SamplingConfig, tmp_path: Path
 ) -> None:
     """Within 2 of 255 levels, by diffusers alone, in a folder and an environment with nothing else."""
     write_adapter(tmp_path, params.model, params.lora)
     pipeline = load_pipeline(params.model, "fp32", CPU)
     load_adapter(pipeline, tmp_path)
-    drawn = [pair for pair in sample_images(pipeline, config) if pair[0].strength == 0.5][-1]
-    save_sample(tmp_path, *drawn, generation_settings(config, params.model))
+    sampled = [pair for pair in sample_images(pipeline, config) if pair[0].strength == 0.5][-1]
+    save_sample(tmp_path, *sampled, generation_settings(config, params.model))
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(params.model.base, elsewhere / "base")
     shutil.copy(tmp_path / WEIGHTS_FILE, elsewhere / "adapter.safetensors")
-    shutil.copy(tmp_path / drawn[0].file, elsewhere / "sample.png")
+    shutil.copy(tmp_path / sampled[0].file, elsewhere / "sample.png")
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(elsewhere / "cache"), "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([sys.executable, "-I", "-c", REDRAW], cwd=elsewhere, env=environment, check=True)
     with Images.open(elsewhere / "again.png") as image:
-        assert difference(image, drawn[1]) <= 2
+        assert difference(image, sampled[1]) <= 2
 
 
 def test_table_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -319,11 +320,11 @@ def test_missing_table_names_the_stage_to_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("side", [128, 1024])
 def test_grid_has_a_row_a_prompt_and_seed_and_a_column_a_strength(side: int) -> None:
     colours = {("a", 0, 0.0): "red", ("a", 0, 1.0): "lime", ("a", 1, 0.0): "blue", ("a", 1, 1.0): "yellow"}
-    pictures = [
+    generated = [
         (Sample("x.png", prompt, seed, value), Images.new("RGB", (side, side), colour))
         for (prompt, seed, value), colour in colours.items()
     ]
-    sheet = image_grid(pictures)
+    sheet = image_grid(generated)
     cell = {128: 192, 1024: 384}[side]
     found = {
         colour: sheet.getpixel((x, y))
@@ -343,11 +344,10 @@ def test_grid_has_a_row_a_prompt_and_seed_and_a_column_a_strength(side: int) -> 
 
 
 def test_equal_words_of_two_origins_have_a_row_each() -> None:
-    picture = Images.new("RGB", (64, 64), "red")
+    image = Images.new("RGB", (64, 64), "red")
     free = Sample("0.png", "pizza", 0, 1.0)
     alone, both = (
-        image_grid([(s, picture) for s in rows])
-        for rows in ([free], [free, replace(free, origin="training")])
+        image_grid([(s, image) for s in rows]) for rows in ([free], [free, replace(free, origin="training")])
     )
     assert both.height > 1.7 * alone.height
 

@@ -19,6 +19,7 @@ from sdxl_lora.kernels.attention_ops import (
 from sdxl_lora.memory.trace import MemoryTrace
 from sdxl_lora.runtime.rng import keyed_generator
 from tests.support.interpreter import large, no_bf16_products
+from tests.support.traced import allocated_sizes
 
 META = torch.device("meta")
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -146,7 +147,7 @@ def test_kernel_for_few_keys_is_for_gpus_few_keys_and_narrow_heads() -> None:
 
 
 def test_flash_attention_says_what_it_takes() -> None:
-    with pytest.raises(RuntimeError, match="heads of width 16, 32, 64, not 80"):
+    with pytest.raises(RuntimeError, match="head dimensions 16, 32, 64, not 80"):
         flash_attention(*torch.empty(3, 1, 8, 1, 80))
     with pytest.raises(RuntimeError, match=r"NVIDIA GPU of compute capability 8\.0"):
         flash_attention(*torch.empty(3, 1, 8, 1, 64))
@@ -168,7 +169,7 @@ def test_attention_to_few_keys_keeps_its_output_alone_and_is_counted() -> None:
     key = torch.empty(2, 7, 3, 16, device=META, requires_grad=True)
     with MemoryTrace(META) as trace, FlopCounterMode(display=False) as counter:
         output = attend(query, key, key, "flash")
-        held = sum(event.size for event in trace.events)
+        held = sum(allocated_sizes(trace.events))
         output.sum().backward()
     assert held == output.numel() * output.itemsize
     assert counter.get_total_flops() == trace.total_flops == 7 * 2 * (2 * 3 * 64 * 7 * 16)

@@ -41,18 +41,18 @@ def test_group_norm_of_a_shifted_image_that_is_read_again(
 ) -> None:
     """Shifts three times the deviation: channels of a group differ in their means."""
     x, shift = draws(*shape).to(dtype), 3 * draws(*shape[:2], key="shift").to(dtype)
-    dx_beside, dy = (draws(*shape, key=key).to(dtype) for key in ("dx", "dy"))
+    dresidual, dy = (draws(*shape, key=key).to(dtype) for key in ("dx", "dy"))
     weight, bias = draws(shape[1], key="weight").to(dtype), draws(shape[1], key="bias").to(dtype)
     exact = [tensor.double().requires_grad_() for tensor in (x, shift)]
     shifted = exact[0] + exact[1][:, :, None, None]
     oracle = functional.group_norm(shifted, 32, weight.double(), bias.double(), 1e-5)
     oracle = functional.silu(oracle) if silu else oracle
-    gradients = torch.autograd.grad((exact[0] * 1, oracle), exact, (dx_beside.double(), dy.double()))
+    gradients = torch.autograd.grad((exact[0] * 1, oracle), exact, (dresidual.double(), dy.double()))
     image = x.to(device, memory_format=torch.channels_last)
     ours = [tensor.requires_grad_() for tensor in (image, shift.to(device))]
-    beside, y = group_norm(ours[0], weight.to(device), bias.to(device), 32, 1e-5, silu, ours[1])
-    mine = torch.autograd.grad((beside * 1, y), ours, (dx_beside.to(device), dy.to(device)))
-    assert torch.equal(beside, ours[0])
+    passed, y = group_norm(ours[0], weight.to(device), bias.to(device), 32, 1e-5, silu, ours[1])
+    mine = torch.autograd.grad((passed * 1, y), ours, (dresidual.to(device), dy.to(device)))
+    assert torch.equal(passed, ours[0])
     for value, expected in zip((y, *mine), (oracle, *gradients), strict=True):
         assert value.dtype == dtype
         assert relative_error(value, expected) < 3 * DTYPES[dtype]

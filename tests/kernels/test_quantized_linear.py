@@ -23,7 +23,7 @@ from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training.batches import training_batches
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
 from sdxl_lora.training.train_step import ParameterGroup, TrainStep
-from sdxl_lora.training.trainer import StepMetrics, denoising_loss, mean_metrics, prepare_modules, train_lora
+from sdxl_lora.training.trainer import StepMetrics, Trainer, denoising_loss, mean_metrics, prepare_modules
 from tests.support.encoded import write_encoded_dataset
 
 CPU = torch.device("cpu")
@@ -168,7 +168,7 @@ def dataset(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Encoded
 def adapted(params: Params, kind: Quantization, device: torch.device = CPU) -> Denoiser:
     """The demo's model, text encoders too, with adapters that change something."""
     denoiser = load_denoiser(params.model, "fp32", device, kind)
-    add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, 0)
+    add_adapters(denoiser.parts, params.lora, 0)
     for number, parameter in enumerate(adapters(denoiser)):
         if not parameter.any():
             parameter.data = (
@@ -278,17 +278,17 @@ def test_training_learns_and_the_adapter_fits_the_base_as_it_is(
 ) -> None:
     config = params.training
     denoiser = load_denoiser(params.model, "fp32", torch.device(device), kind)
-    add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, 0)
+    add_adapters(denoiser.parts, params.lora, 0)
     prepare_modules(denoiser, config, LATENTS)
     frozen = [buffer.clone() for layer in linear_layers(denoiser).values() for buffer in layer.buffers()]
-    reports: list[StepMetrics] = list(train_lora(denoiser, dataset, config, 7))
+    reports: list[StepMetrics] = list(Trainer(denoiser, dataset, config, 7))
     assert mean_metrics(reports[-6:])["loss"] < 0.9 * mean_metrics(reports[:6])["loss"]
     after = [buffer for layer in linear_layers(denoiser).values() for buffer in layer.buffers()]
     assert all(torch.equal(a, b) for a, b in zip(frozen, after, strict=True))
-    save_lora(tmp_path, denoiser.unet, denoiser.text_encoders)
+    save_lora(tmp_path, denoiser.parts)
     base = load_denoiser(params.model, "fp32", CPU)
     before = loss_of(base, dataset, config)
-    load_lora(tmp_path, base.unet, base.text_encoders)
+    load_lora(tmp_path, base.parts)
     for ours, theirs in zip(adapters(base), adapters(denoiser), strict=True):
         assert torch.equal(ours, theirs.cpu())
     assert loss_of(base, dataset, config) < 0.9 * before

@@ -48,15 +48,15 @@ def test_layer_norm_and_its_inputs_own_gradient(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     x = draws(*shape).to(dtype) + 3
-    dx_beside, dy = (draws(*shape, key=key).to(dtype) for key in ("dx", "dy"))
+    dresidual, dy = (draws(*shape, key=key).to(dtype) for key in ("dx", "dy"))
     weight, bias = (draws(shape[-1], key=key).to(dtype) for key in ("weight", "bias"))
     exact = x.double().requires_grad_()
     oracle = functional.layer_norm(exact, weight.shape, weight.double(), bias.double(), 1e-5)
-    (gradient,) = torch.autograd.grad((exact * 1, oracle), exact, (dx_beside.double(), dy.double()))
+    (gradient,) = torch.autograd.grad((exact * 1, oracle), exact, (dresidual.double(), dy.double()))
     ours = x.to(device).requires_grad_()
-    beside, y = layer_norm(ours, weight.to(device), bias.to(device), 1e-5)
-    (dx,) = torch.autograd.grad((beside * 1, y), ours, (dx_beside.to(device), dy.to(device)))
-    assert torch.equal(beside, ours)
+    passed, y = layer_norm(ours, weight.to(device), bias.to(device), 1e-5)
+    (dx,) = torch.autograd.grad((passed * 1, y), ours, (dresidual.to(device), dy.to(device)))
+    assert torch.equal(passed, ours)
     for value, expected in ((y, oracle), (dx, gradient)):
         assert value.dtype == dtype
         assert relative_error(value, expected) < 3 * DTYPES[dtype]

@@ -1,4 +1,4 @@
-"""Against PyTorch's rules worked out by hand, and on a GPU against PyTorch itself."""
+"""The allocator against PyTorch's rules worked out by hand, and on a GPU against PyTorch."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from sdxl_lora.memory.caching_allocator import MIB, CachingAllocator
 
 
 def reserved(*sizes: int) -> int:
-    """What allocations of these sizes, all kept, take from the GPU."""
+    """Return the bytes that allocations of these sizes, all kept, take from the GPU."""
     allocator = CachingAllocator()
     for key, size in enumerate(sizes):
         allocator.allocate(key, size)

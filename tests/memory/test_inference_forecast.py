@@ -20,8 +20,8 @@ def test_sdxl_has_its_known_size() -> None:
     assert forecast.activations == 0
 
 
-def test_what_a_graph_keeps_is_there_beside_all_else_of_a_run() -> None:
-    """Two products whose memory one after the other would share, unless a graph keeps that of the first."""
+def test_memory_of_a_graph_adds_to_that_of_the_rest_of_the_run() -> None:
+    """Two sums that share their memory, one after the other, unless a graph keeps that of the first."""
 
     def product() -> None:
         torch.empty(2**24, device=META).add(1)  # 64 MiB twice
@@ -31,7 +31,7 @@ def test_what_a_graph_keeps_is_there_beside_all_else_of_a_run() -> None:
         product()
 
     weights = nn.Linear(1024, 1024, device=META)
-    trace = trace_inference([weights], [], product, recorded=product)
+    trace = trace_inference([weights], [], product, graphed=product)
     kept, shared = forecast_inference(trace), forecast_inference(trace_inference([weights], [], both))
     assert (kept.activations, shared.activations) == (2**28, 2**27)
     assert forecast_inference(trace, budget=kept.total) == kept

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from sdxl_lora.config import ModelConfig, Params, TrainingConfig, load_params
-from sdxl_lora.memory.planner import Planner, TrainingPlan, choose_plan
-from sdxl_lora.memory.training_forecast import MetaTrainingRun, TrainingSpec, forecast_training
+from sdxl_lora.memory.planner import ForecastPlan, Planner, TrainingPlan, choose_plan
+from sdxl_lora.memory.training_forecast import forecast_training
+from sdxl_lora.memory.training_trace import MetaTrainingRun, TrainingSpec
 from sdxl_lora.models.architecture import read_architecture
 from sdxl_lora.storage.atomic_io import GIB
 
@@ -36,26 +37,26 @@ def config(params: Params) -> TrainingConfig:
 
 
 @pytest.fixture(scope="module")
-def work(params: Params, config: TrainingConfig) -> TrainingSpec:
+def spec(params: Params, config: TrainingConfig) -> TrainingSpec:
     return TrainingSpec(read_architecture(params.model), True, params.lora, config, LATENTS)
 
 
 @pytest.fixture(scope="module")
-def planner(work: TrainingSpec) -> Planner:
-    return Planner(work)
+def planner(spec: TrainingSpec) -> Planner:
+    return Planner(spec)
 
 
 @pytest.fixture(scope="module")
-def flops(work: TrainingSpec) -> dict[int, float]:
+def flops(spec: TrainingSpec) -> dict[int, float]:
     """Operations of a pass, by micro-batch size."""
-    meta_run = MetaTrainingRun(work)
+    meta_run = MetaTrainingRun(spec)
     return {size: meta_run.step(size).flops for size in (4, 2, 1)}
 
 
 @pytest.fixture(scope="module")
-def totals(work: TrainingSpec) -> dict[tuple[int, int], tuple[int, float]]:
+def totals(spec: TrainingSpec) -> dict[tuple[int, int], tuple[int, float]]:
     """Bytes and share of recomputed operations of every plan, by micro-batch size and number of units."""
-    meta_run, found = MetaTrainingRun(work), {}
+    meta_run, found = MetaTrainingRun(spec), {}
     preview = meta_run.preview()
     for size in (4, 2, 1):
         trace = meta_run.step(size)
@@ -69,9 +70,8 @@ def with_(config: TrainingConfig, **changes: Any) -> TrainingConfig:
     return config.model_copy(update=changes)
 
 
-def total(plan: TrainingPlan | None) -> int:
+def total(plan: ForecastPlan | None) -> int:
     assert plan is not None
-    assert plan.forecast is not None
     return plan.forecast.total
 
 
@@ -125,8 +125,8 @@ def test_smallest_plan_is_where_refusals_begin(planner: Planner) -> None:
     "pinned",
     [{"checkpointing": "none"}, {"checkpointing": "all"}, {"checkpointing": 7}, {"micro_batch_size": 2}],
 )
-def test_pinned_choices_are_kept(work: TrainingSpec, pinned: dict[str, Any]) -> None:
-    planner = Planner(replace(work, config=with_(work.config, **pinned)))
+def test_pinned_choices_are_kept(spec: TrainingSpec, pinned: dict[str, Any]) -> None:
+    planner = Planner(replace(spec, config=with_(spec.config, **pinned)))
     plan = planner.fastest(inf)
     assert plan is not None
     count = {"none": 0, "all": 32, 7: 7}[pinned.get("checkpointing", "none")]
@@ -135,11 +135,11 @@ def test_pinned_choices_are_kept(work: TrainingSpec, pinned: dict[str, Any]) -> 
 
 
 def test_plan_written_into_params_gives_itself_again(
-    params: Params, model: ModelConfig, config: TrainingConfig, work: TrainingSpec
+    params: Params, model: ModelConfig, config: TrainingConfig, spec: TrainingSpec
 ) -> None:
     """With a budget half way between what all blocks checkpointed need at least, and none."""
     config = with_(config, micro_batch_size=4)
-    ways = [replace(work, config=with_(config, checkpointing=count)) for count in ("all", "none")]
+    ways = [replace(spec, config=with_(config, checkpointing=count)) for count in ("all", "none")]
     budget = fmean(total(Planner(way).smallest()) for way in ways)
     tight = with_(config, vram_gib=budget / GIB)
     plan = choose_plan(model, params.lora, tight, LATENTS, CUDA)
@@ -147,14 +147,14 @@ def test_plan_written_into_params_gives_itself_again(
     assert choose_plan(model, params.lora, plan.applied_to(tight), LATENTS, CUDA) == plan
 
 
-def test_impossible_budget_is_refused_with_ways_that_work(
+def test_impossible_budget_is_refused_with_remedies_that_work(
     params: Params, model: ModelConfig, config: TrainingConfig, planner: Planner
 ) -> None:
     budget = total(planner.smallest()) / GIB - 0.02
     tight = with_(config, vram_gib=budget)
-    with pytest.raises(ValueError, match=r"training\.vram_gib is .*, and training takes") as caught:
+    with pytest.raises(ValueError, match=r"training\.vram_gib is .*, but training takes") as caught:
         choose_plan(model, params.lora, tight, LATENTS, CUDA)
-    ways = str(caught.value).partition("Any of these would do: ")[2].split("; ")
+    ways = str(caught.value).partition("Any one of these suffices: ")[2].split("; ")
     assert len(ways) > 1
     for way in ways:
         match way.split():
@@ -172,7 +172,7 @@ def test_impossible_budget_is_refused_with_ways_that_work(
                 pytest.fail(f"{way!r} cannot be followed")
 
 
-def test_refusal_of_a_pinned_plan_proposes_to_free_it(
+def test_refusal_of_a_pinned_plan_proposes_auto(
     params: Params, model: ModelConfig, config: TrainingConfig, planner: Planner
 ) -> None:
     pinned = with_(config, checkpointing="none", vram_gib=total(planner.smallest()) / GIB)
@@ -184,14 +184,14 @@ def test_cpu_without_a_limit_needs_no_forecast(
     params: Params, model: ModelConfig, config: TrainingConfig
 ) -> None:
     plan = choose_plan(model, params.lora, config, LATENTS, CPU)
-    assert plan == TrainingPlan(4, (), 0.0, None)
+    assert plan == TrainingPlan(4, (), 0.0)
     assert plan.numbers() == {"plan": {"micro_batch_size": 4, "checkpointing": 0, "recomputed": 0.0}}
 
 
 def test_cpu_checkpoints_what_params_pin(params: Params, model: ModelConfig, config: TrainingConfig) -> None:
     plan = choose_plan(model, params.lora, with_(config, checkpointing=5), LATENTS, CPU)
     assert len(plan.checkpointed) == 5
-    assert plan.forecast is None
+    assert not isinstance(plan, ForecastPlan)
 
 
 def test_gpu_without_a_limit_gets_a_forecast(

@@ -1,4 +1,4 @@
-"""Against memory counted by hand, and tensors without data against real ones."""
+"""Traces against memory counted by hand, and of tensors without data against those of real ones."""
 
 import pytest
 import torch
@@ -6,8 +6,17 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from sdxl_lora.memory.trace import Event, MemoryTrace
-from tests.support.traced import peak
+from sdxl_lora.memory.trace import (
+    Allocate,
+    EnterBackward,
+    EnterUnit,
+    Event,
+    Free,
+    LeaveUnit,
+    MemoryTrace,
+    NeedWorkspace,
+)
+from tests.support.traced import allocated_sizes, peak
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 BATCH, WIDTH, UNITS = 64, 16, 4
@@ -23,7 +32,7 @@ def unit() -> nn.Module:
 
 
 def train(device: torch.device, checkpointed: bool) -> list[Event]:
-    """Gradients of a tower of units; what that allocates."""
+    """Compute gradients of a tower of units and return the events."""
     with device:
         units = [unit() for _ in range(UNITS)]
         inputs = torch.ones(BATCH, WIDTH)
@@ -55,7 +64,7 @@ def test_peak_without_checkpointing_is_that_counted_by_hand(device: torch.device
 
 @pytest.mark.parametrize("device", [CPU, META], ids=str)
 def test_peak_with_checkpointing_is_that_counted_by_hand(device: torch.device) -> None:
-    """It comes where the last unit but one is computed again, beside the gradients of the last one's weights.
+    """The peak is where the last unit but one is recomputed, with the gradients of the last one's weights.
 
     Alive are weights, input and the inputs of the units so far; the gradient of the unit's output; its first
     ReLU's output, its second layer's, and that one's ReLU.
@@ -74,8 +83,8 @@ def test_tensors_without_data_do_what_real_ones_do(checkpointed: bool) -> None:
 
 def test_all_that_was_allocated_is_freed() -> None:
     events = train(META, checkpointed=True)
-    allocated = {event.key for event in events if event.kind == "allocate"}
-    freed = [event.key for event in events if event.kind == "free"]
+    allocated = {event.key for event in events if isinstance(event, Allocate)}
+    freed = [event.key for event in events if isinstance(event, Free)]
     assert len(freed) == len(set(freed))
     assert set(freed) <= allocated
 
@@ -93,7 +102,7 @@ def test_what_leaves_the_device_is_not_counted() -> None:
         copy = tensor.to("cpu", torch.float32)
     assert copy.shape == (8,)
     assert copy.dtype == torch.float32
-    assert [event.size for event in trace.events if event.kind == "allocate"] == [16]
+    assert allocated_sizes(trace.events) == [16]
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -108,7 +117,7 @@ def test_attention_keeps_no_square_matrix(masked: bool) -> None:
 
 @pytest.mark.parametrize("formats", ["images", "weights", "neither"])
 def test_convolution_keeps_channels_last(formats: str) -> None:
-    """Or the copies that follow would be counted, which no GPU makes."""
+    """Otherwise later copies would be counted that no GPU makes."""
     images, weights = torch.empty(2, 8, 4, 4, device=META), torch.empty(8, 8, 3, 3, device=META)
     if formats == "images":
         images = images.to(memory_format=torch.channels_last)
@@ -117,7 +126,7 @@ def test_convolution_keeps_channels_last(formats: str) -> None:
     with (trace := MemoryTrace(META)):
         result = torch.nn.functional.conv2d(images, weights, padding=1)
     assert result.is_contiguous(memory_format=torch.channels_last) == (formats != "neither")
-    assert [event.size for event in trace.events] == [result.nbytes]
+    assert trace.events == [Allocate(0, result.nbytes)]
 
 
 @pytest.mark.parametrize(("trains", "bytes_a_score"), [(False, 4 + 4 + 1), (True, 4 + 4 + 4 + 4)])
@@ -136,7 +145,6 @@ def test_plain_attention_takes_what_cuda_does(trains: bool, bytes_a_score: int) 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_first_product_of_each_thread_needs_a_workspace(checkpointed: bool) -> None:
-    kinds = ("workspace", "backward")
     with META:
         units = [unit(), unit()]
         inputs = torch.ones(BATCH, WIDTH)
@@ -145,9 +153,8 @@ def test_first_product_of_each_thread_needs_a_workspace(checkpointed: bool) -> N
         start = len(trace.events)
         with trace, trace.watching(units):
             loss_of(units, inputs, checkpointed).backward()
-        passed = [(event.kind, event.key) for event in trace.events[start:] if event.kind in kinds]
-        assert passed[0] == ("workspace", 0)
-        assert passed[1:] == [("backward", 1), ("workspace", 1), ("backward", 0)]
+        passed = [e for e in trace.events[start:] if isinstance(e, NeedWorkspace | EnterBackward)]
+        assert passed == [NeedWorkspace(0), EnterBackward(1), NeedWorkspace(1), EnterBackward(0)]
 
 
 def trace_of_two_units() -> MemoryTrace:
@@ -172,10 +179,9 @@ def test_arithmetic_of_units_is_counted() -> None:
 
 def test_boundaries_of_units_are_marked() -> None:
     trace = trace_of_two_units()
-    boundaries = ("enter", "leave", "backward")
-    marks = [(event.kind, event.key) for event in trace.events if event.kind in boundaries]
-    forward: list[tuple[str, int]] = [("enter", 0), ("leave", 0), ("enter", 1), ("leave", 1)]
-    assert marks == [*forward, ("backward", 1), ("backward", 0)]
+    marks = [event for event in trace.events if isinstance(event, EnterUnit | LeaveUnit | EnterBackward)]
+    forward = [EnterUnit(0), LeaveUnit(0), EnterUnit(1), LeaveUnit(1)]
+    assert marks == [*forward, EnterBackward(1), EnterBackward(0)]
 
 
 def test_watching_ends_with_its_block() -> None:
@@ -187,4 +193,4 @@ def test_watching_ends_with_its_block() -> None:
             module(inputs)
         marks = len(trace.events)
         module(inputs)
-    assert not [event for event in trace.events[marks:] if event.kind in ("enter", "leave")]
+    assert not [event for event in trace.events[marks:] if isinstance(event, EnterUnit | LeaveUnit)]

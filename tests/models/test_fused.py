@@ -46,7 +46,7 @@ def adapted(params: Params, modules: list[str], device: torch.device, dropout: f
     model = params.model.model_copy(update={"text_encoders": "trained"})
     changes = {"unet_modules": modules, "rank": 4, "alpha": 8.0, "dropout": dropout}
     denoiser = load_denoiser(model, "fp32", device)
-    add_adapters(denoiser.unet, denoiser.text_encoders, params.lora.model_copy(update=changes), 0)
+    add_adapters(denoiser.parts, params.lora.model_copy(update=changes), 0)
     for module in denoiser.modules:
         module.train()
         for name, parameter in module.named_parameters():

@@ -62,7 +62,7 @@ def test_models_are_frozen(model: ModelConfig) -> None:
 
 
 def test_pipeline_is_frozen(pipeline: StableDiffusionXLPipeline) -> None:
-    """Or its pictures would change, by rounding, once an adapter freezes the base model."""
+    """Otherwise its images would change, by rounding, once an adapter freezes the base model."""
     modules = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae)
     assert not any(parameter.requires_grad for module in modules for parameter in module.parameters())
     assert not any(module.training for module in modules)

@@ -48,7 +48,7 @@ def keys(library: Path, encoders: Encoders) -> Callable[[], Keys]:
         cache = LatentCache(*cache_arguments)
         return {
             "training": training_key(0, PARAMS.lora, PARAMS.model, PARAMS.training, index, CPU),
-            "picture": cache._picture_key(ROW),
+            "image": cache._image_key(ROW),
             "latents": cache._latents_key(ROW),
             "text": cache._text_key(torch.zeros(1, 2, 77)),
         }
@@ -119,7 +119,7 @@ def test_packages_that_compute_nothing_that_is_kept_change_no_key(
         ("adapters/lora.py", {"training"}),
         ("adapters/merged_linear.py", {"training"}),
         ("training/trainer.py", {"training"}),
-        ("data/images.py", {"picture", "latents"}),
+        ("data/images.py", {"image", "latents"}),
         ("data/batch_sampler.py", {"training"}),
     ],
 )
@@ -141,7 +141,7 @@ def test_operator_changes_the_keys_of_what_it_computes(
         ("data/image_encoder.py", {"latents"}),
         ("data/caption_encoder.py", {"text"}),
         ("data/padding.py", {"latents", "text"}),
-        ("data/latent_cache.py", {"picture", "latents", "text"}),
+        ("data/latent_cache.py", {"image", "latents", "text"}),
         ("../../stages/train_lora.py", {"training"}),
         ("../../stages/encode_dataset.py", set()),
     ],

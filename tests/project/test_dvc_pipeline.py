@@ -139,7 +139,8 @@ class TestStage:
     def test_closure_is_that_of_the_compiled_code(self, stage: str) -> None:
         """Python's own search goes through bytecode, where ours goes through the source."""
         finder = ModuleFinder(path=[str(REPOSITORY), str(REPOSITORY / "src")])
-        finder.import_hook(f"stages.{stage}")
+        finder.run_script(str(script_of(stage)))
+        finder.import_hook("stages")  # the package that `python -m stages.<name>` runs first
         names = [vars(module)["__file__"] for module in finder.modules.values()]
         found = {Path(name) for name in names if name}
         assert closure_of(stage) == {file for file in found if has_code(file)}
@@ -300,7 +301,7 @@ def stale_stages() -> set[str]:
         ("  noises: 2", "  noises: 4", FROM_EVALUATION),
         ("  title: Naruto style", "  title: Another", FROM_EVALUATION - {"evaluate_lora"}),
         ("  min_words: 2", "  min_words: 3", set(STAGES) - {"download_dataset"}),
-        ("# words that BLIP makes up", "# another comment", set()),
+        ("# words that BLIP invents", "# another comment", set()),
     ],
 )
 def test_change_makes_stale_only_what_depends_on_it(old: str, new: str, stale: set[str]) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from sdxl_lora.config import CaptionsConfig
 from sdxl_lora.data.captions import clean_captions
-from sdxl_lora.reporting.captions_page import MAX_ROWS, differences, histogram
+from sdxl_lora.reporting.captions_page import MAX_ROWS, differences
 from sdxl_lora.reporting.captions_page import render_captions_page as render
 
 CONFIG = CaptionsConfig(
@@ -76,7 +76,7 @@ def test_page_says_what_was_changed_rejected_and_repeated() -> None:
         ["4.png", "a red fox, a red fox", "repeated_phrases"],
     ]
     assert page.rows("Rejected") == [["3.png", "cat", "1 words, captions.min_words is 2"]]
-    assert page.rows("The same caption, several times") == [["a man with a hat", "3", "0.png, 1.png, 2.png"]]
+    assert page.rows("Captions of several images") == [["a man with a hat", "3", "0.png, 1.png, 2.png"]]
     assert page.rows("Most frequent phrases") == [["a man with a hat", "3"]]
     assert page.rows("Rules") == [["artefacts", "1"], ["repeated_phrases", "1"]]
 
@@ -85,7 +85,7 @@ def test_tables_without_rows_say_so() -> None:
     page = page_of("a man", "one fox")
     assert page.rows("Rejected") == [["None."]]
     assert page.rows("Changed") == [["None."]]
-    assert page.rows("Rules") == [["No rule changed a caption."]]
+    assert page.rows("Rules") == [["No caption was changed."]]
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -102,20 +102,14 @@ def test_nothing_is_loaded_or_run() -> None:
     policy = [names["content"] for tag, names in page.elements if names.get("http-equiv")]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
     assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.elements}
+    links = [value for _, names in page.elements for name, value in names.items() if name.endswith("href")]
+    assert all(value is not None and value.startswith("#") for value in links)
 
 
-def test_histogram_has_a_bar_for_every_length_and_marks_those_over_the_limit() -> None:
-    chart = histogram([5, 5, 5, 5, 80, 77, 77], limit=77)
-    bars = chart["bars"]
-    assert isinstance(bars, list)
-    assert [(bar["tokens"], bar["count"], bar["over"]) for bar in bars] == [
-        (5, 4, False),
-        (77, 2, False),
-        (80, 1, True),
-    ]
-    assert [bar["height"] for bar in bars] == [200.0, 100.0, 50.0]
-    assert bars[1]["x"] + bars[1]["width"] <= chart["limit_x"] <= bars[2]["x"]
-    assert bars[-1]["x"] + bars[-1]["width"] <= chart["width"]
+def test_lengths_are_shown_as_a_histogram() -> None:
+    page = page_of("a man", "a red fox", "a blue fox")
+    ids = [names.get("id") for tag, names in page.elements if tag == "g"]
+    assert {"tokens-5", "tokens-6"} <= set(ids)  # with trigger, start and end
 
 
 def test_differences_join_to_both_captions() -> None:

@@ -7,7 +7,7 @@ import pytest
 from sdxl_lora.config import load_params
 from sdxl_lora.data.encoded_dataset import Example, data_digest
 from sdxl_lora.data.encoding_report import EncodingReport, ImageFinding
-from sdxl_lora.reporting.dataset_card import cell, dataset_card
+from sdxl_lora.reporting.dataset_card import dataset_card
 
 CONFIG = load_params(Path("recipes/demo.yaml")).encoding
 SOURCE = {
@@ -71,5 +71,8 @@ def test_licence_that_nobody_stated_is_not_made_up(tmp_path: Path) -> None:
     assert "| licence | not stated by the source |" in card
 
 
-def test_foreign_text_cannot_leave_its_cell() -> None:
-    assert cell("a | b\n<script>`x`") == "a &#124; b &lt;script>&#96;x&#96;"
+def test_text_of_others_cannot_leave_its_cell(tmp_path: Path) -> None:
+    report = EncodingReport(FINDINGS, EXAMPLES, [(64, 100)])
+    hostile = "a | b\n<script>`x`[y](https://z)"
+    card = dataset_card({**SOURCE, "repository": hostile}, report, CONFIG, tmp_path)
+    assert r"| repository | a \| b &lt;script&gt;\`x\`\[y\](https:\//z) |" in card.splitlines()

@@ -3,10 +3,18 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from jinja2 import Environment, meta
 
 from sdxl_lora.config import ExportConfig, ModelConfig, load_params
 from sdxl_lora.inference.samples import Sample
-from sdxl_lora.reporting.model_card import card_pictures, escape_markdown, model_card, picture_name
+from sdxl_lora.reporting.model_card import (
+    TEMPLATE,
+    CardAdapter,
+    CardFiles,
+    card_samples,
+    card_values,
+    model_card,
+)
 
 CONFIG = ExportConfig(title="Naruto <b>style</b>", license="openrail++")
 SAMPLES = [
@@ -28,14 +36,8 @@ METRICS: dict[str, Any] = {
     "change": {"clip_score": {"mean": 1.0, "low": 0.5, "high": 1.5}},
     "copied": {"base": 0.0, "adapter": 0.0},
 }
-DETAILS = {
-    "grid": "grid.png",
-    "weights": "pytorch_lora_weights.safetensors",
-    "kohya": "naruto.safetensors",
-    "rank": 16,
-    "alpha": 8.0,
-    "trigger": "naruto style",
-}
+FILES = CardFiles("grid.png", "pytorch_lora_weights.safetensors", "naruto.safetensors")
+ADAPTER = CardAdapter(16, 8.0, "naruto style", {"sdxl_lora.git.commit": "abc"})
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +45,14 @@ def model() -> ModelConfig:
     return load_params(Path("recipes/sdxl-naruto-16gb.yaml")).model
 
 
-def card(model: ModelConfig, failures: tuple[str, ...] = ()) -> str:
-    pictures = [(picture_name(sample), sample) for sample in card_pictures(SAMPLES, 6)]
-    return model_card(CONFIG, model, pictures, DETAILS, METRICS, failures, {"sdxl_lora.git.commit": "abc"})
+def card(
+    model: ModelConfig,
+    failures: tuple[str, ...] = (),
+    adapter: CardAdapter = ADAPTER,
+    title: str = CONFIG.title,
+) -> str:
+    config = CONFIG.model_copy(update={"title": title})
+    return model_card(config, model, adapter, FILES, card_samples(SAMPLES, 6), METRICS, failures)
 
 
 def test_hub_reads_the_header_as_it_was_meant(model: ModelConfig) -> None:
@@ -84,11 +91,32 @@ def test_folder_is_no_base_model_of_the_hub() -> None:
     assert ModelCard(card(demo)).data.get("base_model") is None
 
 
-def test_words_of_others_are_no_markup(model: ModelConfig) -> None:
-    assert "# Naruto \\<b\\>style\\</b\\>" in card(model)
-    assert escape_markdown("a|b*c") == "a\\|b\\*c"
+def test_text_of_others_is_text(model: ModelConfig) -> None:
+    hostile = "<b>[style](https://evil.example)\x07\n# **x**"
+    facts = {"sdxl_lora.data.repository": "a`b|c\n"}
+    text = card(model, ("copied | <i>",), CardAdapter(16, 8.0, hostile, facts), hostile)
+    escaped = r"&lt;b&gt;\[style\](https:\//evil.example) \# \*\*x\*\*"
+    assert f"\n# {escaped}\n" in text
+    assert f"Begin prompts with *{escaped}*." in text
+    assert "| sdxl_lora.data.repository | ``a`b\\|c`` |" in text
+    assert "copied | &lt;i&gt;" in text
+    assert ModelCard(text).data["instance_prompt"] == hostile
 
 
-def test_first_picture_of_each_prompt_is_shown_up_to_a_limit() -> None:
-    assert [sample.file for sample in card_pictures(SAMPLES, 6)] == [SAMPLES[1].file, SAMPLES[3].file]
-    assert len(card_pictures(SAMPLES, 1)) == 1
+def test_lineage_is_told(model: ModelConfig) -> None:
+    assert "| sdxl_lora.git.commit | `abc` |" in card(model)
+    assert "Begin prompts with *naruto style*." in card(model)
+    without = card(model, adapter=CardAdapter(16, 8.0, None, {}))
+    assert "Begin prompts with" not in without
+    assert "A LoRA for stabilityai/stable-diffusion-xl-base-1.0, rank 16, alpha 8.\n" in without
+
+
+def test_template_uses_the_values_that_it_is_given_and_no_others(model: ModelConfig) -> None:
+    used = meta.find_undeclared_variables(Environment(autoescape=True).parse(TEMPLATE.read_text("utf-8")))
+    values = card_values(CONFIG, model, ADAPTER, FILES, SAMPLES, METRICS, [])
+    assert used == {"card_data", *values}
+
+
+def test_first_sample_of_each_prompt_is_shown_up_to_a_limit() -> None:
+    assert [sample.file for sample in card_samples(SAMPLES, 6)] == [SAMPLES[1].file, SAMPLES[3].file]
+    assert len(card_samples(SAMPLES, 1)) == 1

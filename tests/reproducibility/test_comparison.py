@@ -127,21 +127,23 @@ def test_what_training_chose_otherwise_is_named() -> None:
     assert (found.outcome, found.first_difference) == ("within tolerance", "train_lora")
     choices = {(choice.name, choice.recorded, choice.found) for choice in found.choices}
     assert choices == {("attention", "cudnn", "sdpa"), ("checkpointing", 5, 7)}
-    (remark,) = [reason for reason in found.reasons if "did not choose" in reason]
-    assert "training.attention sdpa in place of cudnn" in remark
-    assert "training.checkpointing 7 in place of 5" in remark
+    (remark,) = [reason for reason in found.reasons if "did not select" in reason]
+    assert "training.attention sdpa instead of cudnn" in remark
+    assert "training.checkpointing 7 instead of 5" in remark
 
 
 def test_same_choices_are_no_remark() -> None:
     training = {"final_loss": 0.5, "attention": "cudnn", "plan": {"micro_batch_size": 2, "checkpointing": 5}}
     found = verdict(make_run(training=training), make_run({"data/lora": "9"}, training=training))
     assert found.choices == []
-    assert not [reason for reason in found.reasons if "choose" in reason]
+    assert not [reason for reason in found.reasons if "did not select" in reason]
 
 
 def test_choices_that_the_record_lacks_are_said() -> None:
     found = verdict(make_run(torn=(paths.TRAINING_REPORT,)), make_run())
-    assert f"the record does not hold what `auto` was: {paths.TRAINING_REPORT}" in " ".join(found.reasons)
+    assert f"the record lacks the values selected for `auto`: {paths.TRAINING_REPORT}" in " ".join(
+        found.reasons
+    )
 
 
 def test_what_the_record_lacks_is_said() -> None:
@@ -150,9 +152,10 @@ def test_what_the_record_lacks_is_said() -> None:
     assert found.outcome == "bit-identical"
     assert {out.path: out.state for out in found.outs}[str(paths.LOSS_CURVE)] == "not compared"
     remarks = " ".join(found.reasons[1:])
-    assert "does not hold the environment of train_lora" in remarks
+    assert "lacks the environment of train_lora" in remarks
     assert (
-        f"not compared, as they hold times and the record has their hash alone: {paths.LOSS_CURVE}" in remarks
+        f"not compared, because these contain times and the record only has their hash: {paths.LOSS_CURVE}"
+        in remarks
     )
 
 

@@ -55,4 +55,4 @@ def test_folder_is_held_against_its_digest(folder: Path) -> None:
 
 def test_what_is_not_here_is_no_failure() -> None:
     check = check_pin("data", "owner/data", "c0ffee", None)
-    assert (check.status, check.detail) == ("warn", "owner/data at c0ffee is not here, or incomplete")
+    assert (check.status, check.detail) == ("warn", "owner/data at c0ffee is missing or incomplete")

@@ -1,4 +1,4 @@
-"""Recorded runs made again, by the command that a user gives, through the real DVC.
+"""Recorded runs reproduced by the command that a user runs, with the real DVC.
 
 What makes an adapter is real in the first test and toy in those that are about what may go wrong.
 """
@@ -22,7 +22,7 @@ TIMEOUT = patience(150)  # seconds
 
 
 def small_recipe() -> dict[str, Any]:
-    """The demo with few pictures and steps."""
+    """The demo with few images and steps."""
     recipe: dict[str, Any] = yaml.safe_load((REPOSITORY / "recipes/demo.yaml").read_text(encoding="utf-8"))
     recipe["download"]["max_examples"] = 24
     recipe["training"].update(steps=3, batch_size=2, warmup_steps=1, log_every=1, preview_every=None)
@@ -70,7 +70,7 @@ def commit(project: Project, message: str) -> None:
 def reproduce(project: Project, *arguments: str, **environment: str) -> tuple[int, dict[str, Any], str]:
     """Status, verdict and what is printed."""
     there = Project(project.root, {**project.environment, **environment})
-    result = there.attempt("python", "-m", "sdxl_lora.reproducibility.reproduce", *arguments)
+    result = there.attempt("sdxl-lora", "reproduce", *arguments)
     assert (project.root / paths.REPRODUCTION).is_file(), result.stdout
     assert not list((project.root / ".dvc/tmp/reproduction").iterdir()), "the clone is still there"
     return result.returncode, project.read(str(paths.REPRODUCTION)), result.stdout
@@ -81,7 +81,7 @@ def states(verdict: dict[str, Any]) -> dict[str, str]:
 
 
 @pytest.mark.timeout(TIMEOUT)
-def test_adapter_made_again_from_a_fresh_clone_is_bit_identical(tmp_path: Path) -> None:
+def test_adapter_reproduced_in_a_fresh_clone_is_bit_identical(tmp_path: Path) -> None:
     """Also where the recorded training chose what this machine would not: here a note makes it."""
     project = record_run(tmp_path / "project", MAKING, toy=False, choices=CHOICES)
     assert project.read(str(paths.TRAINING_REPORT)).items() > CHOICES.items()
@@ -134,7 +134,7 @@ def test_results_that_the_commit_does_not_give_differ_from_the_first_stage_on(to
     status, verdict, printed = reproduce(toys, "HEAD", "--data=pull")
     assert (status, verdict["outcome"], verdict["first_difference"]) == (1, "different", "clean_captions")
     assert "Running stage 'download_dataset'" not in printed
-    assert "code that its commit does not hold: src/sdxl_lora/data/captions.py" in printed
+    assert "code that its commit does not have: src/sdxl_lora/data/captions.py" in printed
     assert "# Different: commit" in printed
     assert states(verdict)["data/captions.jsonl"] == "different"
 
@@ -151,13 +151,13 @@ def test_stage_that_fails_is_named_with_its_message(toys: Project) -> None:
 def test_data_that_is_nowhere_is_refused_with_the_remedy(toys: Project) -> None:
     nowhere = Project(toys.root.with_name("nowhere"), toys.environment)
     toys.git("clone", "--quiet", str(toys.root), str(nowhere.root))
-    result = nowhere.attempt("python", "-m", "sdxl_lora.reproducibility.reproduce", "HEAD", "--data=pull")
+    result = nowhere.attempt("sdxl-lora", "reproduce", "HEAD", "--data=pull")
     assert result.returncode == 1
     assert "neither in DVC's cache nor in its remote" in result.stdout
-    assert "without DATA=pull it is downloaded anew" in result.stdout
+    assert "`--data download` downloads it again" in result.stdout
 
 
 def test_name_that_is_nothing_is_refused_before_anything_runs(toys: Project) -> None:
-    result = toys.attempt("python", "-m", "sdxl_lora.reproducibility.reproduce", "nothing")
+    result = toys.attempt("sdxl-lora", "reproduce", "nothing")
     assert result.returncode == 1
-    assert result.stdout.startswith("reproduce: 'nothing' is no git revision")
+    assert result.stdout.startswith("reproduce: 'nothing' is not a git revision")

@@ -78,12 +78,12 @@ def test_commit_holds_its_record_and_knows_which_commit_ran() -> None:
 
 
 def test_commit_without_a_lock_is_refused_with_the_remedy() -> None:
-    with pytest.raises(ValueError, match=r"holds no dvc\.lock.* After `dvc repro`, commit dvc\.lock"):
+    with pytest.raises(ValueError, match=r"has no dvc\.lock.* After `dvc repro`, commit dvc\.lock"):
         find_record("main")
 
 
 def test_unknown_name_is_refused_with_what_it_could_be() -> None:
-    with pytest.raises(ValueError, match="'nothing' is no git revision, no DVC experiment"):
+    with pytest.raises(ValueError, match="'nothing' is not a git revision, DVC experiment"):
         find_record("nothing")
 
 
@@ -136,8 +136,8 @@ def test_adapter_whose_code_was_committed_after_the_run_is_made_with_that_commit
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
-        ({}, "does not say what it was made from"),
-        ({"dvc.train_lora": "0" * 64}, r"no dvc\.lock, neither here nor in any commit or experiment"),
+        ({}, "does not say what it was trained on"),
+        ({"dvc.train_lora": "0" * 64}, r"no dvc\.lock of the workspace, a commit or an experiment"),
     ],
 )
 def test_adapter_without_a_record_is_refused(facts: dict[str, str], reason: str) -> None:
@@ -147,7 +147,7 @@ def test_adapter_without_a_record_is_refused(facts: dict[str, str], reason: str)
 
 def test_pickle_is_refused_as_an_adapter() -> None:
     Path("adapter.safetensors").write_bytes(pickle.dumps({"weights": 1}))
-    with pytest.raises(ValueError, match="no safetensors file but a pickle"):
+    with pytest.raises(ValueError, match="is a pickle, which can run any code"):
         find_record("adapter.safetensors")
 
 

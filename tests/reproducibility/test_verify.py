@@ -1,11 +1,10 @@
-"""An adapter's file held against a project; each test breaks one thing that its header speaks of."""
+"""An adapter file verified against a project; each test breaks one thing that its header names."""
 
 import hashlib
 import json
 import pickle
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +17,14 @@ from safetensors.torch import load_file
 from sdxl_lora import paths
 from sdxl_lora.adapters.export import export_lora
 from sdxl_lora.adapters.lineage import lineage
+from sdxl_lora.cli.main import app
 from sdxl_lora.config import load_params
-from sdxl_lora.data.encoded_dataset import EncodedDataset, write_index
-from sdxl_lora.models.sdxl import layers_per_block
+from sdxl_lora.data.encoded_dataset import EncodedDataset
+from sdxl_lora.data.shard_writer import write_index
+from sdxl_lora.models.base_config import layers_per_block
 from sdxl_lora.models.weights import weight_digests
 from sdxl_lora.reproducibility.checklist import Check, exit_status
-from sdxl_lora.reproducibility.verify import main, verify
+from sdxl_lora.reproducibility.verify import verify
 from sdxl_lora.storage.safetensors_io import read_header, write_tensors
 from tests.support.adapters import write_adapter
 from tests.support.encoded import write_encoded_dataset
@@ -194,12 +195,12 @@ def test_damage_fails_the_line_that_is_about_it(damage: Callable[[], object], na
     ("loss", "name", "words"),
     [
         (lambda: edit_header(git_commit="0" * 40), "commit", "not in this repository"),
-        (lambda: edit_header(note="mine"), "bytes", "or an edited one"),
+        (lambda: edit_header(note="mine"), "bytes", "or an edited file"),
         (lambda: shutil.rmtree(".dvc/cache"), "bytes", "has no list"),
-        (lambda: paths.LOCK.unlink(), "record", "neither here nor in any commit"),
-        (lambda: shutil.rmtree(paths.ENCODED), "data", "is not here"),
-        (lambda: shutil.rmtree("demo/dataset"), "data source", "is not here"),
-        (lambda: shutil.rmtree("demo/base_model"), "base model", "is not here"),
+        (lambda: paths.LOCK.unlink(), "record", "of the workspace, a commit or an experiment"),
+        (lambda: shutil.rmtree(paths.ENCODED), "data", "is missing"),
+        (lambda: shutil.rmtree("demo/dataset"), "data source", "is missing or incomplete"),
+        (lambda: shutil.rmtree("demo/base_model"), "base model", "is missing"),
     ],
     ids=["commit", "header", "cache", "record", "data", "source", "base"],
 )
@@ -225,10 +226,10 @@ def test_data_of_another_run_is_no_damage() -> None:
 @pytest.mark.usefixtures("project")
 def test_file_without_lineage_or_tensors_fails() -> None:
     (check,) = verify(paths.LORA / "pytorch_lora_weights.safetensors")
-    assert (check.status, "says nothing of where it comes from" in check.detail) == ("fail", True)
+    assert (check.status, "does not say what it was trained on" in check.detail) == ("fail", True)
     ADAPTER.write_bytes(pickle.dumps({"weights": 1}))
     (check,) = verify(ADAPTER)
-    assert (check.status, "no safetensors file but a pickle" in check.detail) == ("fail", True)
+    assert (check.status, "is a pickle, which can run any code" in check.detail) == ("fail", True)
     ADAPTER.unlink()
     (check,) = verify(ADAPTER)
     assert check.status == "fail"
@@ -241,19 +242,16 @@ def test_file_without_lineage_or_tensors_fails() -> None:
 def test_commands_status_says_whether_a_check_failed(
     damage: Callable[[], object],
     status: int,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     damage()
-    monkeypatch.setattr(sys, "argv", ["verification", str(ADAPTER), "--json"])
     with pytest.raises(SystemExit) as stop:
-        main()
+        app(["verify", str(ADAPTER), "--json"])
     assert stop.value.code == status
     weights = {check["name"]: check["status"] for check in json.loads(capsys.readouterr().out)}["weights"]
     assert weights == ("fail" if status else "pass")
-    monkeypatch.setattr(sys, "argv", ["verification", str(ADAPTER)])
     with pytest.raises(SystemExit):
-        main()
+        app(["verify", str(ADAPTER)])
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith(f"{weights}  weights      ")
     assert printed[-1].endswith(f"{status} failed")

@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +22,23 @@ def test_stage_outside_dvc_is_an_execution_of_its_own() -> None:
     execution = current_execution()
     assert execution.pid in {os.getpid(), *(process.pid for process in psutil.Process().parents())}
     assert execution.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("words", "is_execution"),
+    [(["repro", "-f"], True), (["exp", "run"], True), (["queue", "start"], True), (["status"], False)],
+)
+def test_execution_is_the_dvc_command_that_runs_stages(
+    tmp_path: Path, words: list[str], is_execution: bool
+) -> None:
+    """A program named dvc starts a process that says which execution it belongs to."""
+    asked = "from sdxl_lora.runtime.dvc_execution import current_execution; print(current_execution().pid)"
+    program = ["import os, subprocess, sys", "print(os.getpid(), flush=True)"]
+    program.append(f"subprocess.run([sys.executable, '-c', {asked!r}])")
+    (tmp_path / "dvc").write_text("\n".join(program), encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "dvc"), *words]
+    dvc, execution = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert (dvc == execution) == is_execution
 
 
 def test_id_says_which_process_and_not_which_host() -> None:

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from sdxl_lora import paths
-from sdxl_lora.adapters.lora import WEIGHTS_FILE
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.config import load_params
 from sdxl_lora.inference.samples import Sample, load_table, save_table
 from stages import evaluate_lora
@@ -20,7 +20,7 @@ from tests.support.encoded import write_encoded_dataset
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project with an encoded data set and two samples, the data set's own picture of an alien monster."""
+    """A project with an encoded data set and two samples, the data set's own image of an alien monster."""
     (tmp_path / "demo").symlink_to(Path("demo").resolve())
     recipe = yaml.safe_load(Path("recipes/demo.yaml").read_text(encoding="utf-8"))
     recipe["evaluation"].update(timesteps=[100, 900], noises=1)
@@ -42,7 +42,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write_raw_images() -> None:
-    """Pictures under the names that the encoded data set has; 2.png is the alien monster."""
+    """Images under the names that the encoded data set has; 2.png is the alien monster."""
     names = sorted(path.name for path in Path("demo/dataset/images").iterdir() if "alien" not in path.name)
     paths.RAW_IMAGES.mkdir(parents=True)
     for number, name in enumerate(names[:9]):
@@ -125,7 +125,7 @@ def test_samples_of_captions_are_scored_apart() -> None:
         name for name in flat(metrics) if name.startswith(("copied", "gates", "adapter_bytes", "retrieval"))
     ]
     assert [flat(metrics)[name] for name in counted] == [flat(alone)[name] for name in counted]
-    assert apart["copied"] == metrics["copied"]  # the same pictures
+    assert apart["copied"] == metrics["copied"]  # the same images
     assert apart["clip_score"]["adapter"] < metrics["clip_score"]["adapter"] - 1  # other words
     assert [row["origin"] for row in read_csv(paths.COPIES)] == ["free", "free", "training", "training"]
     assert {row["origin"] for row in read_csv(paths.INTERVALS)} == {"free", "training"}

@@ -15,7 +15,7 @@ from tests.support.encoded import CAPTIONS, write_encoded_dataset
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project whose recipe draws one prompt, and its demo model."""
+    """A project whose recipe samples one prompt, and its demo model."""
     (tmp_path / "demo").symlink_to(Path("demo").resolve())
     recipe = yaml.safe_load(Path("recipes/demo.yaml").read_text(encoding="utf-8"))
     recipe["sampling"].update(
@@ -35,7 +35,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_pictures_table_and_grid_are_written(project: Path) -> None:
+def test_images_table_and_grid_are_written(project: Path) -> None:
     params = load_params()
     write_adapter(paths.LORA, params.model, params.lora)
     write_encoded_dataset(paths.ENCODED, params.model)
@@ -50,13 +50,13 @@ def test_pictures_table_and_grid_are_written(project: Path) -> None:
             (CAPTIONS[0], "held_out"),
         )
     ]
-    pictures = [Image.open(paths.SAMPLES / row["file"]) for row in rows]
-    assert {picture.size for picture in pictures} == {(64, 64)}
+    images = [Image.open(paths.SAMPLES / row["file"]) for row in rows]
+    assert {image.size for image in images} == {(64, 64)}
     assert (
-        json.loads(pictures[3].info["parameters"])["noise_seed"]
+        json.loads(images[3].info["parameters"])["noise_seed"]
         == keyed_generator("sample", 0, 3).initial_seed()
     )
-    assert len({picture.tobytes() for picture in pictures}) == 6
+    assert len({image.tobytes() for image in images}) == 6
     assert Image.open(paths.SAMPLE_GRID).width > 2 * 192
     assert project == Path.cwd()
 

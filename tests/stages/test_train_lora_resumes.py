@@ -22,10 +22,10 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from sdxl_lora import paths
-from sdxl_lora.adapters.lora import saved_lora
+from sdxl_lora.adapters.lora_file import saved_lora
 from sdxl_lora.data.encoded_dataset import EncodedDataset
 from sdxl_lora.storage.report_io import read_numbers
-from sdxl_lora.tracking.live_run import connect
+from sdxl_lora.tracking.connection import connect
 from sdxl_lora.training.loop import EXIT_STOPPED
 from stages import train_lora
 from tests.support.fault import at_step
@@ -112,7 +112,7 @@ def test_training_stopped_again_and_again_goes_on_to_the_same_results(
     write_params(recipe, log_every=2)
     last = checkpoints()[-1]
     train_lora.main()
-    assert f"going on after step {last} of 9" in caplog.text
+    assert f"resuming after step {last} of 9" in caplog.text
     assert results() == uninterrupted
     assert list(paths.CHECKPOINTS.rglob("*.safetensors")) == []
 
@@ -127,7 +127,7 @@ def test_training_goes_on_where_no_checkpoint_can_be_written(
     paths.CHECKPOINTS.parent.mkdir(parents=True)
     paths.CHECKPOINTS.write_text("not a folder")
     train_lora.main()
-    assert caplog.text.count("training goes on") == 3
+    assert caplog.text.count("training continues") == 3
     assert saved_lora(paths.LORA).is_file()
 
 
@@ -147,7 +147,7 @@ def test_step_without_a_finite_loss_leaves_all_that_it_was_made_from(recipe: dic
     for row, number in ((slice(0, 2), 0), (slice(2, 4), 1)):
         assert inputs[f"{number}.latents_mean"].equal(batch.latents_mean[row])
         assert inputs[f"{number}.token_ids"].equal(batch.token_ids[row])
-        assert {f"{number}.noise", f"{number}.timesteps", f"{number}.captioned"} <= set(inputs)
+        assert {f"{number}.noise", f"{number}.timesteps", f"{number}.caption_mask"} <= set(inputs)
     assert all(example["image"] in str(error.value) for example in report["examples"])
 
 
@@ -175,7 +175,7 @@ def test_dvc_repro_goes_on_where_it_was_killed(recipe: dict[str, Any], tmp_path:
     assert project.attempt(*command).returncode != 0
     killer.join()
     assert not (root / paths.PREVIEWS / "step-000006.png").exists()
-    assert re.search(r"going on after step [345] of 9", project.run(*command))
+    assert re.search(r"resuming after step [345] of 9", project.run(*command))
     previews = [path.name for path in sorted((root / paths.PREVIEWS).iterdir())]
     assert previews == ["step-000003.png", "step-000006.png", "step-000009.png"]
     assert (root / paths.LORA).is_dir()

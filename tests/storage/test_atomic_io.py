@@ -70,7 +70,8 @@ def test_failure_leaves_what_was_there_and_no_half(tmp_path: Path, error: BaseEx
 
 
 @pytest.mark.parametrize(
-    ("number", "remedy"), [(errno.ENOSPC, "dvc gc"), (errno.EROFS, "let this"), (errno.EACCES, "let this")]
+    ("number", "remedy"),
+    [(errno.ENOSPC, "dvc gc"), (errno.EROFS, "write access"), (errno.EACCES, "write access")],
 )
 def test_error_names_file_cause_and_remedy(tmp_path: Path, number: int, remedy: str) -> None:
     path = tmp_path / "file.txt"
@@ -87,7 +88,7 @@ def test_stage_says_the_remedy_of_errors_that_nobody_explained(tmp_path: Path) -
     def main() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))
 
-    with pytest.raises(SystemExit, match=rf"{tmp_path} cannot be written .*: free some"):
+    with pytest.raises(SystemExit, match=rf"{tmp_path} cannot be written .*: free some space"):
         run_stage(main)
 
 
@@ -100,6 +101,6 @@ def test_folder_that_can_be_written_to_stays_empty(tmp_path: Path) -> None:
 
 
 def test_too_little_disk_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"needs 1048576.00 GiB and the disk has .* GiB free: free some"):
+    with pytest.raises(OSError, match=r"needs 1048576.00 GiB and the disk has .* GiB free: free some space"):
         require_disk_space(tmp_path / "not" / "there" / "yet", 2**20 * GIB)
     require_disk_space(tmp_path, 1)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from sdxl_lora.adapters.lora import WEIGHTS_FILE, saved_lora
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE, saved_lora
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.data.download import download_dataset, open_source
 from sdxl_lora.data.encoded_dataset import EncodedDataset
@@ -109,9 +109,7 @@ def test_model_under_a_false_name_is_refused(
     params: Params, tmp_path: Path, crater: Path, part: str, file: str, kind: str
 ) -> None:
     plant(tmp_path / file, kind, crater)
-    with pytest.raises(
-        ValueError, match=rf"{file} is no safetensors file but a pickle, which can run any code"
-    ):
+    with pytest.raises(ValueError, match=rf"{file} is a pickle, which can run any code"):
         load(part, params, tmp_path)
     assert not crater.exists()
 
@@ -131,7 +129,7 @@ def test_model_in_a_pickle_is_refused_by_name(
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapter_is_refused(tmp_path: Path, crater: Path, kind: str) -> None:
     plant(tmp_path / WEIGHTS_FILE, kind, crater)
-    with pytest.raises(ValueError, match=rf"{WEIGHTS_FILE} is no safetensors file but a pickle"):
+    with pytest.raises(ValueError, match=rf"{WEIGHTS_FILE} is a pickle, which can run any code"):
         saved_lora(tmp_path)
     assert not crater.exists()
 
@@ -141,7 +139,7 @@ def test_shard_is_refused(tmp_path: Path, crater: Path, kind: str) -> None:
     model = load_params(REPOSITORY / "recipes/demo.yaml").model
     write_encoded_dataset(tmp_path / "encoded", model)
     plant(tmp_path / "encoded/train-00000.safetensors", kind, crater)
-    with pytest.raises(ValueError, match=r"train-00000.safetensors is no safetensors file but a pickle"):
+    with pytest.raises(ValueError, match=r"train-00000.safetensors is a pickle, which can run any code"):
         EncodedDataset(tmp_path / "encoded", "train")
     assert not crater.exists()
 
@@ -151,7 +149,9 @@ def test_checkpoint_is_refused(tmp_path: Path, crater: Path, kind: str) -> None:
     plant(tmp_path / "planted", kind, crater)
     digest = content_digest((tmp_path / "planted").read_bytes())
     (tmp_path / "planted").rename(tmp_path / f"step-00000001-{digest}.safetensors")
-    with pytest.raises(ValueError, match=r"step-00000001-\w+.safetensors is no .* but a pickle"):
+    with pytest.raises(
+        ValueError, match=r"step-00000001-\w+.safetensors is a pickle, which can run any code"
+    ):
         Checkpointer(tmp_path, None).newest()
     assert not crater.exists()
 

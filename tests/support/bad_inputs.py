@@ -42,12 +42,11 @@ HELD_OUT = 0.5
 GOOD = 12
 ORIENTATION = 0x0112
 COMMON_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000")
-HEAD = """# Bad inputs, and what each gets
+HEAD = """# Bad inputs and how they are handled
 
-Written by `python -m tests.support.bad_inputs` from what the library does with them;
-`tests/pipeline/test_bad_inputs.py` proves every line, and that this page is up to date.
-None of these stops the stage, unless `encoding.strict` says so,
-and {good} good images beside them are encoded all the same.
+`python -m tests.support.bad_inputs` passes these inputs to the library and writes this page from the results.
+`tests/pipeline/test_bad_inputs.py` checks every line. No input on this page stops the stage, unless
+`encoding.strict` is true, and the {good} good images in the same data set are encoded.
 """
 
 
@@ -170,8 +169,8 @@ def damaged_images() -> list[ImageCase]:
     cases += [
         ImageCase("PNG with a flipped byte in its pixels", with_damage(png, len(png) // 2), "damaged"),
         ImageCase("JPEG without its last 200 bytes", jpeg[:-200], "damaged"),
-        ImageCase("JPEG of which only the header is left", jpeg[:170], "damaged"),
-        ImageCase("PNG that says it is 0 pixels wide", png_header(0, 9), "not_an_image"),
+        ImageCase("JPEG with only its header", jpeg[:170], "damaged"),
+        ImageCase("PNG with a declared width of 0 pixels", png_header(0, 9), "not_an_image"),
     ]
     return cases
 
@@ -181,22 +180,22 @@ def hostile_images() -> list[ImageCase]:
     info.add_text("comment", "a" * 70_000_000, zip=True)
     return [
         ImageCase(
-            "a bomb: PNG of 70 bytes that says it has 400 million pixels",
+            "decompression bomb: PNG of 70 bytes with a declared size of 400 million pixels",
             png_header(20_000, 20_000),
             "too_many_pixels",
         ),
         ImageCase(
-            "a bomb: PNG of 100 million pixels, one bit each",
+            "decompression bomb: PNG of 100 million pixels, one bit each",
             saved(Image.new("1", (10_000, 10_000)), "PNG"),
             "too_many_pixels",
         ),
         ImageCase(
-            "a bomb: PNG with 70 MB of comment, compressed",
+            "decompression bomb: PNG with a compressed comment of 70 MB",
             saved(pattern(220), "PNG", pnginfo=info),
             "damaged",
         ),
         ImageCase(
-            "a line: 1 x 6000 pixels",
+            "extreme aspect ratio: 1 x 6000 pixels",
             saved(Image.new("RGB", (1, 6000)), "PNG"),
             "too_many_pixels",
         ),
@@ -215,12 +214,12 @@ def images_with_unknown_colours() -> list[ImageCase]:
             "unknown_white",
         ),
         ImageCase(
-            "a colour profile that is none",
+            "invalid colour profile",
             saved(pattern(230), "PNG", icc_profile=b"not a profile"),
             "bad_colour_profile",
         ),
         ImageCase(
-            "greys with a profile for RGB",
+            "greyscale image with a profile for RGB",
             saved(pattern(231).convert("L"), "PNG", icc_profile=profile_with_red_and_green_swapped()),
             "bad_colour_profile",
         ),
@@ -244,14 +243,14 @@ def odd_images() -> list[ImageCase]:
     turn, mirror = Image.Transpose.ROTATE_90, Image.Transpose.FLIP_LEFT_RIGHT
     return [
         ImageCase(
-            "JPEG lying on its side (EXIF orientation 6)",
+            "JPEG turned by 90 degrees (EXIF orientation 6)",
             saved(p[0].transpose(turn), "JPEG", quality=95, exif=exif_turned),
             None,
             p[0],
             20,
         ),
         ImageCase(
-            "PNG in a mirror (EXIF orientation 2)",
+            "mirrored PNG (EXIF orientation 2)",
             saved(p[1].transpose(mirror), "PNG", exif=exif_mirrored),
             None,
             p[1],
@@ -265,13 +264,13 @@ def odd_images() -> list[ImageCase]:
             on_white_of(palette_clear),
         ),
         ImageCase(
-            "PNG of 16-bit greys",
+            "PNG with 16-bit greyscale",
             saved(Image.fromarray(grey.astype(np.uint16) * 257), "PNG"),
             None,
             Image.fromarray(grey).convert("RGB"),
         ),
         ImageCase(
-            "PNG of 16-bit greys, all dark: stays dark",
+            "PNG with 16-bit greyscale, dark: stays dark",
             saved(Image.fromarray(dark * 257), "PNG"),
             None,
             Image.fromarray(dark.astype(np.uint8)).convert("RGB"),
@@ -303,28 +302,28 @@ def odd_images() -> list[ImageCase]:
             p[13],
         ),
         ImageCase(
-            "PNG with a profile of other colours: as sRGB",
+            "PNG with another colour profile: converted to sRGB",
             saved(swapped(p[15]), "PNG", icc_profile=profile),
             None,
             p[15],
             2,
         ),
         ImageCase(
-            "PNG, half transparent, with a profile of other colours",
+            "PNG, half transparent, with another colour profile",
             saved(half_transparent(swapped(p[16]))[0], "PNG", icc_profile=profile),
             None,
             half_transparent(p[16])[1],
             2,
         ),
         ImageCase(
-            "JPEG with 1,000 bytes of rubbish at its end",
+            "JPEG followed by 1,000 bytes of other data",
             saved(p[17], "JPEG", quality=95) + bytes(1000),
             None,
             p[17],
             20,
         ),
         ImageCase(
-            "PNG in black and white, one bit a pixel",
+            "PNG in black and white, one bit per pixel",
             saved(p[18].convert("1"), "PNG"),
             None,
             p[18].convert("1").convert("RGB"),
@@ -345,20 +344,20 @@ def images_beside_others() -> list[ImageCase]:
     small, narrow = pattern(260, (40, 64)), pattern(262, (640, 128))
     larger = near.resize((160, 160))
     return [
-        ImageCase("a file that is there twice", saved(original, "PNG"), "duplicate"),
+        ImageCase("a duplicate file", saved(original, "PNG"), "duplicate"),
         ImageCase(
-            "a training picture again, larger",
+            "an enlarged copy of a training image",
             on_side(False, png_variants(larger)),
             "near_duplicate",
             larger,
         ),
         ImageCase(
-            "a training picture again, held out",
+            "a copy of a training image, held out",
             on_side(True, png_variants(trained.resize((200, 200)))),
             "leakage",
         ),
-        ImageCase("a picture of 40 x 64 pixels", saved(small, "PNG"), "upscaled", small),
-        ImageCase("a picture of 640 x 128 pixels", saved(narrow, "PNG"), "cropped", narrow),
+        ImageCase("an image of 40 x 64 pixels", saved(small, "PNG"), "upscaled", small),
+        ImageCase("an image of 640 x 128 pixels", saved(narrow, "PNG"), "cropped", narrow),
         ImageCase(
             "a file that was changed after the download", saved(pattern(261), "PNG"), "changed", id="0" * 64
         ),
@@ -376,27 +375,27 @@ def good_images() -> list[ImageCase]:
 
 
 GROUPS: dict[str, Callable[[], list[ImageCase]]] = {
-    "Files that are no images": files_that_are_no_images,
+    "Files that are not images": files_that_are_no_images,
     "Damaged images": damaged_images,
     "Hostile images": hostile_images,
-    "Images whose colours nothing explains": images_with_unknown_colours,
+    "Images with ambiguous colours": images_with_unknown_colours,
     "Unusual images": odd_images,
-    "Images beside others": images_beside_others,
+    "Images that conflict with other images": images_beside_others,
 }
 
 CAPTIONS = [
     CaptionCase("empty", "", None),
     CaptionCase("white space", " \n\t ", None),
     CaptionCase("a single word", "cat", None),
-    CaptionCase("nothing but what a captioner made up", "an arafed", None),
-    CaptionCase("a made-up word", "an arafed man with a hat", "a man with a hat"),
-    CaptionCase("a loop", "a man in a hat in a hat in a hat in a hat", "a man in a hat"),
-    CaptionCase("a stutter", "a a man with with a hat", "a man with a hat"),
+    CaptionCase("only a word invented by a captioning model", "an arafed", None),
+    CaptionCase("a word invented by a captioning model", "an arafed man with a hat", "a man with a hat"),
+    CaptionCase("a repeated phrase", "a man in a hat in a hat in a hat in a hat", "a man in a hat"),
+    CaptionCase("repeated words", "a a man with with a hat", "a man with a hat"),
     CaptionCase("UTF-8 read as Latin-1", "a cafÃ© in paris", "a café in paris"),
     CaptionCase("HTML entities", "Naruto&#39;s friend &amp; his dog", "Naruto's friend & his dog"),
     CaptionCase("control characters", "a man\x00 with\x07 a hat", "a man with a hat"),
-    CaptionCase("letters in two code points", "a cafe\u0301 at night", "a café at night"),
-    CaptionCase("white space in the middle", "a  man ,\n smiling", "a man, smiling"),
+    CaptionCase("letters of two code points", "a cafe\u0301 at night", "a café at night"),
+    CaptionCase("white space inside", "a  man ,\n smiling", "a man, smiling"),
     CaptionCase(
         "a script: kept as words, escaped in reports",
         "<script>alert(1)</script> by a man",
@@ -463,7 +462,7 @@ def document() -> str:
             own = [finding for finding in report.findings if finding.image == f"{number:03d}.img"]
             rows.append((case.name, verdict(own)))
             number += 1
-        lines.append(f"\n## {title}\n\n{table(('input', 'what it gets'), rows)}")
+        lines.append(f"\n## {title}\n\n{table(('input', 'result'), rows)}")
     frame, captions = clean_all(CAPTIONS)
     cleaned = dict(zip(frame["image"], frame["caption"], strict=True))
     reasons = {entry["image"]: entry["reason"] for entry in captions.rejections}
@@ -472,7 +471,7 @@ def document() -> str:
         key = str(position)
         text = f"`{cleaned[key]}`" if key in cleaned else f"rejected: {reasons[key]}"
         said.append((caption.name, f"`{ascii(caption.caption)[1:-1]}`", text))
-    lines.append(f"\n## Captions\n\n{table(('input', 'caption', 'what it gets'), said)}")
+    lines.append(f"\n## Captions\n\n{table(('input', 'caption', 'result'), said)}")
     return "".join(lines)
 
 

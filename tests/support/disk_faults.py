@@ -15,8 +15,8 @@ from tests.support.small_disks import fill, read_only, small_disk
 
 IMAGES = 12
 BATCH = 4
-FREE = r"^[\w/.-]+ .*: free some \(`dvc gc --workspace` drops old results\), then run again"
-ALLOW = r"^[\w/.-]+ cannot be written \(Read-only file system\): let this user write there"
+FREE = r"^[\w/.-]+ .*: free some space \(`dvc gc --workspace` deletes old results\), then run again"
+ALLOW = r"^[\w/.-]+ cannot be written \(Read-only file system\): give this user write access"
 
 
 def disk_faults(folder: Path) -> Iterator[Fault]:
@@ -30,21 +30,21 @@ def disk_faults(folder: Path) -> Iterator[Fault]:
 
         download_dataset.main()
         with full_after(patch, download_dataset, "download_dataset", 3):
-            yield fault("The disk gets full while images are downloaded anew", download_dataset.main, disk)
+            yield fault("The disk fills up while images are downloaded", download_dataset.main, disk)
         clean_captions.main()
         almost_full = fill(disk)
         with almost_full.open("ab") as file:
             file.truncate(almost_full.stat().st_size - 2**16)
         yield fault("The disk is nearly full before images are encoded", encode_dataset.main, disk)
         with full_after(patch, encode_dataset, "encode_dataset", BATCH + 2):
-            yield fault("The disk gets full while images are encoded", encode_dataset.main, disk)
+            yield fault("The disk fills up while images are encoded", encode_dataset.main, disk)
         encode_dataset.main()
         with full_after(patch, encode_dataset, "encode_dataset", IMAGES + 1):
-            yield fault("The disk gets full while shards are written", encode_dataset.main, disk)
+            yield fault("The disk fills up while shards are written", encode_dataset.main, disk)
         train_lora.main()
-        for name, place in {"results": paths.DATA, "DVC's notes": Path(".dvc")}.items():
+        for name, place in {"data": paths.DATA, ".dvc": Path(".dvc")}.items():
             with read_only(disk / place):
-                yield fault(f"The folder of {name} is read-only", train_lora.main, disk, ALLOW)
+                yield fault(f"The folder {name} is read-only", train_lora.main, disk, ALLOW)
 
 
 def fault(name: str, main: Callable[[], None], disk: Path, remedy: str = FREE) -> Fault:

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from sdxl_lora.config import ModelConfig
-from sdxl_lora.data.encoded_dataset import Batch, EncodedDataset, Example, write_index, write_shard
+from sdxl_lora.data.encoded_dataset import Batch, EncodedDataset, Example
+from sdxl_lora.data.shard_writer import write_index, write_shard
 from sdxl_lora.models.text_encoders import embed_tokens, load_text_encoders
 from sdxl_lora.models.tokenizers import load_tokenizers, tokenize
 from sdxl_lora.runtime.rng import keyed_generator

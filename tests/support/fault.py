@@ -13,8 +13,8 @@ import yaml
 
 from sdxl_lora.runtime.stage import run_stage
 from sdxl_lora.storage.repository import file_digest
-from sdxl_lora.training.trainer import StepMetrics
-from stages import train_lora
+from sdxl_lora.training import run
+from sdxl_lora.training.trainer import StepMetrics, Trainer
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -87,9 +87,8 @@ def contents(folder: Path) -> dict[str, str]:
 @contextmanager
 def at_step(step: int, patch: pytest.MonkeyPatch, act: Callable[[], object]) -> Iterator[None]:
     """Does something in the middle of the stage's training: after a step, before its checkpoint."""
-    undisturbed = vars(train_lora)["Training"]
 
-    class Disturbed(undisturbed):  # type: ignore[misc, valid-type]
+    class Disturbed(Trainer):
         def __iter__(self) -> Iterator[StepMetrics]:
             for report in super().__iter__():
                 if report.step == step:
@@ -97,5 +96,5 @@ def at_step(step: int, patch: pytest.MonkeyPatch, act: Callable[[], object]) -> 
                 yield report
 
     with patch.context() as inner:
-        inner.setattr(train_lora, "Trainer", Disturbed)
+        inner.setattr(run, "Trainer", Disturbed)
         yield

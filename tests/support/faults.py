@@ -16,20 +16,19 @@ from tests.support.tracking_faults import tracking_faults
 from tests.support.training_faults import training_faults
 
 DOCUMENT = REPOSITORY / "docs/faults.md"
-COLUMNS = ("fault", "what a user reads", "what is lost")
-HEAD = """# Faults, and what each costs
+COLUMNS = ("fault", "message", "lost")
+HEAD = """# Faults and what each costs
 
-Written by `python -m tests.support.faults` from what happens when each is injected for real;
-`tests/pipeline/test_faults.py` injects them again and proves every line.
-What is lost is looked for, not supposed: files that were there before are compared by their content,
-adapters and curves with those of an undisturbed run.
+`python -m tests.support.faults` injects each fault for real and writes this page from the results.
+`tests/pipeline/test_faults.py` injects them again and checks every line. Losses are measured: existing files
+are compared by content, adapters and curves with those of an undisturbed run.
 """
 GROUPS: dict[str, Callable[[Path], Iterator[Fault]]] = {
     "MLflow": tracking_faults,
     "Training": training_faults,
     "Disks": disk_faults,
-    "One GPU, two jobs": gpu_faults,
-    "The clock": clock_faults,
+    "Two jobs on one GPU": gpu_faults,
+    "The system clock": clock_faults,
     "DVC's remote": remote_faults,
 }
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from sdxl_lora.adapters.lora import add_adapters, save_lora, saved_lora
+from sdxl_lora.adapters.lora import add_adapters, save_lora
+from sdxl_lora.adapters.lora_file import saved_lora
 from sdxl_lora.config import LoraConfig, ModelConfig, TrainingConfig
 from sdxl_lora.data.encoded_dataset import EncodedDataset
 from sdxl_lora.runtime.device import deterministic_kernels
@@ -60,7 +61,7 @@ def train(job: Job, progress: Connection) -> None:
     GradScaler.INITIAL, GradScaler.GROWTH_INTERVAL = 131072.0, 2  # so that it rises and falls in few steps
     with deterministic_kernels(True):
         denoiser = load_denoiser(job.model, job.config.precision, torch.device(job.device))
-        add_adapters(denoiser.unet, denoiser.text_encoders, job.lora, SEED)
+        add_adapters(denoiser.parts, job.lora, SEED)
         dataset = EncodedDataset(job.encoded, "train")
         prepare_modules(denoiser, job.config, dataset.largest_latents)
         training = Trainer(denoiser, dataset, job.config, SEED)
@@ -73,7 +74,7 @@ def train(job: Job, progress: Connection) -> None:
             progress.send(report.step)
             if checkpoints.are_due():
                 checkpoints.save(training.step, training.state_dict(), {})
-        save_lora(job.folder, denoiser.unet, denoiser.text_encoders)
+        save_lora(job.folder, denoiser.parts)
     reports = [astuple(replace(report, seconds=0.0)) for report in training.history]
     (job.folder / "reports.json").write_text(json.dumps(reports))
 

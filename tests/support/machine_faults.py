@@ -15,12 +15,12 @@ import pytest
 import yaml
 
 from sdxl_lora import paths
-from sdxl_lora.adapters.lora import saved_lora
+from sdxl_lora.adapters.lora_file import saved_lora
 from sdxl_lora.cli import ui
 from sdxl_lora.runtime.device import exclusive_gpu
 from sdxl_lora.runtime.dvc_execution import current_execution
 from sdxl_lora.storage.repository import file_digest
-from sdxl_lora.tracking.live_run import connect
+from sdxl_lora.tracking.connection import connect
 from sdxl_lora.tracking.pipeline_run import track_run
 from stages import train_lora
 from tests.support.fault import REPOSITORY, Fault, at_step, contents, news
@@ -33,9 +33,9 @@ HOUR = 3600
 real_time = time.time
 SECOND_JOB = """
 import logging
-from sdxl_lora.runtime.device import alone_on
+from sdxl_lora.runtime.device import exclusive_gpu
 logging.basicConfig(format="%(message)s")
-with alone_on("GPU-of-a-test"):
+with exclusive_gpu("GPU-of-a-test"):
     print("mine", flush=True)
 """
 
@@ -55,7 +55,7 @@ def gpu_faults(folder: Path) -> Iterator[Fault]:
             lost = [] if second.poll() is None else ["the GPU's memory: both have it"]
         with second:
             lost += [] if second.stdout.read() == "mine\n" else ["the second job"]
-        yield Fault("A second job wants a GPU that is taken", said, lost, "waiting for its end")
+        yield Fault("A second job requests a GPU that is in use", said, lost, "waiting until it ends")
 
 
 def clock_faults(folder: Path) -> Iterator[Fault]:

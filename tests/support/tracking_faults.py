@@ -13,11 +13,11 @@ import yaml
 from mlflow import MlflowClient
 
 from sdxl_lora import paths
-from sdxl_lora.adapters.lora import saved_lora
+from sdxl_lora.adapters.lora_file import saved_lora
 from sdxl_lora.cli import ui
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.storage.repository import file_digest
-from sdxl_lora.tracking.live_run import EXPERIMENT
+from sdxl_lora.tracking.connection import EXPERIMENT
 from sdxl_lora.tracking.pipeline_run import track_run
 from stages import train_lora
 from tests.support.encoded import write_encoded_dataset
@@ -70,10 +70,10 @@ def tracking_faults(folder: Path) -> Iterator[Fault]:
         fill(disk)
 
     troubles: dict[str, Trouble] = {
-        "MLflow goes down in the middle of training": Gate.close,
+        "MLflow's server stops during training": Gate.close,
         "MLflow answers with status 500": failing,
         "MLflow's disk is full": full,
-        f"MLflow takes {SLOW} s for an answer": slow,  # last, as a request that waits goes on to do so
+        f"MLflow takes {SLOW} s to answer": slow,  # last, as a request that waits goes on to do so
     }
     with small_disk(disk, "64m"), mlflow_server(disk) as port:
         server = MlflowClient(f"http://{ui.HOST}:{port}")
@@ -91,7 +91,7 @@ def tracking_faults(folder: Path) -> Iterator[Fault]:
                 patch.setenv("MLFLOW_TRACKING_URI", server.tracking_uri)
                 track_run(params)
                 lost += [] if steps_shown(server) == list(range(1, STEPS + 1)) else ["points of the curve"]
-                yield Fault(name, "; ".join(said), lost, "track_run will log the results")
+                yield Fault(name, "; ".join(said), lost, "track_run logs the results")
         told = [path for path in disk.rglob("*") if path.is_file() and PASSWORD.encode() in path.read_bytes()]
         assert told == [], "the server was told its own password"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 from sdxl_lora.cli import ui
+from sdxl_lora.runtime.library_settings import MLFLOW_SERVER
 from tests.support.patience import patience
 
 PASSWORD = "PlantedPasswordOfMLflow"
@@ -34,7 +35,7 @@ def mlflow_server(folder: Path) -> Iterator[int]:
     with subprocess.Popen(
         command,
         cwd=folder,
-        env={**os.environ, **ui.ENVIRONMENT},
+        env={**os.environ, **MLFLOW_SERVER},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

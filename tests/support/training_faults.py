@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from sdxl_lora import paths
-from sdxl_lora.adapters.lora import saved_lora
+from sdxl_lora.adapters.lora_file import saved_lora
 from sdxl_lora.storage.repository import file_digest
+from sdxl_lora.training import run
 from sdxl_lora.training.loop import EXIT_STOPPED
 from stages import train_lora
 from tests.support.fault import REPOSITORY, Fault, at_step, contents, news, plain, told
@@ -40,14 +41,14 @@ def training_faults(folder: Path) -> Iterator[Fault]:
             """What is lost if the same training is run again: steps after this checkpoint, its result."""
             with news() as said:
                 train_lora.main()
-            again = [] if f"going on after step {newest} of {STEPS}" in said else ["steps that were saved"]
+            again = [] if f"resuming after step {newest} of {STEPS}" in said else ["steps that were saved"]
             return again if adapter() == undisturbed else [*again, "the adapter"]
 
         kill_after_a_checkpoint()
         yield Fault("The process is killed (SIGKILL)", "nothing", lost(checkpoints()[-1]), "nothing")
 
         said = stopped_after_two_steps(patch)
-        yield Fault("The process is told to end (SIGTERM)", said, lost(2), "`dvc repro` goes on from there")
+        yield Fault("The process receives SIGTERM", said, lost(2), "`dvc repro` resumes from there")
 
         stopped_after_two_steps(patch)
         damage(next(paths.CHECKPOINTS.rglob("step-00000002-*")))
@@ -63,7 +64,7 @@ def training_faults(folder: Path) -> Iterator[Fault]:
         kept = [] if adapter() == undisturbed else ["the adapter"]
         said = one(messages, "no checkpoint")
         yield Fault(
-            "The disk is full when a checkpoint is written", said, kept, "free some.*training goes on$"
+            "The disk is full when a checkpoint is written", said, kept, "free some.*training continues$"
         )
 
         with full_before_saving(patch, disk):
@@ -77,7 +78,7 @@ def training_faults(folder: Path) -> Iterator[Fault]:
         after = contents(paths.DATA)
         kept = [name for name, digest in before.items() if after.get(name) != digest]
         assert contents(next(paths.FAILED_STEPS.iterdir())).keys() == {"inputs.safetensors", "report.json"}
-        yield Fault("The loss is no number", said, kept, r"lower training.learning_rate.*Its inputs are in ")
+        yield Fault("The loss is not finite", said, kept, r"lower training.learning_rate.*Its inputs are in ")
 
 
 def one(messages: list[str], word: str) -> str:
@@ -128,12 +129,12 @@ def damage(path: Path) -> None:
 @contextmanager
 def full_before_saving(patch: pytest.MonkeyPatch, disk: Path) -> Iterator[None]:
     """Fills the disk between training and the writing of its result."""
-    save_lora = vars(train_lora)["save_lora"]
+    save_lora = vars(run)["save_lora"]
 
     def fill_and_save(*arguments: Any) -> None:
         fill(disk)
         save_lora(*arguments)
 
     with patch.context() as inner:
-        inner.setattr(train_lora, "save_lora", fill_and_save)
+        inner.setattr(run, "save_lora", fill_and_save)
         yield

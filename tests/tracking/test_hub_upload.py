@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 from sdxl_lora import paths
 from sdxl_lora.adapters.lineage import PREFIX, training_digest
 from sdxl_lora.storage.safetensors_io import write_tensors
+from tests.support.command import COMMAND
 from tests.support.hub import Hub, serving_hub
 from tests.support.patience import patience
 from tests.support.tracked import write_gates
@@ -68,7 +68,7 @@ def publish(
         "HF_HUB_DISABLE_XET": "1",
         "HF_HOME": str(Path.cwd() / "hf"),
     }
-    command = [sys.executable, "-m", "sdxl_lora.tracking.hub_upload", NAME, *options]
+    command = [COMMAND, "push", NAME, *options]
     result = subprocess.run(
         command,
         env={**known, **own, **environment},
@@ -88,11 +88,11 @@ def test_repository_holds_what_was_exported_and_is_private(hub: Hub, uploads: Up
     exported = {p.relative_to(paths.EXPORT).as_posix(): p.read_bytes() for p in paths.EXPORT.rglob("*.*")}
     assert published.files == exported
     assert uploads.private == {NAME: True}
-    assert len(uploads.large) == 3  # weights and pictures
-    assert result.stdout == f"published: {hub.endpoint}/{NAME}/commit/{published.commit}\n"
+    assert len(uploads.large) == 3  # weights and images
+    assert result.stdout == f"pushed: {hub.endpoint}/{NAME}/commit/{published.commit}\n"
 
 
-def test_publishing_again_replaces_files_and_removes_old_pictures(hub: Hub, uploads: Uploads) -> None:
+def test_publishing_again_replaces_files_and_removes_old_images(hub: Hub, uploads: Uploads) -> None:
     assert publish(hub, "--public").returncode == 0
     assert uploads.private == {NAME: False}
     (paths.EXPORT / "images/1.png").unlink()
@@ -108,7 +108,7 @@ def test_adapter_that_fails_a_gate_is_published_by_force_alone(hub: Hub) -> None
     write_gates("copied.adapter is 1, should be at most 0.1")
     refused = publish(hub)
     assert refused.returncode == 1
-    assert refused.stderr.endswith("nothing was published:\n  copied.adapter is 1, should be at most 0.1\n")
+    assert refused.stderr.endswith("nothing was pushed:\n  copied.adapter is 1, should be at most 0.1\n")
     assert hub.requests == []
     assert publish(hub, "--force").returncode == 0
     assert ("models", NAME) in hub.repositories

@@ -20,7 +20,8 @@ from sdxl_lora.runtime.dvc_execution import DvcExecution, current_execution, mac
 from sdxl_lora.runtime.stage import record_stage
 from sdxl_lora.storage.report_io import write_numbers
 from sdxl_lora.storage.repository import file_digest
-from sdxl_lora.tracking.live_run import EXPERIMENT, connect, error_cause, live_run
+from sdxl_lora.tracking.connection import EXPERIMENT, connect, error_cause
+from sdxl_lora.tracking.live_run import live_run
 from sdxl_lora.tracking.pipeline_run import memory_tag, track_run
 from tests.support.patience import patience
 from tests.support.tracked import write_gates, write_results
@@ -51,7 +52,7 @@ def client() -> MlflowClient:
     return connect().client
 
 
-def test_run_shows_params_curves_numbers_pictures_and_the_adapter(params: Params) -> None:
+def test_run_shows_params_curves_numbers_images_and_the_adapter(params: Params) -> None:
     with record_stage("train_lora"):
         pass
     pointer = track_run(params)["mlflow"]
@@ -156,7 +157,7 @@ def test_server_that_is_down_stops_nothing(params: Params, monkeypatch: pytest.M
 )
 def test_results_that_are_missing_are_no_fault_of_the_server(params: Params, path: Path) -> None:
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=f"^{path} not found: `dvc repro` makes what is missing"):
+    with pytest.raises(FileNotFoundError, match=f"^{path} not found: `dvc repro` generates missing results"):
         track_run(params)
 
 
@@ -201,7 +202,7 @@ def test_nothing_logged_tells_the_host_or_the_home_folder(params: Params) -> Non
 
 
 def test_two_processes_can_create_the_database_at_once(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from sdxl_lora.tracking.live_run import connect; connect()"]
+    command = [sys.executable, "-c", "from sdxl_lora.tracking.connection import connect; connect()"]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate(timeout=patience(30))[1].count("Traceback") for process in processes] == [
         0,

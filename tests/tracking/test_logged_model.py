@@ -9,7 +9,7 @@ import pytest
 import torch
 from mlflow.models import Model
 
-from sdxl_lora.adapters.lora import WEIGHTS_FILE
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.inference.sampling import load_adapter
 from sdxl_lora.models.sdxl import load_pipeline

@@ -3,7 +3,6 @@
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from sdxl_lora.config import load_params
 from sdxl_lora.runtime.stage import record_stage
 from sdxl_lora.tracking.live_run import live_run
 from sdxl_lora.tracking.pipeline_run import track_run
+from tests.support.command import COMMAND
 from tests.support.patience import patience
 from tests.support.tracked import write_results
 
@@ -33,7 +33,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def run_name(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The name of a finished run with curves and pictures, in the current folder's database."""
+    """The name of a finished run with curves and images, in the current folder's database."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         root = tmp_path_factory.mktemp("page")
         monkeypatch.chdir(root)
@@ -55,7 +55,7 @@ def runs_page(run_name: str) -> Iterator[str]:
     assert run_name
     with socket.create_server((HOST, 0)) as server:
         port = server.getsockname()[1]
-    command = [sys.executable, "-m", "sdxl_lora.cli.ui", "--port", str(port)]
+    command = [COMMAND, "ui", "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as ui:
         assert ui.stdout is not None
         assert ui.stdout.readline().startswith(address(port))
@@ -99,7 +99,7 @@ def run_page(runs_page: str, run_name: str, browser_page: Page) -> Page:
 
 
 def image_is_drawn(page: Page, selector: str) -> None:
-    """Waits until a picture has come, and has a size."""
+    """Wait until an image is loaded and has a size."""
     page.wait_for_function(
         "selector => [...document.querySelectorAll(selector)].some(image => image.naturalWidth > 0)",
         arg=selector,
@@ -123,7 +123,7 @@ def test_curves_and_previews_are_drawn(run_page: Page) -> None:
     image_is_drawn(run_page, "img[src*='images%2Fpreview']")
 
 
-def test_adapter_and_pictures_are_artifacts(run_page: Page) -> None:
+def test_adapter_and_images_are_artifacts(run_page: Page) -> None:
     run_page.get_by_role("tab", name="Artifacts").click()
     for name in ("adapter", "dvc", "images", "reports"):
         expect(run_page.get_by_text(name, exact=True).first).to_be_visible()

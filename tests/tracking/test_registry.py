@@ -7,12 +7,13 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from sdxl_lora import paths
+from sdxl_lora.cli.main import app
 from sdxl_lora.config import load_params
 from sdxl_lora.runtime.dvc_execution import current_execution
 from sdxl_lora.storage.report_io import write_numbers
-from sdxl_lora.tracking.live_run import EXPERIMENT, connect
+from sdxl_lora.tracking.connection import EXPERIMENT, connect
 from sdxl_lora.tracking.pipeline_run import track_run
-from sdxl_lora.tracking.registry import main, promote
+from sdxl_lora.tracking.registry import promote
 from tests.support.tracked import write_gates, write_results
 
 
@@ -69,8 +70,10 @@ def test_adapter_that_fails_a_gate_is_refused_and_the_champion_stays(
     champion = promote().version
     write_gates("copied.adapter is 1, should be at most 0.1")
     with pytest.raises(SystemExit) as exit_:
-        main()
-    assert "fails its gates, nothing was registered:\n  copied.adapter is 1" in str(exit_.value)
+        app(["promote"])
+    assert "promote: the adapter fails its gates; nothing was registered:\n  copied.adapter is 1" in str(
+        exit_.value
+    )
     assert client().get_model_version_by_alias(EXPERIMENT, "champion").version == champion
     assert len(client().search_model_versions(f"name = '{EXPERIMENT}'")) == 1
     assert capsys.readouterr().out == ""
@@ -93,7 +96,7 @@ def test_adapter_that_no_run_shows_is_refused_with_the_remedy() -> None:
 
 def test_run_of_another_adapter_is_not_promoted() -> None:
     paths.LOCK.write_text(paths.LOCK.read_text(encoding="utf-8").replace("'1'", "'2'"), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"shows another adapter than dvc\.lock"):
+    with pytest.raises(ValueError, match=r"has another adapter than dvc\.lock"):
         promote()
 
 

@@ -33,9 +33,7 @@ def adapted(params: Params, dropout: float) -> Denoiser:
     """The demo's model with adapters that change what it does, in training."""
     model = params.model.model_copy(update={"text_encoders": "trained"})
     denoiser = load_denoiser(model, "fp32", CPU)
-    add_adapters(
-        denoiser.unet, denoiser.text_encoders, params.lora.model_copy(update={"dropout": dropout}), seed=0
-    )
+    add_adapters(denoiser.parts, params.lora.model_copy(update={"dropout": dropout}), seed=0)
     for number, parameter in enumerate(adapters(denoiser)):
         parameter.data = torch.randn(parameter.shape, generator=keyed_generator("adapter", number)) * 0.02
     for module in denoiser.modules:
@@ -48,7 +46,7 @@ def adapters(denoiser: Denoiser) -> list[Tensor]:
 
 
 def names_of(denoiser: Denoiser) -> list[str]:
-    return list(find_units(named_parts(denoiser.unet, denoiser.text_encoders)))
+    return list(find_units(denoiser.parts))
 
 
 def gradients(denoiser: Denoiser, dataset: EncodedDataset) -> tuple[Tensor, ...]:
@@ -60,7 +58,7 @@ def gradients(denoiser: Denoiser, dataset: EncodedDataset) -> tuple[Tensor, ...]
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("choice", ["all", "every third", "transformers", "resnets", "text encoders"])
-def test_gradients_are_the_same_to_the_bit(
+def test_gradients_are_bit_identical(
     params: Params, dataset: EncodedDataset, choice: str, dropout: float
 ) -> None:
     denoiser = adapted(params, dropout)
@@ -73,20 +71,20 @@ def test_gradients_are_the_same_to_the_bit(
         "resnets": [name for name in names if "resnets" in name],
         "text encoders": [name for name in names if name.startswith("text_encoder")],
     }[choice]
-    checkpoint_units(named_parts(denoiser.unet, denoiser.text_encoders), chosen)
+    checkpoint_units(denoiser.parts, chosen)
     assert chosen
     assert all(map(torch.equal, gradients(denoiser, dataset), expected))
 
 
 def test_chosen_units_are_computed_twice_and_no_others(params: Params, dataset: EncodedDataset) -> None:
     denoiser = adapted(params, dropout=0.0)
-    units = find_units(named_parts(denoiser.unet, denoiser.text_encoders))
+    units = find_units(denoiser.parts)
     calls: Counter[str] = Counter()
     for name, unit in units.items():
         first = next(iter(unit.children()))
         first.register_forward_hook(lambda *_, name=name: calls.update([name]))
     chosen = [name for name in units if name.startswith("unet")][::2]
-    checkpoint_units(named_parts(denoiser.unet, denoiser.text_encoders), chosen)
+    checkpoint_units(denoiser.parts, chosen)
     gradients(denoiser, dataset)
     once = gradients_calls(units.keys() - set(chosen), calls)
     assert {calls[name] // once[kind(name)] for name in chosen} == {2}
@@ -118,4 +116,4 @@ def test_sdxl_has_131_units() -> None:
 def test_unknown_unit_is_an_error(params: Params) -> None:
     denoiser = adapted(params, dropout=0.0)
     with pytest.raises(KeyError, match=r"unet\.nothing"):
-        checkpoint_units(named_parts(denoiser.unet, denoiser.text_encoders), ["unet.nothing"])
+        checkpoint_units(denoiser.parts, ["unet.nothing"])

@@ -65,7 +65,7 @@ def test_what_params_say_is_kept(config: TrainingConfig, given: dict[str, Any]) 
     assert found == (expected["micro_batch_size"], expected["checkpointing"])
 
 
-def test_choice_that_cannot_be_had_is_named_and_made_anew(
+def test_unavailable_choice_is_named_and_selected_again(
     config: TrainingConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert with_recorded_choices(refuse_cudnn, config, choices_in(REPORT).attention) == "auto"

@@ -8,8 +8,9 @@ import torch
 
 from sdxl_lora.adapters.lora import add_adapters
 from sdxl_lora.config import ModelConfig, TrainingConfig, load_params
-from sdxl_lora.data.encoded_dataset import Batch, EncodedDataset, Example, Split, write_index, write_shard
-from sdxl_lora.evaluation.evaluation import HeldOutError, held_out_errors
+from sdxl_lora.data.encoded_dataset import Batch, EncodedDataset, Example, Split
+from sdxl_lora.data.shard_writer import write_index, write_shard
+from sdxl_lora.evaluation.held_out_loss import HeldOutError, held_out_errors
 from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training.batches import draw_variants, one_batch_per_size, training_batches
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
@@ -82,7 +83,7 @@ def dataset(folder: Path) -> EncodedDataset:
 def denoiser(dataset: EncodedDataset) -> Denoiser:
     """Ready to be trained."""
     denoiser = load_denoiser(MODEL, "fp32", CPU)
-    add_adapters(denoiser.unet, denoiser.text_encoders, PARAMS.lora, seed=0)
+    add_adapters(denoiser.parts, PARAMS.lora, seed=0)
     prepare_modules(denoiser, CONFIG, dataset.largest_latents)
     return denoiser
 
@@ -133,7 +134,7 @@ def test_mirrored_images_are_drawn_for_half_of_the_visits(
         assert torch.equal(examples.batch.latents_mean[0], expected)
 
 
-def test_training_goes_on_to_the_same_losses_across_sizes_and_freezing(
+def test_resumed_training_has_the_same_losses_across_sizes_and_freezing(
     dataset: EncodedDataset, denoiser: Denoiser
 ) -> None:
     whole = Trainer(denoiser, dataset, CONFIG, seed=0)
@@ -142,7 +143,7 @@ def test_training_goes_on_to_the_same_losses_across_sizes_and_freezing(
         next(steps)
     state = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
     other = load_denoiser(MODEL, "fp32", CPU)
-    add_adapters(other.unet, other.text_encoders, PARAMS.lora, seed=0)
+    add_adapters(other.parts, PARAMS.lora, seed=0)
     prepare_modules(other, CONFIG, dataset.largest_latents)
     resumed = Trainer(other, dataset, CONFIG, seed=0)
     resumed.load_state_dict(state)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sdxl_lora.adapters.lora import add_adapters, lora_parameters
 from sdxl_lora.config import Params, TrainingConfig, load_params
-from sdxl_lora.data.encoded_dataset import INDEX, EncodedDataset, write_index, write_shard
+from sdxl_lora.data.encoded_dataset import INDEX, EncodedDataset
+from sdxl_lora.data.shard_writer import write_index, write_shard
 from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training.checkpointer import Checkpoint, Checkpointer, training_key
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
@@ -86,7 +87,7 @@ def job(folder: Path, encoded: Path, params: Params, device: str, steps: int) ->
         pytest.param("cuda", 5, 200, marks=pytest.mark.gpu),
     ],
 )
-def test_killed_trainings_end_in_the_same_adapter_to_the_bit(
+def test_killed_trainings_end_in_a_bit_identical_adapter(
     params: Params,
     encoded: Path,
     tmp_path: Path,
@@ -136,7 +137,7 @@ def test_resumed_training_is_the_uninterrupted_one(
 
 def make(params: Params, config: TrainingConfig, encoded: Path) -> tuple[Trainer, Denoiser]:
     denoiser = load_denoiser(params.model, config.precision, CPU)
-    add_adapters(denoiser.unet, denoiser.text_encoders, params.lora, SEED)
+    add_adapters(denoiser.parts, params.lora, SEED)
     dataset = EncodedDataset(encoded, "train")
     prepare_modules(denoiser, config, dataset.largest_latents)
     return Trainer(denoiser, dataset, config, SEED), denoiser
@@ -239,7 +240,7 @@ def test_deleting_takes_forgotten_ones_of_other_trainings_along(tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["recent"]
 
 
-def test_no_training_goes_on_from_anothers_checkpoints(params: Params, encoded: Path, tmp_path: Path) -> None:
+def test_no_training_resumes_from_anothers_checkpoints(params: Params, encoded: Path, tmp_path: Path) -> None:
     def key(index: Path = encoded / INDEX, seed: int = SEED, rank: int = 4, **training: Any) -> str:
         lora = params.lora.model_copy(update={"rank": rank})
         config = params.training.model_copy(update=training)

@@ -63,11 +63,11 @@ def test_dropped_captions_are_what_the_pipeline_reads_without_a_prompt(
         assert not torch.allclose(found[1], whole[1], atol=1e-2)
 
 
-def test_empty_caption_is_embedded_anew_when_text_encoders_freeze(
+def test_empty_caption_is_embedded_again_when_text_encoders_freeze(
     model: ModelConfig, dataset: EncodedDataset
 ) -> None:
     denoiser = with_text_encoders(model, "trained_then_frozen")
-    add_adapters(denoiser.unet, denoiser.text_encoders, PARAMS.lora, seed=0)
+    add_adapters(denoiser.parts, PARAMS.lora, seed=0)
     changes = {
         "steps": 2,
         "batch_size": 2,

@@ -17,9 +17,7 @@ def previewer(tmp_path: Path) -> Previewer:
     params = load_params(Path("recipes/demo.yaml"))
     write_encoded_dataset(tmp_path / "encoded", params.model)
     denoiser = load_denoiser(params.model, "fp32", torch.device("cpu"))
-    add_adapters(
-        denoiser.unet, denoiser.text_encoders, params.lora.model_copy(update={"dropout": 0.5}), seed=0
-    )
+    add_adapters(denoiser.parts, params.lora.model_copy(update={"dropout": 0.5}), seed=0)
     torch.manual_seed(0)
     for module in denoiser.modules:
         module.train()
@@ -34,7 +32,7 @@ def test_previews_of_equal_weights_are_equal_whatever_is_dropped(previewer: Prev
     assert previewer.generate() == first
 
 
-def test_training_goes_on_in_training_mode(previewer: Previewer) -> None:
+def test_training_mode_is_restored_after_a_preview(previewer: Previewer) -> None:
     previewer.generate()
     assert all(part.training for module in previewer._denoiser.modules for part in module.modules())
 

@@ -1,4 +1,4 @@
-"""The engine against plain torch, on a network small enough to follow."""
+"""TrainStep against plain torch, on a network small enough to follow."""
 
 import math
 from collections.abc import Callable
@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import bitsandbytes
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,9 @@ from torch.nn import Parameter
 from sdxl_lora.config import TrainingConfig, load_params
 from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training.grad_scaler import GradScaler
+from sdxl_lora.training.optimizers import OPTIMIZERS
 from sdxl_lora.training.train_step import ParameterGroup, StepResult, TrainStep
+from tests.support.optimizers import EXACT, REFERENCES
 
 CPU = torch.device("cpu")
 PEAK_RATES = (1e-2, 1e-3)
@@ -80,7 +81,7 @@ def make(
     ]
     device = next(model.parameters()).device
     model[3].to(dtype)
-    return TrainStep(loss_of(model), groups, config, dtype, recorded=device.type == "cuda")
+    return TrainStep(loss_of(model), groups, config, dtype, use_graph=device.type == "cuda")
 
 
 def trainable(model: nn.Sequential) -> list[Parameter]:
@@ -97,24 +98,23 @@ def distance(ours: nn.Sequential, theirs: nn.Sequential) -> float:
     return float((mine - other).norm() / other.norm())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_twenty_steps_are_those_of_torch(config: TrainingConfig, optimizer: str, accumulation: int) -> None:
     """Against the textbook: backward, clip_grad_norm_, AdamW with a group for each layer."""
     config = with_(config, optimizer=optimizer)
-    exact = optimizer == "adamw"
+    exact = optimizer in EXACT
     ours, theirs = network(), network()
-    engine = make(ours, config)
-    kind = bitsandbytes.optim.AdamW8bit if optimizer == "adamw_8bit" else torch.optim.AdamW
+    train_step = make(ours, config)
     groups = [{"params": list(theirs[i].parameters()), "lr": 0.0} for i in (0, 2)]
-    reference = kind(groups, betas=config.betas, weight_decay=config.weight_decay)
+    reference = REFERENCES[optimizer](groups, config)
     loss = loss_of(theirs)
     for step in range(20):
         factor = 1 / (step + 1)
         batches = [pairs(step * accumulation + number) for number in range(accumulation)]
         for batch in batches:
-            engine.accumulate(batch)
-        update = engine.update(factor)
+            train_step.accumulate(batch)
+        update = train_step.update(factor)
         reference.zero_grad()
         mean_loss = torch.stack([loss(batch) for batch in batches]).mean()
         mean_loss.backward()
@@ -122,37 +122,36 @@ def test_twenty_steps_are_those_of_torch(config: TrainingConfig, optimizer: str,
         for group, rate in zip(reference.param_groups, PEAK_RATES, strict=True):
             group["lr"] = factor * rate
         reference.step()
-        # Exact moments: losses of weights 1e-6 apart. 8-bit moments share a scale by blocks of 256, and the
-        # engine's blocks run on across layers: losses of weights 1e-3 apart.
+        # Exact moments: losses of weights 1e-6 apart. 8-bit moments share a scale by blocks of 256, and its
+        # blocks run on across layers: losses of weights 1e-3 apart.
         assert update.loss == pytest.approx(mean_loss.item(), rel=1e-5 if exact else 1e-3)
         assert update.grad_norm == pytest.approx(norm.item(), rel=1e-5 if exact else 1e-3)
     assert distance(ours, theirs) < (1e-6 if exact else 1e-3)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("ema_decay", [None, 0.5])
-def test_restricted_engine_goes_on_as_torch_with_the_others_frozen(
+def test_frozen_groups_stay_and_the_others_train_as_in_torch(
     config: TrainingConfig, optimizer: str, ema_decay: float | None
 ) -> None:
     """Against the textbook: what needs no gradient has no momentum, no decay and no share in clipping."""
     config = with_(config, optimizer=optimizer, ema_decay=ema_decay, weight_decay=0.1)
-    exact = optimizer == "adamw"
+    exact = optimizer in EXACT
     ours, theirs = network(), network()
-    engine, loss = make(ours, config), loss_of(theirs)
-    kind = torch.optim.AdamW if exact else bitsandbytes.optim.AdamW8bit
+    train_step, loss = make(ours, config), loss_of(theirs)
     rates = dict(zip((0, 2), PEAK_RATES, strict=True))
     groups = [{"params": list(theirs[layer].parameters()), "lr": rate} for layer, rate in rates.items()]
-    reference = kind(groups, betas=config.betas, weight_decay=config.weight_decay)
+    reference = REFERENCES[optimizer](groups, config)
     average = copies(theirs[0])
     for step in range(20):
         if step == 10:
-            engine.freeze_groups_from(1, loss_of(ours))
+            train_step.freeze_groups_from(1, loss_of(ours))
             theirs[2].requires_grad_(False)
             frozen = copies(ours[2])
         batches = [pairs(2 * step), pairs(2 * step + 1)]
         for batch in batches:
-            engine.accumulate(batch)
-        update = engine.update(1.0)
+            train_step.accumulate(batch)
+        update = train_step.update(1.0)
         reference.zero_grad()
         mean_loss = torch.stack([loss(batch) for batch in batches]).mean()
         mean_loss.backward()
@@ -163,7 +162,7 @@ def test_restricted_engine_goes_on_as_torch_with_the_others_frozen(
         assert update.loss == pytest.approx(mean_loss.item(), rel=1e-4 if exact else 1e-3)
         assert update.grad_norm == pytest.approx(norm.item(), rel=1e-4 if exact else 1e-3)
     assert all(torch.equal(a, b) for a, b in zip(frozen, copies(ours[2]), strict=True))
-    engine.finish()
+    train_step.finish()
     assert all(torch.equal(a, b) for a, b in zip(frozen, copies(ours[2]), strict=True))
     mine, other = (torch.cat([tensor.flatten() for tensor in part]) for part in (copies(ours[0]), average))
     assert (mine - other).norm() / other.norm() < (1e-6 if exact else 3e-3)  # 8 bits: as above
@@ -173,13 +172,13 @@ def test_half_precision_weights_follow_an_fp32_master(config: TrainingConfig) ->
     """Steps too small for bf16 to hold (a part in 256) still add up."""
     model = network()
     start = [parameter.detach().clone() for parameter in trainable(model)]
-    engine = make(model, config, torch.bfloat16)
+    train_step = make(model, config, torch.bfloat16)
     for step in range(50):
-        engine.accumulate(pairs(step))
-        engine.update(1e-3)
+        train_step.accumulate(pairs(step))
+        train_step.update(1e-3)
     assert {parameter.dtype for parameter in trainable(model)} == {torch.bfloat16}
     rounded = [parameter.detach().clone() for parameter in trainable(model)]
-    engine.finish()
+    train_step.finish()
     assert {parameter.dtype for parameter in trainable(model)} == {torch.float32}
     for before, after, low in zip(start, trainable(model), rounded, strict=True):
         assert not torch.equal(before, after)
@@ -190,16 +189,16 @@ def test_half_precision_weights_follow_an_fp32_master(config: TrainingConfig) ->
 
 def test_overflow_of_fp16_is_skipped_and_the_scale_recovers(config: TrainingConfig) -> None:
     model = network()
-    engine = make(model, config, torch.float16)
+    train_step = make(model, config, torch.float16)
     before = [parameter.detach().clone() for parameter in trainable(model)]
-    engine.accumulate(Pairs(torch.full((4, 8), 200.0), torch.full((4, 8), -2e4)))  # a gradient above 65504
-    overflow = engine.update(1.0)
+    train_step.accumulate(Pairs(torch.full((4, 8), 200.0), torch.full((4, 8), -2e4)))  # above 65504
+    overflow = train_step.update(1.0)
     assert not math.isfinite(overflow.grad_norm)
     assert all(torch.equal(a, b) for a, b in zip(before, trainable(model), strict=True))
     scales = []
     for step in range(20):
-        engine.accumulate(pairs(step))
-        scales.append(engine.update(1.0).loss_scale)
+        train_step.accumulate(pairs(step))
+        scales.append(train_step.update(1.0).loss_scale)
     assert scales[0] == overflow.loss_scale / 2
     assert scales[-1] == scales[-2] < overflow.loss_scale  # no overflow any more
     assert not any(torch.equal(a, b) for a, b in zip(before, trainable(model), strict=True))
@@ -208,9 +207,9 @@ def test_overflow_of_fp16_is_skipped_and_the_scale_recovers(config: TrainingConf
 def test_scaled_fp16_gradient_is_the_unscaled_one(config: TrainingConfig) -> None:
     updates: list[StepResult] = []
     for dtype in (torch.float32, torch.float16):
-        engine = make(network(), config, dtype)
-        engine.accumulate(pairs(0))
-        updates.append(engine.update(1.0))
+        train_step = make(network(), config, dtype)
+        train_step.accumulate(pairs(0))
+        updates.append(train_step.update(1.0))
     assert updates[0].loss_scale == 1
     assert updates[1].loss_scale > 1
     assert updates[1].grad_norm == pytest.approx(updates[0].grad_norm, rel=2e-3)
@@ -238,9 +237,9 @@ def test_parameters_are_views_of_one_tensor(config: TrainingConfig) -> None:
 
 @pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("ema_decay", [None, 0.5])
-def test_loaded_state_goes_on_to_the_bit(
+def test_loaded_state_continues_bit_identically(
     config: TrainingConfig,
     device: torch.device,
     dtype: torch.dtype,
@@ -248,7 +247,7 @@ def test_loaded_state_goes_on_to_the_bit(
     ema_decay: float | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Into an engine that has worked already: on a GPU, under the addresses that its graph knows."""
+    """Into a TrainStep that has already been used: on a GPU, under the addresses that its graph knows."""
     monkeypatch.setattr(GradScaler, "INITIAL", 2.0**30)
     monkeypatch.setattr(GradScaler, "GROWTH_INTERVAL", 4)
     config = with_(config, optimizer=optimizer, ema_decay=ema_decay)
@@ -263,61 +262,61 @@ def test_loaded_state_goes_on_to_the_bit(
     assert str([step_of(second, step) for step in range(26, 40)]) == str(updates[26:])
     scales = {update.loss_scale for update in updates[26:]}
     assert (len(scales) > 1) == (dtype == torch.float16)
-    for engine in (whole, second):
-        engine.finish()
+    for train_step in (whole, second):
+        train_step.finish()
     assert all(torch.equal(a, b) for a, b in zip(trainable(models[0]), trainable(models[2]), strict=True))
 
 
-def step_of(engine: TrainStep[Pairs], step: int) -> StepResult:
+def step_of(train_step: TrainStep[Pairs], step: int) -> StepResult:
     for number in (2 * step, 2 * step + 1):
-        engine.accumulate(pairs(number))
-    return engine.update(1 / (step + 1))
+        train_step.accumulate(pairs(number))
+    return train_step.update(1 / (step + 1))
 
 
 @pytest.mark.gpu
-def test_recordings_of_several_shapes_take_the_memory_of_the_largest(config: TrainingConfig) -> None:
+def test_graphs_of_several_shapes_take_the_memory_of_the_largest(config: TrainingConfig) -> None:
     device, taken = torch.device("cuda"), []
     for sizes in ([65536], [65536, 60000, 50000, 40000]):
-        engine = make(network(device), config)
+        train_step = make(network(device), config)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
-        engine.capture(pairs(number, size) for number, size in enumerate(sizes))
+        train_step.capture(pairs(number, size) for number, size in enumerate(sizes))
         torch.cuda.empty_cache()
         taken.append(torch.cuda.memory_reserved() - before)
-        engine.accumulate(pairs(0, 50000))
-        assert math.isfinite(engine.update(1.0).loss)
-        del engine
+        train_step.accumulate(pairs(0, 50000))
+        assert math.isfinite(train_step.update(1.0).loss)
+        del train_step
     assert taken[0] > 2**28
     assert taken[1] < 1.1 * taken[0]
 
 
-def test_a_vote_to_stop_is_reported_with_its_step(config: TrainingConfig) -> None:
-    engine = make(network(), config)
-    engine.accumulate(pairs(0))
-    assert engine.update(1.0, stop=True).stop
-    engine.accumulate(pairs(1))
-    assert not engine.update(1.0).stop
+def test_a_request_to_stop_is_reported_with_its_step(config: TrainingConfig) -> None:
+    train_step = make(network(), config)
+    train_step.accumulate(pairs(0))
+    assert train_step.update(1.0, stop=True).stop
+    train_step.accumulate(pairs(1))
+    assert not train_step.update(1.0).stop
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_replayed_graph_is_the_eager_step_to_the_bit(config: TrainingConfig, dtype: torch.dtype) -> None:
+def test_replayed_graph_is_bit_identical_to_an_eager_step(config: TrainingConfig, dtype: torch.dtype) -> None:
     """With two shapes of input, one first met in the middle of an accumulation; then with one group alone."""
     device = torch.device("cuda")
     results = []
-    for recorded in (True, False):
+    for use_graph in (True, False):
         model = network(device)
-        engine = make(model, config, dtype)
-        if not recorded:
-            engine._recorder = None
+        train_step = make(model, config, dtype)
+        if not use_graph:
+            train_step._graph = None
         updates = []
         for step in range(6):
             if step == 4:
-                engine.freeze_groups_from(1, loss_of(model))
-            engine.accumulate(pairs(2 * step))
-            engine.accumulate(pairs(2 * step + 1, size=3))
-            updates.append(engine.update(1.0))
-        engine.finish()
+                train_step.freeze_groups_from(1, loss_of(model))
+            train_step.accumulate(pairs(2 * step))
+            train_step.accumulate(pairs(2 * step + 1, size=3))
+            updates.append(train_step.update(1.0))
+        train_step.finish()
         results.append((updates, [parameter.detach().clone() for parameter in trainable(model)]))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from sdxl_lora.adapters.lora import add_adapters, load_lora, lora_parameters, named_parts, save_lora
+from sdxl_lora.adapters.lora import add_adapters, load_lora, lora_parameters, save_lora
 from sdxl_lora.config import LoraConfig, ModelConfig, Params, TrainingConfig, load_params
 from sdxl_lora.data.batch_sampler import batch_order
 from sdxl_lora.data.encoded_dataset import EncodedDataset
@@ -18,16 +19,16 @@ from sdxl_lora.runtime.device import deterministic_kernels
 from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.training import trainer
 from sdxl_lora.training.activation_checkpointing import find_units
-from sdxl_lora.training.batches import draw_noise
+from sdxl_lora.training.batches import draw_noise, training_batches
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser, with_captions_embedded
 from sdxl_lora.training.trainer import (
     StepMetrics,
+    Trainer,
     learning_rate_factor,
     loss_curve,
     mean_metrics,
     prepare_modules,
     summarise,
-    train_lora,
 )
 from tests.support.encoded import write_encoded_dataset
 
@@ -96,7 +97,7 @@ def with_(config: TrainingConfig, **changes: Any) -> TrainingConfig:
 
 def adapted(model: ModelConfig, lora: LoraConfig) -> Denoiser:
     denoiser = load_denoiser(model, "fp32", CPU)
-    add_adapters(denoiser.unet, denoiser.text_encoders, lora, SEED)
+    add_adapters(denoiser.parts, lora, SEED)
     return denoiser
 
 
@@ -105,7 +106,7 @@ def trained(
 ) -> tuple[Denoiser, list[StepMetrics]]:
     denoiser = adapted(model, lora)
     prepare_modules(denoiser, config, LATENTS)
-    return denoiser, list(train_lora(denoiser, dataset, config, SEED))
+    return denoiser, list(Trainer(denoiser, dataset, config, SEED))
 
 
 def weights(denoiser: Denoiser) -> list[Tensor]:
@@ -222,7 +223,7 @@ def test_training_changes_lora_weights_alone(
     assert not any(torch.equal(b, a) for b, a in pairs)
 
 
-def test_same_seed_same_adapter_to_the_bit(
+def test_same_seed_gives_a_bit_identical_adapter(
     model: ModelConfig, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig
 ) -> None:
     config, lora = with_(config, optimizer="adamw_8bit"), lora.model_copy(update={"dropout": 0.3})
@@ -232,7 +233,7 @@ def test_same_seed_same_adapter_to_the_bit(
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """A GPU that repeats itself to the bit."""
+    """A GPU with deterministic kernels."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with deterministic_kernels(True):
         yield torch.device("cuda")
@@ -245,21 +246,21 @@ def trained_on_gpu(
     config: TrainingConfig,
     device: torch.device,
     checkpointing: bool = False,
-    recorded: bool = True,
+    use_graph: bool = True,
 ) -> tuple[Denoiser, list[StepMetrics]]:
     denoiser = load_denoiser(model, config.precision, device)
-    add_adapters(denoiser.unet, denoiser.text_encoders, lora, SEED)
-    units = find_units(named_parts(denoiser.unet, denoiser.text_encoders)) if checkpointing else ()
+    add_adapters(denoiser.parts, lora, SEED)
+    units = find_units(denoiser.parts) if checkpointing else ()
     prepare_modules(denoiser, config, LATENTS, units)
-    with monkeypatched_recorder(recorded):
-        return denoiser, list(train_lora(denoiser, dataset, config, SEED))
+    with graphs_if(use_graph):
+        return denoiser, list(Trainer(denoiser, dataset, config, SEED))
 
 
 @contextmanager
-def monkeypatched_recorder(recorded: bool) -> Iterator[None]:
-    """Makes the engine run eagerly on a GPU, too, unless `recorded`."""
+def graphs_if(use_graph: bool) -> Iterator[None]:
+    """Makes the step run eagerly on a GPU, too, unless `use_graph`."""
     with pytest.MonkeyPatch.context() as patch:
-        if not recorded:
+        if not use_graph:
             patch.setattr(GraphedCallable, "has", lambda *_: True)
             patch.setattr(
                 GraphedCallable, "replay", lambda self, inputs: self._function(inputs.to(self._device))
@@ -270,7 +271,7 @@ def monkeypatched_recorder(recorded: bool) -> Iterator[None]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_replayed_steps_are_the_eager_ones_to_the_bit(
+def test_replayed_steps_are_bit_identical_to_eager_ones(
     model: ModelConfig,
     lora: LoraConfig,
     dataset: EncodedDataset,
@@ -280,7 +281,7 @@ def test_replayed_steps_are_the_eager_ones_to_the_bit(
     checkpointing: bool,
 ) -> None:
     config = with_(config, precision=precision, optimizer="adamw_8bit")
-    eager, reports = trained_on_gpu(model, lora, dataset, config, cuda, checkpointing, recorded=False)
+    eager, reports = trained_on_gpu(model, lora, dataset, config, cuda, checkpointing, use_graph=False)
     replayed, again = trained_on_gpu(model, lora, dataset, config, cuda, checkpointing)
     twice, _ = trained_on_gpu(model, lora, dataset, config, cuda, checkpointing)
     assert [(r.loss, r.grad_norm) for r in reports] == [(r.loss, r.grad_norm) for r in again]
@@ -302,7 +303,7 @@ def test_two_hundred_steps_follow_mixed_precision_training_as_usually_done(
     config = with_(config, steps=200, precision="fp16", learning_rate=1e-3, warmup_steps=10)
     _, reports = trained_on_gpu(model, lora, dataset, config, cuda)
     denoiser = load_denoiser(model, "fp16", cuda)
-    add_adapters(denoiser.unet, denoiser.text_encoders, lora, SEED)
+    add_adapters(denoiser.parts, lora, SEED)
     assert denoiser.text_encoders is not None
     rates = [config.learning_rate, *[config.text_encoder_learning_rate] * 2]
     groups = [{"params": lora_parameters(m)} for m in denoiser.modules]
@@ -356,7 +357,7 @@ def test_accumulation_equals_a_larger_batch(
                     0.05 * torch.randn(parameter.shape, generator=keyed_generator("moved", number))
                 )
         with kept_gradients() as kept:
-            steps = train_lora(denoiser, dataset, with_(still, micro_batch_size=micro_batch_size), SEED)
+            steps = Trainer(denoiser, dataset, with_(still, micro_batch_size=micro_batch_size), SEED)
             runs.append(([(r.loss, r.grad_norm) for r in steps], kept))
     (reports, gradients), (part_reports, part_gradients) = runs
     for whole, parts in zip(reports, part_reports, strict=True):
@@ -382,9 +383,9 @@ def test_bf16_trains_fp32_adapters(
     model: ModelConfig, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig
 ) -> None:
     denoiser = load_denoiser(model, "bf16", CPU)
-    add_adapters(denoiser.unet, denoiser.text_encoders, lora, SEED)
+    add_adapters(denoiser.parts, lora, SEED)
     config = with_(config, steps=2)
-    reports = list(train_lora(denoiser, dataset, with_(config, precision="bf16"), SEED))
+    reports = list(Trainer(denoiser, dataset, with_(config, precision="bf16"), SEED))
     _, exact = trained(model, lora, dataset, config)
     assert {weight.dtype for weight in weights(denoiser)} == {torch.float32}
     assert {weight.dtype for weight in frozen_weights(denoiser)} == {torch.bfloat16}
@@ -396,7 +397,7 @@ def test_moving_average_is_saved_in_place_of_the_last_weights(
 ) -> None:
     denoiser = adapted(model, lora)
     average, trajectory = weights(denoiser), []
-    steps = train_lora(denoiser, dataset, with_(config, ema_decay=0.3), SEED)
+    steps = iter(Trainer(denoiser, dataset, with_(config, ema_decay=0.3), SEED))
     for step, _ in enumerate(steps):
         trajectory.append(weights(denoiser))
         decay = min(0.3, (step + 1) / (step + 10))
@@ -411,7 +412,7 @@ def test_text_encoders_train_to_their_last_step_as_if_never_to_be_frozen(
     config, runs = with_(config, optimizer="adamw_8bit", ema_decay=0.9), []
     for model, steps in ((params.model.model_copy(update={"text_encoders": "trained"}), None), (freezing, 2)):
         denoiser = adapted(model, lora)
-        reports = islice(train_lora(denoiser, dataset, with_(config, text_encoder_steps=steps), SEED), 2)
+        reports = islice(Trainer(denoiser, dataset, with_(config, text_encoder_steps=steps), SEED), 2)
         losses = [(report.loss, report.grad_norm) for report in reports]
         runs.append((losses, weights(denoiser)))
     assert runs[0][0] == runs[1][0]
@@ -439,15 +440,15 @@ def test_frozen_text_encoders_keep_the_adapters_that_embedded_the_captions(
     changes = {"text_encoder_steps": 2, "ema_decay": ema_decay, "batch_size": 4, "micro_batch_size": 2}
     config = with_(config, precision="bf16", **changes)
     denoiser = load_denoiser(freezing, "bf16", CPU)
-    add_adapters(denoiser.unet, denoiser.text_encoders, lora.model_copy(update={"dropout": 0.2}), SEED)
-    path = [weights(denoiser) for _ in train_lora(denoiser, dataset, config, SEED)]
+    add_adapters(denoiser.parts, lora.model_copy(update={"dropout": 0.2}), SEED)
+    path = [weights(denoiser) for _ in Trainer(denoiser, dataset, config, SEED)]
     num_unet = len(lora_parameters(denoiser.unet))
     assert not any(torch.equal(a, b) for a, b in zip(path[0], path[1], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(path[1][num_unet:], path[3][num_unet:], strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(path[1][:num_unet], path[3][:num_unet], strict=True))
-    save_lora(tmp_path, denoiser.unet, denoiser.text_encoders)
+    save_lora(tmp_path, denoiser.parts)
     loaded = load_denoiser(freezing, "bf16", CPU)
-    load_lora(tmp_path, loaded.unet, loaded.text_encoders)
+    load_lora(tmp_path, loaded.parts)
     again = with_captions_embedded(loaded, dataset)
     assert len(embedded) == 1
     assert all(torch.equal(a, b) for a, b in zip(embeds(embedded[0]), embeds(again), strict=True))
@@ -469,11 +470,13 @@ def test_loss_that_is_not_finite_stops_and_names_the_images(
     params: Params, lora: LoraConfig, dataset: EncodedDataset, config: TrainingConfig
 ) -> None:
     denoiser = adapted(params.model.model_copy(update={"text_encoders": "frozen"}), lora)
-    steps = train_lora(denoiser, dataset, config, SEED)
+    steps = iter(Trainer(denoiser, dataset, config, SEED))
     next(steps)
     with torch.no_grad():
         lora_parameters(denoiser.unet)[0].fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 2, on the images \d\.png, \d\.png"):
+    images = next(training_batches(denoiser, dataset, config, SEED, first=1)).images
+    expected = f"loss is nan at step 2, on the images {images[0]}, {images[1]}:"
+    with pytest.raises(FloatingPointError, match=re.escape(expected)):
         next(steps)
 
 

@@ -1,6 +1,6 @@
-"""The adapter as others take it: diffusers' file, and kohya's for ComfyUI and A1111, checked once written.
+"""The adapter's files for other programs: diffusers' format, and kohya's for ComfyUI and A1111.
 
-Both hold the same fp32 weights, and in their headers where they come from.
+Both hold the same fp32 weights and, in their headers, their lineage. They are read back and checked.
 """
 
 import re
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdxl_lora.adapters.kohya import kohya_delta, kohya_name, kohya_weights, lora_delta
 from sdxl_lora.adapters.lineage import WEIGHTS_KEY
-from sdxl_lora.adapters.lora import WEIGHTS_FILE, peft_header, saved_lora, split_by_part
+from sdxl_lora.adapters.lora_file import WEIGHTS_FILE, peft_header, peft_scale, saved_lora, split_by_part
 from sdxl_lora.config import ExportConfig, PredictionType
 from sdxl_lora.storage.safetensors_io import content_digest, read_header, write_tensors
 
@@ -22,20 +22,23 @@ from sdxl_lora.storage.safetensors_io import content_digest, read_header, write_
 def export_lora(
     source: Path, target: Path, config: ExportConfig, facts: Mapping[str, str], layers_per_block: int
 ) -> None:
-    """Writes both files of the adapter in `source` into `target` and reads them back.
+    """Write both files of the adapter in `source` to `target`, read them back and compare them with it.
 
     Args:
-        facts: entries of both headers: ModelSpec's, and where the adapter comes from.
-        layers_per_block: resnets in a block of the UNet's way down.
+        source: folder of the trained adapter.
+        target: folder for the files.
+        config: names the files.
+        facts: entries of both headers: ModelSpec's, and the lineage.
+        layers_per_block: resnets in a down block of the UNet.
 
     Raises:
-        FileNotFoundError: nothing was saved in `source`.
+        FileNotFoundError: there is no adapter in `source`.
         ValueError: a layer has no name in kohya's format.
-        RuntimeError: a file does not hold what was trained.
+        RuntimeError: a file differs from the trained adapter.
     """
     path = saved_lora(source)
     weights, configs = load_file(path), split_by_part(peft_header(path))
-    alphas = {part: float(config["lora_alpha"]) for part, config in configs.items()}
+    alphas = {part: _kohya_alpha(config) for part, config in configs.items()}
     renamed = kohya_weights(weights, alphas, layers_per_block)
     target.mkdir(parents=True, exist_ok=True)
     header = {**read_header(path), **facts, WEIGHTS_KEY: content_digest(weights)}
@@ -51,49 +54,56 @@ def export_lora(
 
 
 def check_files(trained: Path, diffusers: Path, kohya: Path, layers_per_block: int) -> None:
-    """Reads the files back and compares what they add to each layer with what was trained, a layer at a time.
+    """Read the files back and compare their update of each layer with the trained one.
 
     Raises:
-        RuntimeError: a file adds something else to a layer, or has layers of its own.
+        RuntimeError: an update differs, or a file has other layers.
     """
     expected, again, renamed = load_file(trained), load_file(diffusers), load_file(kohya)
     scales, scales_again = (_scales_by_part(path) for path in (trained, diffusers))
     layers = [key.removesuffix(".lora_A.weight") for key in expected if key.endswith(".lora_A.weight")]
     if len(again) != len(expected) or len(renamed) != 3 * len(layers):
-        raise RuntimeError(f"{diffusers} or {kohya} has other layers than {trained}")
+        raise RuntimeError(f"{diffusers} or {kohya} has other layers than {trained}: run export_lora again")
     for layer in layers:
         update = _update_of(expected, layer, scales)
         for path, found in (
             (diffusers, _update_of(again, layer, scales_again)),
             (kohya, kohya_delta(renamed, kohya_name(layer, layers_per_block))),
         ):
+            # Not equal bits: the scale is a float64 here, and alpha an fp32 tensor in kohya's file.
             if not torch.allclose(found, update, rtol=1e-6, atol=0):
-                raise RuntimeError(f"{path} does not hold what was trained: {layer} differs")
+                raise RuntimeError(f"{path} differs from {trained} in {layer}: run export_lora again")
 
 
 def _update_of(weights: Mapping[str, Tensor], layer: str, scales: Mapping[str, float]) -> Tensor:
-    """What an adapter in diffusers' format adds to a layer's weight."""
+    """Return the update of a layer by an adapter in diffusers' format."""
     up, down = (weights[f"{layer}.lora_{matrix}.weight"] for matrix in "BA")
     return scales[layer.partition(".")[0]] * lora_delta(up, down)
 
 
 def _scales_by_part(path: Path) -> dict[str, float]:
-    """The factor alpha / rank of each part, from a file's header."""
-    return {
-        part: config["lora_alpha"] / config["r"] for part, config in split_by_part(peft_header(path)).items()
-    }
+    """Return the factor of each part's updates, from a file's header."""
+    return {part: peft_scale(config) for part, config in split_by_part(peft_header(path)).items()}
+
+
+def _kohya_alpha(config: Mapping[str, Any]) -> float:
+    """Return the alpha with which kohya's formula, alpha / rank, gives PEFT's scale.
+
+    Rounded to nine digits, which fp32 does not exceed: (5.1 / 3) * 3 is written as 5.1 again.
+    """
+    return float(f"{peft_scale(config) * config['r']:.9g}")
 
 
 def _kohya_header(config: Mapping[str, Any]) -> dict[str, str]:
-    """What kohya's own files say of themselves, as far as tools show it.
+    """Return those header entries of kohya's files that tools display.
 
     Args:
-        config: PEFT's of the UNet.
+        config: PEFT's config of the UNet.
     """
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config["r"]),
-        "ss_network_alpha": str(config["lora_alpha"]),
+        "ss_network_alpha": str(_kohya_alpha(config)),
         "ss_base_model_version": "sdxl_base_v1-0",
     }
 
@@ -101,7 +111,7 @@ def _kohya_header(config: Mapping[str, Any]) -> dict[str, str]:
 def model_spec(
     config: ExportConfig, trigger: str | None, resolution: int, prediction_type: PredictionType
 ) -> dict[str, str]:
-    """Entries of the Stability AI Model Metadata Standard 1.0.0 (Stability-AI/ModelSpec)."""
+    """Return entries of the Stability AI Model Metadata Standard 1.0.0 (Stability-AI/ModelSpec)."""
     entries = {
         "sai_model_spec": "1.0.0",
         "architecture": "stable-diffusion-xl-v1-base/lora",
@@ -116,5 +126,5 @@ def model_spec(
 
 
 def kohya_file(config: ExportConfig) -> str:
-    """Under which name ComfyUI and A1111 list the adapter."""
+    """Return the name of kohya's file, under which ComfyUI and A1111 list the adapter."""
     return f"{re.sub(r'[^a-z0-9]+', '-', config.title.lower()).strip('-')}.safetensors"

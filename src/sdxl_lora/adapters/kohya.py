@@ -1,9 +1,9 @@
-"""Adapters under kohya's names, which ComfyUI and A1111 read, too.
+"""Adapters in kohya's format, which ComfyUI and A1111 read as well.
 
 kohya names a layer of the UNet by its path in the original SDXL (Stability-AI/generative-models,
-openaimodel.py) and a text encoder's by its path in transformers, with `_` for `.`: in
-`lora_unet_input_blocks_4_1_proj_in.lora_down.weight` is A, in `.lora_up.weight` B, and `.alpha` is a scalar;
-the update is alpha / rank B A. Knows tensors and names, no model library.
+openaimodel.py), and a layer of a text encoder by its path in transformers, with `_` for `.`.
+`lora_unet_input_blocks_4_1_proj_in.lora_down.weight` is A, `.lora_up.weight` is B, and `.alpha` is a scalar;
+the update is alpha / rank B A. Knows tensors and names, but no model library.
 """
 
 import re
@@ -41,13 +41,13 @@ _BLOCK_PATTERN = re.compile(
 def kohya_weights(
     weights: Mapping[str, Tensor], alphas: Mapping[str, float], layers_per_block: int = 2
 ) -> dict[str, Tensor]:
-    """PEFT's adapter weights under kohya's names, each layer with its alpha.
+    """Return PEFT's adapter weights under kohya's names, each layer with its alpha.
 
     Args:
         weights: `<part>.<layer>.lora_A.weight`, (r, in) or (r, in, k, k), and `lora_B`, (out, r) or
             (out, r, 1, 1); a part is one of `unet`, `text_encoder`, `text_encoder_2`.
-        alphas: the alpha of each part.
-        layers_per_block: resnets in a block of the UNet's way down; 2 in SDXL.
+        alphas: kohya's alpha of each part, PEFT's scale times the rank.
+        layers_per_block: resnets in a down block of the UNet; 2 in SDXL.
 
     Raises:
         ValueError: a layer has no name in the original SDXL, or a tensor is neither A nor B.
@@ -56,7 +56,10 @@ def kohya_weights(
     for key, tensor in weights.items():
         layer, _, matrix = key.rpartition(".lora_")
         if f"lora_{matrix}" not in _TENSORS:
-            raise ValueError(f"{key} is neither A nor B of an adapter: kohya's format has no place for it")
+            raise ValueError(
+                f"{key} is neither A nor B of an adapter, and kohya's format has no name for it: export an "
+                "adapter of plain LoRA"
+            )
         name = kohya_name(layer, layers_per_block)
         renamed[f"{name}.{_TENSORS[f'lora_{matrix}']}"] = tensor
         renamed[f"{name}.alpha"] = torch.tensor(alphas[key.partition(".")[0]])
@@ -64,10 +67,10 @@ def kohya_weights(
 
 
 def kohya_name(layer: str, layers_per_block: int) -> str:
-    """Kohya's name of a layer, `<part>.<path>`.
+    """Return kohya's name of a layer, `<part>.<path>`.
 
     Raises:
-        ValueError: it has none.
+        ValueError: there is none.
     """
     part, _, path = layer.partition(".")
     path = original_path(path, layers_per_block) if part == "unet" else path
@@ -75,7 +78,7 @@ def kohya_name(layer: str, layers_per_block: int) -> str:
 
 
 def original_path(layer: str, layers_per_block: int) -> str:
-    """A UNet layer's path in the original SDXL, from its path in diffusers.
+    """Return a UNet layer's path in the original SDXL, from its path in diffusers.
 
     Raises:
         ValueError: there is no such layer.
@@ -84,12 +87,18 @@ def original_path(layer: str, layers_per_block: int) -> str:
         return _OUTSIDE_BLOCKS[layer]
     match = _BLOCK_PATTERN.fullmatch(layer)
     if match is None or (match["kind"] == "resnets" and match["rest"] not in _RESNET):
-        raise ValueError(f"{layer} is no layer of SDXL's UNet: kohya's format has no name for it")
+        raise ValueError(
+            f"{layer} is not a layer of SDXL's UNet, and kohya's format has no name for it: remove it from "
+            "lora.unet_modules"
+        )
     kind, place, rest = match["kind"], int(match["place"]), match["rest"]
     if kind == "resnets":
         rest = _RESNET[rest]
     if match["side"] is None:  # resnet 0, attention 0, resnet 1
         return f"middle_block.{2 * place if kind == 'resnets' else 1}.{rest}"
+    # The original numbers one flat list for each side: a down block has its resnets, then the downsampler; an
+    # up block has one resnet more, and the upsampler shares the number of the last. Attentions stand next to
+    # their resnet.
     first = int(match["block"]) * (layers_per_block + 1)
     slot = {"resnets": 0, "attentions": 1, "downsamplers": 0, "upsamplers": 2}[kind]
     if match["side"] == "up":
@@ -100,13 +109,13 @@ def original_path(layer: str, layers_per_block: int) -> str:
 
 
 def kohya_delta(weights: Mapping[str, Tensor], name: str) -> Tensor:
-    """What layer `name` of a kohya file adds to its weight: alpha / rank B A, fp32, shaped as the weight."""
+    """Return the update of layer `name` of a kohya file: alpha / rank B A, fp32, shaped as the weight."""
     down, up = (weights[f"{name}.{tensor}"] for tensor in _TENSORS.values())
     return weights[f"{name}.alpha"] / len(down) * lora_delta(up, down)
 
 
 def lora_delta(up: Tensor, down: Tensor) -> Tensor:
-    """B A in fp32, shaped as the layer's weight: (out, in) or (out, in, k, k).
+    """Return B A in fp32, shaped as the layer's weight: (out, in) or (out, in, k, k).
 
     Args:
         up: B, (out, r) or (out, r, 1, 1).

@@ -1,6 +1,6 @@
-"""What an adapter was made from: enough to find its data, code and params again, and to tell them apart.
+"""The lineage of an adapter: what identifies its data, code, params and base model.
 
-The same for the same results: no time, no id of a run. MLflow's run is found by the tag `dvc.train_lora`.
+Equal for equal results: it has no time and no id of a run. MLflow's run is found by the tag `dvc.train_lora`.
 """
 
 import hashlib
@@ -17,19 +17,20 @@ from sdxl_lora.storage.safetensors_io import read_header
 
 PREFIX = "sdxl_lora."
 WEIGHTS_KEY = f"{PREFIX}weights.sha256"
-"""Of a file's own tensors, as they lie in it."""
+"""Digest of the tensors in the same file."""
 
 
 def lineage(
     model: ModelConfig, weights: Mapping[str, str], source: Path, index: Path, lock: Path
 ) -> dict[str, str]:
-    """Facts about the adapter in words that a file's header can hold; no place on this machine.
+    """Return the lineage as entries of a file's header. No path of this machine is among them.
 
     Args:
+        model: the base model.
         weights: SHA-256 of the weights of each of the base model's parts.
-        source: where the data came from, the record that download_dataset left.
-        index: of the encoded data set: digests of the images, and their captions.
-        lock: dvc.lock. Without it, as where a stage is run by hand, what DVC knows is left out.
+        source: the record of the data's source that download_dataset writes.
+        index: that of the encoded data set: digests of the images, and their captions.
+        lock: dvc.lock. If it is missing, as when a stage runs without DVC, its entries are left out.
     """
     record = json.loads(source.read_text(encoding="utf-8"))
     facts = {
@@ -50,24 +51,25 @@ def lineage(
 
 
 def read_lineage(path: Path) -> dict[str, str]:
-    """The facts in an adapter file's header that `lineage` found, without their prefix."""
+    """Return the entries of `lineage` in an adapter file's header, without their prefix."""
     header = sorted(read_header(path).items())
     return {key.removeprefix(PREFIX): value for key, value in header if key.startswith(PREFIX)}
 
 
 def training_digest(lock: Path) -> str:
-    """A hash of what DVC knows of the training: code, data, params, and the adapter that came of them."""
+    """Return a hash of DVC's record of the training: code, data, params, and the resulting adapter."""
     return entry_digest(read_lock(lock).get("train_lora", {}))
 
 
 def entry_digest(entry: Mapping[str, Any]) -> str:
-    """The same of the entry of train_lora in dvc.lock.
+    """Return the hash for the entry of train_lora in dvc.lock.
 
-    Reports are left out: they hold times, which differ where nothing else does.
+    Reports are left out: they contain times, which differ between runs with equal results.
     """
     outs = [out for out in entry.get("outs", []) if not out["path"].startswith("data/reports/")]
     return json_digest([entry.get("deps"), entry.get("params"), outs])
 
 
 def json_digest(value: object) -> str:
+    """Return the SHA-256 of a value's JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,10 +1,8 @@
-"""What a recipe will take of a GPU's memory, and on which cards it fits: `python -m sdxl_lora.cli.plan`.
+"""`sdxl-lora plan`: a recipe's peak GPU memory by phase, and the cards that it fits.
 
 Needs neither a GPU nor the base model's weights.
 """
 
-import argparse
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from math import inf
@@ -14,11 +12,11 @@ import torch
 
 from sdxl_lora.config import Params, load_params
 from sdxl_lora.memory.inference_forecast import fits, forecast_inference, trace_encoding, trace_sampling
-from sdxl_lora.memory.planner import Planner, TrainingPlan, shortage
+from sdxl_lora.memory.planner import ForecastPlan, Planner, shortage
 from sdxl_lora.memory.savings import minimum_memory_with
-from sdxl_lora.memory.training_forecast import MemoryForecast, TrainingSpec
+from sdxl_lora.memory.training_forecast import MemoryForecast
+from sdxl_lora.memory.training_trace import TrainingSpec
 from sdxl_lora.models.architecture import read_architecture
-from sdxl_lora.paths import PARAMS
 from sdxl_lora.runtime.device import CUDA_CONTEXT
 from sdxl_lora.storage.atomic_io import GIB
 
@@ -26,25 +24,39 @@ CARDS = (8, 10, 12, 16, 24)
 _USABLE_SHARE = 0.92
 """Share of a card's nominal memory that it shows: 14.75 GiB of a T4's 16. ECC and the driver take some."""
 MEANINGS = {
-    "weights": "the base model's",
+    "weights": "of the base model",
     "adapters": "trained weights, their copies and gradients",
-    "optimizer": "AdamW's moments",
-    "activations": "what a pass makes, at its most",
-    "previews": "a picture's VAE and UNet pass, beside training",
-    "cache": "held by PyTorch and not in use",
+    "optimizer": "moments of AdamW",
+    "activations": "largest amount during a pass",
+    "previews": "one image through UNet and VAE during training",
+    "cache": "held by PyTorch, not in use",
     "workspace": "scratch memory of kernels",
 }
-_BESIDE = f"""\
-Not in it: what CUDA takes for itself ({CUDA_CONTEXT / GIB:.1f} GiB on an H100), a screen, other programs.
-Not forecast: evaluate_lora, and main memory."""
+_NOT_INCLUDED = f"""\
+Not included: CUDA's context ({CUDA_CONTEXT / GIB:.1f} GiB on an H100), a screen, other programs.
+Not forecast: evaluate_lora and main memory."""
 
 
-def plan_recipe(params: Params, saves: bool = False) -> Iterator[str]:
-    """The forecast as text, piece by piece as it is made.
+def run(recipe: Path, vram_gib: float | None) -> None:
+    """Print the forecast of a params file, piece by piece.
 
     Args:
-        saves: say what lowers each phase that is too large for a card, too: a minute of spec more.
+        vram_gib: GPU memory for training, GiB; None: training.vram_gib of the file.
+
+    Raises:
+        ValueError: the file does not fit the schema.
+        FileNotFoundError: it does not exist.
     """
+    params = load_params(recipe)
+    if vram_gib is not None:
+        training = params.training.model_copy(update={"vram_gib": vram_gib})
+        params = params.model_copy(update={"training": training})
+    for text in plan_recipe(params):
+        print(text, flush=True)
+
+
+def plan_recipe(params: Params) -> Iterator[str]:
+    """Yield the forecast as text, piece by piece as it is made."""
     shapes = read_architecture(params.model)
     side = params.encoding.resolution // shapes.pixels_per_latent
     trained = params.model.text_encoders != "frozen"
@@ -60,11 +72,9 @@ def plan_recipe(params: Params, saves: bool = False) -> Iterator[str]:
         if plan is None
         else _headline(shown, spec)
     )
-    assert shown.forecast is not None
     encode, sample = (forecast_inference(trace) for trace in others.values())
     yield _phase_table({"encode": encode, "train": shown.forecast, "sample": sample})
-    yield _BESIDE
-    saves = saves or plan is None
+    yield _NOT_INCLUDED
     yield "\nCards, with training.vram_gib set to what each leaves to PyTorch (in brackets):"
     for card in CARDS:
         usable = card * _USABLE_SHARE * GIB - CUDA_CONTEXT
@@ -72,15 +82,13 @@ def plan_recipe(params: Params, saves: bool = False) -> Iterator[str]:
         failing = [name for name, trace in others.items() if not fits(trace, usable)]
         tight |= {*failing, *([] if plan else ["train"])}
         yield _card_line(card, usable, plan, failing, spec)
-    if tight and saves:
-        yield "\nThe least that does, GiB (train: all blocks checkpointed), and what lowers it:"
-        for phase, name, least in minimum_memory_with(params, spec, tight):
-            yield f"  {phase:7} {name:46} {least:5.1f}"
-    elif tight:
-        yield "\n`python -m sdxl_lora.cli.plan --save` says what lowers each phase (a minute)."
+    if tight:
+        yield "\nSettings that lower the memory of what does not fit:"
+        for phase, setting in minimum_memory_with(params, tight):
+            yield f"  {phase:7} {setting}"
 
 
-def _headline(plan: TrainingPlan, spec: TrainingSpec) -> str:
+def _headline(plan: ForecastPlan, spec: TrainingSpec) -> str:
     """The plan that params get, and how to keep it."""
     budget, config = spec.config.vram_gib, spec.config
     allowed = "Without training.vram_gib" if budget is None else f"Within training.vram_gib {budget:g}"
@@ -106,7 +114,7 @@ def _phase_table(phases: Mapping[str, MemoryForecast]) -> str:
 
 
 def _card_line(
-    card: int, usable: float, plan: TrainingPlan | None, failing: list[str], spec: TrainingSpec
+    card: int, usable: float, plan: ForecastPlan | None, failing: list[str], spec: TrainingSpec
 ) -> str:
     """Whether the recipe fits on a card, and with which plan.
 
@@ -120,32 +128,10 @@ def _card_line(
     return f"  {card:3} GiB ({usable / GIB:4.1f})  " + "; ".join(verdicts)
 
 
-def _plan_description(plan: TrainingPlan, spec: TrainingSpec) -> str:
+def _plan_description(plan: ForecastPlan, spec: TrainingSpec) -> str:
     """A plan in words."""
-    assert plan.forecast is not None
     size, total = plan.micro_batch_size, plan.forecast.total / GIB
     words = f"{size} of {spec.config.batch_size} examples at once in {total:.1f} GiB"
     if plan.checkpointed:
         return f"{words}, {len(plan.checkpointed)} blocks checkpointed ({plan.recomputed:+.0%} arithmetic)"
     return f"{words}, no checkpointing"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sdxl_lora.cli.plan", description=__doc__.splitlines()[0])
-    parser.add_argument("--recipe", type=Path, default=PARAMS, help=f"default: {PARAMS}")
-    parser.add_argument("--vram", type=float, metavar="GIB", help="in place of training.vram_gib")
-    parser.add_argument("--save", action="store_true", help="say what lowers each phase (a minute more)")
-    arguments = parser.parse_args()
-    try:
-        params = load_params(arguments.recipe)
-        if arguments.vram is not None:
-            training = params.training.model_copy(update={"vram_gib": arguments.vram})
-            params = params.model_copy(update={"training": training})
-        for text in plan_recipe(params, arguments.save):
-            print(text, flush=True)
-    except (ValueError, OSError) as error:
-        sys.exit(f"plan: {error}")
-
-
-if __name__ == "__main__":
-    main()

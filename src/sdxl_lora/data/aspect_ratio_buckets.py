@@ -1,6 +1,6 @@
-"""The sizes that images are cropped to: a square, or buckets of nearly its area and of every aspect ratio.
+"""The sizes that images are cropped to: one square, or buckets with nearly its area and other aspect ratios.
 
-Sizes are (width, height) in pixels. Knows no image and no model.
+Sizes are (width, height) in pixels. This module handles numbers only, no image and no model.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from sdxl_lora.config import AspectRatios
 Size = tuple[int, int]
 
 LEAST_STEP = 32
-"""What SDXL's sides are multiples of: its VAE halves them three times, its UNet twice more."""
+"""Sides are multiples of this many pixels: SDXL's VAE halves them three times, its UNet twice more."""
 _SDXL_RESOLUTION = 1024
 SDXL_TALL_SIZES: tuple[Size, ...] = (
     (512, 2048), (512, 1984), (512, 1920), (512, 1856), (576, 1792), (576, 1728), (576, 1664),
@@ -23,19 +23,21 @@ SDXL_WIDE_SIZES: tuple[Size, ...] = (
     (1792, 576), (1856, 512), (1920, 512), (1984, 512), (2048, 512),
 )  # fmt: skip
 SDXL_SIZES = (*SDXL_TALL_SIZES, (_SDXL_RESOLUTION, _SDXL_RESOLUTION), *SDXL_WIDE_SIZES)
-"""The 40 that SDXL was trained on (Podell et al. 2023, arXiv:2307.01952, appendix I). 1344 x 704 is not among
-them, though 704 x 1344 is."""
+"""The 40 sizes that SDXL was trained on (Podell et al. 2023, arXiv:2307.01952, appendix I).
+
+The paper lists 704 x 1344 but not 1344 x 704."""
 
 
 def bucket_sizes(resolution: int, aspect_ratios: AspectRatios) -> tuple[Size, ...]:
-    """The sizes that images of a data set may have, from tall to wide.
+    """Return the sizes that images of a data set may have, from tall to wide.
 
-    None has more pixels than the square, so what the square fits into, all do.
+    No size has more pixels than the square, so whatever memory holds the square holds all of them.
 
     Args:
         resolution: side of the square, pixels, a multiple of 64.
-        aspect_ratios: `square` has this size alone. `buckets` are SDXL's own at 1024; elsewhere, for every
-            long side up to twice the square's, the short side that keeps most of its area.
+        aspect_ratios: `square` gives the square only. `buckets` gives SDXL's sizes at 1024; at another
+            resolution, for every long side up to twice the square's, the longest short side that does not
+            exceed the square's area.
     """
     square = (resolution, resolution)
     if aspect_ratios == "square":
@@ -49,17 +51,14 @@ def bucket_sizes(resolution: int, aspect_ratios: AspectRatios) -> tuple[Size, ..
 
 
 def nearest_size(image: Size, sizes: Sequence[Size]) -> Size:
-    """The size whose aspect ratio is nearest to that of an image, so that least of it is cut off.
-
-    Of two that are equally near, the larger one.
-    """
+    """Return the size that cuts off least of an image; of two equally good ones, the larger one."""
     return max(sizes, key=lambda size: (share_kept(image, size), size[0] * size[1]))
 
 
 def share_kept(image: Size, size: Size) -> float:
-    """Share of an image's area that is left of it, resized to cover `size` and cropped to it, in (0, 1].
+    """Return the share of an image's area left after resizing it to cover `size` and cropping, in (0, 1].
 
-    It is the smaller aspect ratio over the larger one.
+    This is the smaller of the two aspect ratios over the larger one.
     """
     (width, height), (target_width, target_height) = image, size
     products = width * target_height, height * target_width

@@ -1,6 +1,6 @@
-"""Cleaning captions: small pure rules on strings, and a report of every change and rejection.
+"""Cleaning of captions: small pure rules on strings, and a report of every change and rejection.
 
-Knows no model: the stage hands in what counts CLIP tokens.
+Loads no model: the stage passes in the function that counts CLIP tokens.
 """
 
 import html
@@ -20,7 +20,7 @@ _Rule = Callable[[str], str]
 
 
 def repair_unicode(caption: str) -> str:
-    """Undoes broken encodings, normalises to NFC, drops control characters, straightens quotes.
+    """Undo broken encodings, normalise to NFC, drop control characters, straighten quotes.
 
     "a cafÃ©" -> "a café"; "Naruto&#39;s friend" -> "Naruto's friend".
     """
@@ -28,46 +28,49 @@ def repair_unicode(caption: str) -> str:
 
 
 def collapse_whitespace(caption: str) -> str:
-    """One space between words, none at the ends or before commas: "a  man , smiling" -> "a man, smiling"."""
+    """Leave one space between words, none at the ends or before punctuation: "a  man , x" -> "a man, x"."""
     return re.sub(r"\s+([,.;:!?])", r"\1", re.sub(r"\s+", " ", caption)).strip()
 
 
 def remove_artefacts(caption: str, artefacts: Sequence[str]) -> str:
-    """Drops words that a captioner made up: "arafed man with a hat" -> "man with a hat".
+    """Remove words that a captioning model makes up: "arafed man with a hat" -> "man with a hat".
 
-    An article before such a word stays with the word that follows: "an arafed image" -> "an image",
-    "an araffe man" -> "a man". Its comma goes with it: "a man, arafed, in a hat" -> "a man, in a hat".
+    An article before such a word is adapted to the next word: "an arafed image" -> "an image",
+    "an araffe man" -> "a man". Its comma goes too: "a man, arafed, in a hat" -> "a man, in a hat".
     """
     if not artefacts:
         return caption
+    # Longest first: a regular expression takes the first alternative that matches, `arafe` before `arafed`.
     words = "|".join(re.escape(artefact) for artefact in sorted(artefacts, key=len, reverse=True))
     caption = re.sub(rf"\b(an?)\s+(?:(?:{words})\s+)+(\w)", _with_article, caption, flags=re.IGNORECASE)
+    # At the end of a caption no word follows that the article could go with, so it is removed as well.
     caption = re.sub(rf"(?:\b(?:an?|the)\s+)?\b(?:{words})\W*$", "", caption, flags=re.IGNORECASE)
     return re.sub(rf"\b(?:{words})\b[\s,]*", "", caption, flags=re.IGNORECASE)
 
 
 def _with_article(match: re.Match[str]) -> str:
-    """`a` or `an` as the first letter of the word that follows wants it, capitalised as it was."""
+    """Return `a` or `an`, whichever the next word's first letter needs, capitalised as before."""
     article = "an" if match[2].lower() in "aeiou" else "a"
     return f"{article.capitalize() if match[1][0].isupper() else article} {match[2]}"
 
 
 def remove_repeated_words(caption: str) -> str:
-    """Keeps one of a run of equal words: "a a man with with a hat" -> "a man with a hat"."""
+    """Keep one of a run of equal words: "a a man with with a hat" -> "a man with a hat"."""
     return re.sub(r"\b(\w+)(?:\s+\1\b)+", r"\1", caption, flags=re.IGNORECASE)
 
 
 def remove_repeated_phrases(caption: str) -> str:
-    """Keeps one of a run of equal phrases: "a man in a hat in a hat in a hat" -> "a man in a hat".
+    """Keep one of a run of equal phrases: "a man in a hat in a hat in a hat" -> "a man in a hat".
 
-    The loop of two to eight words that a captioner gets stuck in, also with commas or "and" in between.
+    Finds phrases of two to eight words, also with commas or "and" between the repetitions.
     """
-    turns = r"(?:,?\s+(?:and\s+)?\1\b)+"
-    return re.sub(rf"\b(\w+(?:[\s,]+\w+){{1,7}}?){turns}", r"\1", caption, flags=re.IGNORECASE)
+    repetitions = r"(?:,?\s+(?:and\s+)?\1\b)+"
+    # Lazy (`{1,7}?`), so that the shortest repeated phrase is found: "in a hat", not "in a hat in a hat".
+    return re.sub(rf"\b(\w+(?:[\s,]+\w+){{1,7}}?){repetitions}", r"\1", caption, flags=re.IGNORECASE)
 
 
 def add_trigger(caption: str, trigger: str) -> str:
-    """Puts the trigger phrase in front, unless it is there: "a man" -> "naruto style, a man"."""
+    """Put the trigger phrase in front unless the caption begins with it: "a man" -> "naruto style, a man"."""
     if re.match(rf"{re.escape(trigger)}(?!\w)", caption, flags=re.IGNORECASE):
         return caption
     return f"{trigger}, {caption}"
@@ -78,20 +81,20 @@ class CaptionsReport:
     """What happened to every caption."""
 
     changes: list[dict[str, str]] = field(default_factory=list)
-    """Image, before, after and the rules that did it, of each changed caption."""
+    """Image, text before, text after and names of the rules, for each changed caption."""
     rejections: list[dict[str, str]] = field(default_factory=list)
-    """Image, caption and reason of each rejected one."""
+    """Image, caption and reason, for each rejected caption."""
     rules: Counter[str] = field(default_factory=Counter)
     """How many captions each rule changed."""
     kept: list[tuple[str, str]] = field(default_factory=list)
-    """Image and clean caption, without the trigger, of each one kept."""
+    """Image and clean caption without the trigger, for each caption kept."""
     tokens: list[int] = field(default_factory=list)
-    """CLIP tokens of each of these, trigger, start and end included."""
+    """Number of CLIP tokens of each caption kept, including trigger, start and end."""
     truncated: int = 0
-    """Captions kept that the encoders will not read to their end."""
+    """Number of captions kept that the text encoders will cut off."""
 
     def metrics(self) -> dict[str, object]:
-        """The report as numbers."""
+        """Return the report as numbers."""
         return {
             "kept": len(self.kept),
             "rejected": len(self.rejections),
@@ -113,10 +116,10 @@ class _DuplicateCaption:
 
 
 def read_captions(path: Path) -> pd.DataFrame:
-    """Columns id, image and caption of what download_dataset wrote.
+    """Read the captions that download_dataset wrote: columns id, image and caption.
 
     Raises:
-        FileNotFoundError: it did not run.
+        FileNotFoundError: download_dataset has not run.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: run `dvc repro download_dataset` first")
@@ -126,14 +129,14 @@ def read_captions(path: Path) -> pd.DataFrame:
 def clean_captions(
     frame: pd.DataFrame, config: CaptionsConfig, count_tokens: Callable[[list[str]], list[int]]
 ) -> tuple[pd.DataFrame, CaptionsReport]:
-    """Applies every rule to every caption and rejects what is not worth training on.
+    """Apply every rule to every caption and reject captions that are too short or too long.
 
     Args:
         frame: columns id, image and caption.
-        count_tokens: CLIP tokens of each text, start and end included.
+        count_tokens: returns the number of CLIP tokens of each text, including start and end.
 
     Returns:
-        The rows kept, with clean captions, and what happened.
+        The rows kept, with clean captions, and the report.
 
     Raises:
         ValueError: no caption is left.
@@ -167,7 +170,7 @@ def clean_captions(
 
 
 def _caption_rules(config: CaptionsConfig) -> dict[str, _Rule]:
-    """The rules in their order, by name."""
+    """Return the rules by name, in the order in which they are applied."""
     return {
         "unicode": repair_unicode,
         "artefacts": partial(remove_artefacts, artefacts=config.artefacts),
@@ -178,7 +181,7 @@ def _caption_rules(config: CaptionsConfig) -> dict[str, _Rule]:
 
 
 def _apply_rules(caption: str, rules: dict[str, _Rule]) -> tuple[str, list[str]]:
-    """The caption after all rules, and the names of those that changed it."""
+    """Return the caption after all rules, and the names of the rules that changed it."""
     applied = []
     for name, rule in rules.items():
         changed = rule(caption)
@@ -189,7 +192,7 @@ def _apply_rules(caption: str, rules: dict[str, _Rule]) -> tuple[str, list[str]]
 
 
 def _rejection(caption: str, tokens: int, config: CaptionsConfig) -> str | None:
-    """Why a clean caption, without its trigger, is not worth training on; None if it is."""
+    """Return why a clean caption without its trigger is rejected; None if it is kept."""
     words = len(caption.split())
     if words == 0:
         return "empty"
@@ -201,7 +204,7 @@ def _rejection(caption: str, tokens: int, config: CaptionsConfig) -> str | None:
 
 
 def duplicate_captions(kept: Sequence[tuple[str, str]]) -> list[_DuplicateCaption]:
-    """Captions that several images have, the most frequent first."""
+    """Return captions that several images have, the most frequent first."""
     images: dict[str, list[str]] = {}
     for image, caption in kept:
         images.setdefault(caption, []).append(image)
@@ -210,14 +213,15 @@ def duplicate_captions(kept: Sequence[tuple[str, str]]) -> list[_DuplicateCaptio
 
 
 def frequent_phrases(captions: Iterable[str], most: int) -> list[tuple[str, int]]:
-    """Phrases of two to five words, and the number of captions that each is in, the most frequent first.
+    """Return phrases of two to five words with the number of captions that contain them, most frequent first.
 
-    One that is always part of a longer one is left out: "man with" says nothing beside "a man with a hat".
+    A phrase is left out if it only occurs within a longer one: "man with" in "a man with a hat".
     """
     counts: Counter[tuple[str, ...]] = Counter()
     for caption in captions:
         counts.update(set(_phrases(re.findall(r"[\w'-]+", caption.lower()))))
     repeated = {phrase: count for phrase, count in counts.items() if count > 1}
+    # Equal counts mean that the part never occurs outside the longer phrase.
     contained = {
         part
         for phrase, count in repeated.items()
@@ -229,7 +233,7 @@ def frequent_phrases(captions: Iterable[str], most: int) -> list[tuple[str, int]
 
 
 def _phrases(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """All runs of two to five words."""
+    """Yield all runs of two to five words."""
     for length in range(2, 6):
         for start in range(len(words) - length + 1):
             yield tuple(words[start : start + length])

@@ -1,34 +1,38 @@
 """The encoded data set: what training reads instead of images and captions.
 
-A folder of safetensors shards and an index. All tensors of one example lie in the same row of the same
-shard, so latents cannot meet another image's caption. All latents of a shard have one size.
+A folder of safetensors shards and an index with one line an example. `shard_writer` writes it. All tensors of
+an example lie in the same row of the same shard, so latents cannot meet another image's caption. All latents
+of a shard have one size. Each field of `Batch` is a tensor of the shard, whose row r belongs to example r:
+
+    latents_mean, ..., token_ids, ...    the image with its first caption
+    flipped.latents_mean, ...            the mirrored image, which shares the captions' tensors
+    more.token_ids, ...                  further captions of all examples, one after the other: rows of their
+                                         own, which Example.more_row finds
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from copy import copy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from sdxl_lora.storage.atomic_io import require_safetensors, write_bytes, write_text
+from sdxl_lora.storage.atomic_io import require_safetensors
 from sdxl_lora.storage.repository import DIGEST_PREFIX
 
 Split = Literal["train", "held_out"]
 INDEX = "index.jsonl"
-_OF_IMAGE = ("latents_mean", "latents_std", "time_ids")
-"""What a mirrored image has of its own. Its caption's tensors are those of the image as it is."""
-_OF_CAPTION = ("token_ids", "prompt_embeds", "pooled_prompt_embeds")
-"""What a further caption of an image has of its own."""
-FLIPPED, MORE = "flipped.", "more."
-"""Before the names of what a shard holds of mirrored images, and of further captions."""
+IMAGE_TENSORS = ("latents_mean", "latents_std", "time_ids")
+"""Fields of Batch that depend on the image: stored again for a mirrored image."""
+CAPTION_TENSORS = ("token_ids", "prompt_embeds", "pooled_prompt_embeds")
+"""Fields of Batch that depend on the caption: stored again for each further caption."""
+FLIPPED_PREFIX, MORE_PREFIX = "flipped.", "more."
+"""Before the names of a shard's tensors of mirrored images, and of further captions."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,13 @@ class Example:
     digest: str = ""
     """Hash of the row's tensors; empty: unknown, and not checked when the row is read."""
     flipped_digest: str = ""
-    """The same with those of the mirrored image, if that was encoded too."""
+    """The same with the tensors of the mirrored image; empty if it was not encoded."""
     more_captions: tuple[str, ...] = ()
     """Further captions of the image."""
     more_row: int = 0
-    """Row of the first of them, among those of the shard's further captions."""
+    """Row of the first further caption among those of the shard."""
     more_digests: tuple[str, ...] = ()
-    """Hash of the tensors of each."""
+    """Hash of each further caption's tensors."""
 
     @classmethod
     def from_json(cls, line: str) -> Self:
@@ -76,7 +80,7 @@ FIRST = Variant()
 
 @dataclass(frozen=True)
 class Batch:
-    """Encoded examples side by side. An example alone is a batch of one."""
+    """Encoded examples, stacked. A single example is a batch of one."""
 
     latents_mean: Tensor
     """Mean of the VAE's posterior, scaled, (B, 4, H/8, W/8)."""
@@ -87,9 +91,9 @@ class Batch:
     time_ids: Tensor
     """Original (h, w), crop (top, left), target (h, w), pixels, int32, (B, 6)."""
     prompt_embeds: Tensor | None
-    """(B, 77, 2048), once the text encoders are frozen."""
+    """(B, 77, 2048); None unless the text encoders are frozen."""
     pooled_prompt_embeds: Tensor | None
-    """(B, 1280), once the text encoders are frozen."""
+    """(B, 1280); None unless the text encoders are frozen."""
 
     def __len__(self) -> int:
         return len(self.latents_mean)
@@ -104,18 +108,18 @@ class Batch:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def digest(self) -> str:
-        """A hash of names, types, shapes and bits of all tensors."""
+        """Return a hash of names, types, shapes and bits of all tensors."""
         return _tensors_digest(self.tensors())
 
     @classmethod
     def cat(cls, batches: Sequence[Self]) -> Self:
-        """The examples of all `batches`, in their order."""
+        """Concatenate the examples of all `batches`, in their order."""
         columns = zip(*(batch.tensors().values() for batch in batches), strict=True)
         return cls(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
 
 def _tensors_digest(tensors: Mapping[str, Tensor | None]) -> str:
-    """A hash of names, types, shapes and bits; None is left out."""
+    """Return a hash of names, types, shapes and bits; None is left out."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         if tensor is not None:
@@ -125,23 +129,46 @@ def _tensors_digest(tensors: Mapping[str, Tensor | None]) -> str:
 
 
 def text_digest(batch: Batch) -> str:
-    """A hash of what a caption was encoded to."""
-    return _tensors_digest({name: getattr(batch, name) for name in _OF_CAPTION})
+    """Return a hash of the caption's tensors."""
+    return _tensors_digest({name: getattr(batch, name) for name in CAPTION_TENSORS})
+
+
+@dataclass(frozen=True)
+class _CaptionEmbeddings:
+    """Embeddings of every caption of a split, kept in memory."""
+
+    prompt_embeds: Tensor
+    """(N, 77, 2048), a row for each caption."""
+    pooled_prompt_embeds: Tensor
+    """(N, 1280)."""
+    first_rows: Sequence[int]
+    """Row of each example's first caption; its further captions follow."""
+
+    def put_into(self, batch: Batch, index: int, caption: int) -> Batch:
+        """Replace the embeddings of `batch`, which is example `index` with that caption."""
+        row = [self.first_rows[index] + caption]
+        return replace(
+            batch, prompt_embeds=self.prompt_embeds[row], pooled_prompt_embeds=self.pooled_prompt_embeds[row]
+        )
 
 
 class EncodedDataset:
-    """One split of an encoded data set on disk; reads an example's bytes when it is asked for."""
+    """One split of an encoded data set on disk. An example's bytes are read when it is asked for."""
 
-    def __init__(self, folder: Path, split: Split) -> None:
-        """Opens the index.
+    def __init__(self, folder: Path, split: Split, embeddings: _CaptionEmbeddings | None = None) -> None:
+        """Open the index and map the shards.
+
+        Args:
+            embeddings: given by `with_embeddings`; None: those on disk, if there are any.
 
         Raises:
             FileNotFoundError: nothing was encoded into `folder`.
-            ValueError: the split is empty, or a shard is something else.
+            ValueError: the split is empty, or a shard is not a safetensors file.
         """
         index = folder / INDEX
         if not index.is_file():
             raise FileNotFoundError(f"{index} not found: run `dvc repro encode_dataset` first")
+        self._folder, self._split, self._embeddings = folder, split, embeddings
         rows = map(Example.from_json, index.read_text(encoding="utf-8").splitlines())
         self.examples = [example for example in rows if example.split == split]
         if not self.examples:
@@ -150,52 +177,56 @@ class EncodedDataset:
         for name in shards:
             require_safetensors(folder / name)
         self._shards: dict[str, Any] = {name: safe_open(folder / name, "pt") for name in shards}
+        # A slice knows its shape from the file's header: no latents are read here.
         slices = {name: shard.get_slice("latents_mean") for name, shard in self._shards.items()}
         latents = {name: torch.Size((1, *slice_.get_shape()[1:])) for name, slice_ in slices.items()}
         self.latents_shapes = [latents[example.shard] for example in self.examples]
         """Of each example, (1, 4, H/8, W/8)."""
-        self._embeddings: dict[str, Any] = {}
-        self._first_embedding: list[int] = []
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Batch:
-        """Example `index`, its image as it is with the first caption. Raises as `example`."""
+        """Return example `index`, its image not mirrored, with the first caption. Raises as `example`."""
         return self.example(index, FIRST)
 
     def example(self, index: int, variant: Variant) -> Batch:
-        """Example `index` with that image and caption, as a batch of one.
+        """Return example `index` with that image and caption, as a batch of one.
 
         Raises:
-            ValueError: its tensors are not those that were encoded.
+            ValueError: its tensors differ from those that were encoded.
         """
-        example, (flipped, caption) = self.examples[index], variant
-        prefix = FLIPPED if flipped else ""
-        names = {name: (prefix if name in _OF_IMAGE else "") + name for name in (*_OF_IMAGE, *_OF_CAPTION)}
-        batch = Batch(**self._read(example.shard, names, example.row))
-        expected = example.flipped_digest if flipped else example.digest
-        genuine = not expected or batch.digest() == expected
-        if caption > 0:
-            names = {name: MORE + name for name in _OF_CAPTION}
-            batch = replace(batch, **self._read(example.shard, names, example.more_row + caption - 1))
-            genuine = genuine and text_digest(batch) == example.more_digests[caption - 1]
-        if not genuine:
-            raise ValueError(
-                f"{example.shard}: row {example.row} ({example.image}) is not what was encoded: "
-                "run `dvc checkout data/encoded`, or `dvc repro -f encode_dataset`"
-            )
-        if self._embeddings:
-            row = self._first_embedding[index] + caption
-            batch = replace(batch, **{name: tensor[[row]] for name, tensor in self._embeddings.items()})
+        example = self.examples[index]
+        batch = self._with_first_caption(example, variant.flipped)
+        if variant.caption > 0:
+            batch = self._with_further_caption(batch, example, variant.caption - 1)
+        if self._embeddings is not None:
+            batch = self._embeddings.put_into(batch, index, variant.caption)
         return batch
 
-    def _read(self, shard: str, names: Mapping[str, str], row: int) -> dict[str, Any]:
-        """One row of a shard's tensors, by the names that they are stored under; None if it lacks them."""
+    def _with_first_caption(self, example: Example, flipped: bool) -> Batch:
+        prefix = FLIPPED_PREFIX if flipped else ""
+        image = self._read_row(example.shard, prefix, IMAGE_TENSORS, example.row)
+        caption = self._read_row(example.shard, "", CAPTION_TENSORS, example.row)
+        batch = Batch(**image, **caption)
+        expected = example.flipped_digest if flipped else example.digest
+        _require_unchanged(example, not expected or batch.digest() == expected)
+        return batch
+
+    def _with_further_caption(self, batch: Batch, example: Example, number: int) -> Batch:
+        """Replace the caption of `batch` by the further caption `number`, counted from 0."""
+        caption = self._read_row(example.shard, MORE_PREFIX, CAPTION_TENSORS, example.more_row + number)
+        batch = replace(batch, **caption)
+        _require_unchanged(example, text_digest(batch) == example.more_digests[number])
+        return batch
+
+    def _read_row(self, shard: str, prefix: str, names: Sequence[str], row: int) -> dict[str, Any]:
+        """Read one row of a shard's tensors `prefix + name`, by name; None if the shard lacks a tensor."""
         file = self._shards[shard]
         stored = file.keys()
         return {
-            name: file.get_slice(key)[row : row + 1] if key in stored else None for name, key in names.items()
+            name: file.get_slice(prefix + name)[row : row + 1] if prefix + name in stored else None
+            for name in names
         }
 
     @property
@@ -209,40 +240,51 @@ class EncodedDataset:
         return max(self.latents_shapes, key=lambda shape: shape.numel())
 
     def batch(self, indices: Sequence[int], variants: Sequence[Variant] | None = None) -> Batch:
-        """Examples whose latents have one size.
+        """Return examples whose latents have one size as one batch.
 
         Args:
-            variants: which of each one's images and captions; None: the first.
+            variants: which image and caption of each example; None: the first.
         """
         variants = [FIRST] * len(indices) if variants is None else variants
         return Batch.cat([self.example(*key) for key in zip(indices, variants, strict=True)])
 
     def token_ids(self) -> Tensor:
-        """Of every caption, in the order of the examples and of the captions of each, (N, 2, 77).
+        """Return the token ids of every caption, example by example, (N, 2, 77).
 
-        Not compared with their hash, which is of whole examples: `example` does that.
+        They are not compared with their hash, which covers whole examples: `example` does that.
         """
         rows = []
         for example in self.examples:
             shard, start, count = self._shards[example.shard], example.more_row, len(example.more_captions)
             rows.append(shard.get_slice("token_ids")[example.row : example.row + 1])
             if count:
-                rows.append(shard.get_slice(f"{MORE}token_ids")[start : start + count])
+                rows.append(shard.get_slice(f"{MORE_PREFIX}token_ids")[start : start + count])
         return torch.cat(rows)
 
     def with_embeddings(self, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> Self:
-        """The same examples with these embeddings in place of any on disk: rows as those of `token_ids`."""
-        dataset = copy(self)
-        counts = [1 + len(example.more_captions) for example in self.examples]
-        dataset._first_embedding = list(accumulate(counts, initial=0))
-        dataset._embeddings = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
-        return dataset
+        """Return the same examples with these embeddings instead of those on disk.
+
+        Training uses it once its text encoders are frozen. Rows are in the order of `token_ids`.
+        """
+        num_captions = [1 + len(example.more_captions) for example in self.examples]
+        first_rows = list(accumulate(num_captions, initial=0))
+        embeddings = _CaptionEmbeddings(prompt_embeds, pooled_prompt_embeds, first_rows)
+        return type(self)(self._folder, self._split, embeddings)
+
+
+def _require_unchanged(example: Example, unchanged: bool) -> None:
+    if not unchanged:
+        raise ValueError(
+            f"{example.shard}: row {example.row} ({example.image}) is not what was encoded: "
+            "run `dvc checkout data/encoded`, or `dvc repro -f encode_dataset`"
+        )
 
 
 def data_digest(examples: Iterable[Example]) -> str:
-    """`sha256:` and the Merkle root over examples: ids, captions and tensors, whatever their order or shards.
+    """Return `sha256:` and the Merkle root over ids, captions and tensors of examples, in any order.
 
-    Leaves and inner nodes are told apart as in RFC 6962, section 2.1; a node without a sibling moves up.
+    Leaves and inner nodes have different prefixes, as in RFC 6962, section 2.1; a node without a sibling
+    moves up one level unchanged.
     """
     leaves = sorted(
         (e.id, e.caption, e.digest, *filter(None, [e.flipped_digest]), *e.more_captions, *e.more_digests)
@@ -253,26 +295,3 @@ def data_digest(examples: Iterable[Example]) -> str:
         pairs = [nodes[start : start + 2] for start in range(0, len(nodes), 2)]
         nodes = [hashlib.sha256(b"\1" + b"".join(pair)).digest() if pair[1:] else pair[0] for pair in pairs]
     return DIGEST_PREFIX + (nodes[0] if nodes else hashlib.sha256().digest()).hex()
-
-
-def write_shard(
-    folder: Path, name: str, batch: Batch, flipped: Batch | None = None, more: Batch | None = None
-) -> None:
-    """Writes the examples of `batch` as rows 0, 1, ... of shard `name`.
-
-    Args:
-        flipped: the same examples with their images mirrored.
-        more: examples with their further captions, those of the first example first.
-    """
-    stored = batch.tensors()
-    if flipped is not None:
-        stored |= {FLIPPED + key: getattr(flipped, key) for key in _OF_IMAGE}
-    if more is not None:
-        stored |= {MORE + key: getattr(more, key) for key in _OF_CAPTION}
-    tensors = {key: tensor.contiguous() for key, tensor in stored.items() if tensor is not None}
-    write_bytes(folder / name, save(tensors))
-
-
-def write_index(folder: Path, examples: Iterable[Example]) -> None:
-    lines = (json.dumps(asdict(example), ensure_ascii=False, sort_keys=True) + "\n" for example in examples)
-    write_text(folder / INDEX, "".join(lines))

@@ -1,4 +1,4 @@
-"""What the encoding of a data set found out: sizes, and what is wrong with images."""
+"""Report of encoding a data set: image sizes, and findings about images."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -8,37 +8,37 @@ from sdxl_lora.data.encoded_dataset import Batch, Example
 from sdxl_lora.data.image_loader import CaptionedImage
 
 _LEAST_KEPT = 0.5
-"""Share of an image's area below which it is reported that the rest is cut off."""
+"""Images that keep a smaller share of their area after cropping are reported."""
 
 
 @dataclass(frozen=True)
 class ImageFinding:
-    """Something about an image that whoever collected it should know."""
+    """Something about an image that the owner of the data set should know."""
 
     image: str
     kind: str
-    """A fault of the file (images.Fault), `duplicate`, `near_duplicate`, `leakage`, `upscaled`, `cropped`."""
+    """`BadImageError.fault`, `duplicate`, `near_duplicate`, `leakage`, `upscaled` or `cropped`."""
     left_out: bool
     detail: str
 
 
 @dataclass
 class EncodingReport:
-    """What became of the images."""
+    """Findings, examples and sizes, collected while a data set is encoded."""
 
     findings: list[ImageFinding] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list)
     """Width and height of each example's image, pixels."""
     encoded_sizes: Counter[Size] = field(default_factory=Counter)
-    """How many images were encoded at each width and height."""
+    """Number of images encoded at each width and height."""
 
     def metrics(self) -> dict[str, object]:
-        """The report as numbers."""
-        sides = Counter(example.split for example in self.examples)
+        """Return the report as numbers."""
+        splits = Counter(example.split for example in self.examples)
         kinds = Counter(finding.kind for finding in self.findings)
         return {
-            "examples": {"train": sides["train"], "held_out": sides["held_out"]},
+            "examples": {"train": splits["train"], "held_out": splits["held_out"]},
             "captions": sum(1 + len(example.more_captions) for example in self.examples),
             "left_out": sum(finding.left_out for finding in self.findings),
             "findings": dict(sorted(kinds.items())),
@@ -46,7 +46,7 @@ class EncodingReport:
         }
 
     def note_size(self, row: CaptionedImage, batch: Batch) -> None:
-        """Puts down an encoded image's size, and that it is too small or too narrow, if it is."""
+        """Record an encoded image's size, with a finding if it was enlarged or mostly cut off."""
         height, width, _, _, target_height, target_width = batch.time_ids[0].tolist()
         self.sizes.append((width, height))
         self.encoded_sizes[target_width, target_height] += 1

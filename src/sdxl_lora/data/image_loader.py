@@ -1,4 +1,4 @@
-"""From image files to what the VAE is given, in worker processes, so that it never waits for a decoder."""
+"""Loading of image files for the VAE, in worker processes, so that the GPU does not wait for decoding."""
 
 import hashlib
 import os
@@ -18,19 +18,19 @@ from sdxl_lora.data.images import BadImageError, TimeIds, decode_image, fingerpr
 from sdxl_lora.runtime.rng import keyed_generator
 
 _MAX_WORKERS = 8
-FEW_IMAGES = 64  # not worth a worker's start
+FEW_IMAGES = 64  # fewer take less time to decode than worker processes to start
 
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """An image of data/captions.jsonl, which has a line for each of its captions."""
+    """An image of data/captions.jsonl, which has one line for each caption."""
 
     id: str
     """SHA-256 of the image file."""
     image: str
     """File name of the image."""
     caption: str
-    """The first one."""
+    """The first caption."""
     more_captions: tuple[str, ...] = ()
 
     @property
@@ -40,7 +40,7 @@ class CaptionedImage:
 
 @dataclass(frozen=True)
 class View:
-    """What the VAE is given of an image."""
+    """One crop of an image, the VAE's input."""
 
     levels: Tensor
     """uint8, (3, H, W)."""
@@ -49,10 +49,10 @@ class View:
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """What is made of an image."""
+    """An image's crops and its perceptual hash."""
 
     views: tuple[View, ...]
-    """The image as it is and, with encoding.flip, mirrored: of one size."""
+    """The crop of the image and, with encoding.flip, that of the mirrored image, of the same size."""
     fingerprint: Tensor
     """Perceptual hash, packed bits, uint8, (24,)."""
 
@@ -61,7 +61,7 @@ _DecodeResult = DecodedImage | BadImageError | OSError | None
 
 
 class ImageDataset(Dataset[_DecodeResult]):
-    """Decodes row by row. What goes wrong is an outcome too: exceptions lose their kind between processes."""
+    """Decodes one image an index. Errors are returned, not raised: DataLoader workers change their type."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class ImageDataset(Dataset[_DecodeResult]):
         return DecodedImage(tuple(views), fingerprint(image))
 
     def view(self, image: Image.Image, random: torch.Generator) -> View:
-        """The part of an image that the model is shown. A mirrored image is one like any other."""
+        """Return the crop of an image, or of a mirrored image, that the model is trained on."""
         sizes = bucket_sizes(self._config.resolution, self._config.aspect_ratios)
         size = nearest_size(image.size, sizes)
         part, time_ids = resize_and_crop(image, size, self._config.crop, random)
@@ -110,21 +110,24 @@ def decode_images(
     config: EncodingConfig,
     needed: Callable[[CaptionedImage], bool],
 ) -> Iterator[DecodedImage | BadImageError | None]:
-    """The picture of each row in order, or why there is none; None for rows that are not needed.
+    """Yield the decoded image of each row in order, or why it cannot be used; None where it is not needed.
+
+    Args:
+        needed: asked in the worker right before decoding, when another process may have encoded the image.
 
     Raises:
-        OSError: a file cannot be read at all: missing, forbidden, a failing disk.
+        OSError: a file cannot be read: missing, forbidden, or a failing disk.
     """
     if not rows:
         return
     workers = min(_MAX_WORKERS, len(os.sched_getaffinity(0))) if len(rows) >= FEW_IMAGES else 0
-    pictures = ImageDataset(rows, folder, config, needed)
-    for outcome in DataLoader(pictures, batch_size=None, num_workers=workers, collate_fn=_keep_as_is):
-        if isinstance(outcome, OSError):
-            raise outcome
-        yield outcome
+    images = ImageDataset(rows, folder, config, needed)
+    for result in DataLoader(images, batch_size=None, num_workers=workers, collate_fn=_keep_as_is):
+        if isinstance(result, OSError):
+            raise result
+        yield result
 
 
-def _keep_as_is(outcome: Any) -> Any:
-    """Keeps the loader from looking into what it loads."""
-    return outcome
+def _keep_as_is(result: Any) -> Any:
+    """Return the result unchanged; the loader's default would convert its fields to tensors."""
+    return result

@@ -1,15 +1,17 @@
-"""Pictures as the VAE wants them: sRGB on white, one size, size conditions kept. Knows no model."""
+"""Decoding and cropping of images: sRGB on white, one size, and SDXL's size conditions. Loads no model."""
 
 import io
 import warnings
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import imagehash
 import numpy as np
-import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _Crop = Literal["center", "random"]
 _ImageFault = Literal[
@@ -18,13 +20,13 @@ _ImageFault = Literal[
 TimeIds = tuple[int, int, int, int, int, int]
 
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""What is opened. Pillow knows more, and would start Ghostscript for some of it."""
+"""The formats that are opened. Pillow supports more, and starts Ghostscript for some of them."""
 _HASH_SIDE = 8
 FINGERPRINT_BITS = 3 * _HASH_SIDE**2
 
 
 class BadImageError(ValueError):
-    """A file that cannot become a picture, and why."""
+    """A file that cannot be used as an image: the kind of fault, and the reason in words."""
 
     def __init__(self, fault: _ImageFault, reason: str) -> None:
         super().__init__(fault, reason)
@@ -36,11 +38,11 @@ class BadImageError(ValueError):
 
 
 def decode_image(content: bytes) -> Image.Image:
-    """The first frame of an image file, upright, 8-bit sRGB, transparency on white.
+    """Return the first frame of an image file, upright, in 8-bit sRGB, with transparency on white.
 
     Raises:
-        BadImageError: the file is none, is cut off, would unpack to an absurd size, or has colours that
-            nothing explains.
+        BadImageError: the file is not an image, is truncated, would decompress to an absurd size, or has
+            colours whose meaning is undefined.
     """
     if not content:
         raise BadImageError("empty", "the file is empty")
@@ -62,14 +64,14 @@ def decode_image(content: bytes) -> Image.Image:
 
 
 def _in_eight_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits as 8; Pillow's own conversion clips them at 255.
+    """Scale 16-bit greys to 8 bits; Pillow's conversion would clip them at 255.
 
     Raises:
-        BadImageError: 32-bit greys, whose white is not agreed upon.
+        BadImageError: 32-bit greys, for which no convention says which value is white.
     """
     if image.mode in ("I", "F"):
         raise BadImageError(
-            "unknown_white", "32 bits a pixel, and nothing says which is white: save it with 8 or 16"
+            "unknown_white", "32 bits a pixel, and which value is white is undefined: save it with 8 or 16"
         )
     if image.mode.startswith("I;16"):
         profile = image.info.get("icc_profile")
@@ -79,10 +81,10 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _in_srgb(image: Image.Image) -> Image.Image:
-    """Colours as the embedded ICC profile means them, as RGB with or without alpha; without a profile as is.
+    """Convert from the embedded ICC profile to sRGB, keeping alpha; without a profile keep the colours.
 
     Raises:
-        BadImageError: the profile cannot be read, or is for another kind of colours.
+        BadImageError: the profile cannot be read, or is for another colour mode.
     """
     profile = image.info.get("icc_profile")
     if image.has_transparency_data:
@@ -98,7 +100,7 @@ def _in_srgb(image: Image.Image) -> Image.Image:
         converted = ImageCms.profileToProfile(colours, embedded, _srgb(), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError) as error:
         raise BadImageError("bad_colour_profile", f"its colour profile does not fit it: {error}") from error
-    assert converted is not None  # None is for conversions in place
+    assert converted is not None  # it is None only for conversions in place
     if alpha:
         converted.putalpha(alpha)
     return converted
@@ -110,7 +112,7 @@ def _srgb() -> ImageCms.ImageCmsProfile:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """`image` as RGB, its transparent parts white."""
+    """Convert to RGB, with transparent parts on white."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -119,19 +121,19 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def resize_and_crop(
-    image: Image.Image, size: tuple[int, int], crop: _Crop, generator: torch.Generator
+    image: Image.Image, size: tuple[int, int], crop: _Crop, generator: "torch.Generator"
 ) -> tuple[Image.Image, TimeIds]:
-    """The part that the model is shown, and SDXL's size conditions (Podell et al. 2023, section 2.2).
+    """Resize and crop an image; return SDXL's size conditions too (Podell et al. 2023, section 2.2).
 
-    The image is resized until it just covers `size`; what sticks out on one side is cropped.
+    The image is resized until it just covers `size`; the rest, on one axis, is cropped.
 
     Args:
-        size: width and height of the part, pixels.
-        crop: where it is cut out.
-        generator: what a random crop is drawn from.
+        size: width and height of the result, pixels.
+        crop: where the result is cut out.
+        generator: source of a random crop's position.
 
     Returns:
-        The part, and original (height, width), crop (top, left) after resizing, target (height, width).
+        The crop, and original (height, width), crop (top, left) after resizing, target (height, width).
 
     Raises:
         BadImageError: the image is so narrow that covering `size` takes an absurd number of pixels.
@@ -141,6 +143,7 @@ def resize_and_crop(
     scale = max(target_width / width, target_height / height)
     resized_width = max(target_width, round(width * scale))
     resized_height = max(target_height, round(height * scale))
+    # The bomb check of decode_image saw the small original; a line of 1 x 6000 pixels grows only here.
     if resized_width * resized_height > (Image.MAX_IMAGE_PIXELS or float("inf")):
         raise BadImageError(
             "too_many_pixels",
@@ -150,6 +153,8 @@ def resize_and_crop(
     if crop == "center":
         top, left = room_down // 2, room_right // 2
     else:
+        import torch  # seconds, which a page that only decodes images need not wait for
+
         top = int(torch.randint(room_down + 1, (), generator=generator))
         left = int(torch.randint(room_right + 1, (), generator=generator))
     resized = image.resize((resized_width, resized_height), Image.Resampling.LANCZOS)
@@ -157,22 +162,26 @@ def resize_and_crop(
     return part, (height, width, top, left, target_height, target_width)
 
 
-def to_bytes(image: Image.Image) -> Tensor:
-    """An RGB image as uint8, (3, H, W)."""
+def to_bytes(image: Image.Image) -> "Tensor":
+    """Return an RGB image as uint8, (3, H, W)."""
+    import torch  # as above
+
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
 
 
-def to_pixels(levels: Tensor) -> Tensor:
-    """Levels of 0 to 255 as the VAE reads them, fp32 in [-1, 1], of the same shape."""
+def to_pixels(levels: "Tensor") -> "Tensor":
+    """Scale levels of 0 to 255 to the range that the VAE reads, fp32 in [-1, 1], in the same shape."""
     return levels.float().div(127.5).sub(1)
 
 
-def fingerprint(image: Image.Image) -> Tensor:
-    """A hash that survives resizing and compression: packed bits, uint8, (24,).
+def fingerprint(image: Image.Image) -> "Tensor":
+    """Return a hash that survives resizing and compression: packed bits, uint8, (24,).
 
-    The perceptual hash (`imagehash.phash`: signs of low frequencies) of each colour: of greys alone, a euro
-    and a yen banknote would pass for one picture.
+    The perceptual hash (`imagehash.phash`: signs of low frequencies) of each colour channel. With greys
+    alone, the emoji of a euro and of a yen banknote would count as one image.
     """
+    import torch  # as above
+
     small = image.resize((4 * _HASH_SIDE, 4 * _HASH_SIDE), Image.Resampling.LANCZOS)
     bits = [imagehash.phash(channel, _HASH_SIDE).hash for channel in small.split()]
     return torch.from_numpy(np.packbits(np.concatenate(bits, axis=None)))

@@ -1,28 +1,28 @@
-"""Pictures that are nearly the same: perceptual hashes that differ in few bits. Knows no image."""
+"""Near duplicates: images whose perceptual hashes differ in few bits. This module sees only the hashes."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 256  # bounds the memory of a block of distances: 256 x N uint16
 NO_MATCH = np.iinfo(np.uint16).max
 
 
 def nearest_earlier(
     fingerprints: NDArray[np.uint8], stop: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.uint16]]:
-    """For each row the nearest of those before it, and in how many bits they differ.
+    """Find for each row the nearest earlier row, and the number of bits in which they differ.
 
-    Compares every row with every other, blockwise.
+    Compares every row with every earlier one, in blocks of rows.
 
     Args:
-        fingerprints: packed bits, (N, 8 k).
-        stop: look among the first `stop` rows only; None: among all.
+        fingerprints: packed bits, uint8, (N, 8 k).
+        stop: compare with the first `stop` rows only; None: with all.
 
     Returns:
-        Numbers of the nearest rows, the first of equals, (N,), and distances, (N,); `NO_MATCH`
-        where there is no row to compare with.
+        Indices of the nearest rows (the first, if several are equally near), (N,), and distances, (N,).
+        The distance is `NO_MATCH` for a row without earlier rows.
     """
-    words = np.ascontiguousarray(fingerprints).view(np.uint64)
+    words = np.ascontiguousarray(fingerprints).view(np.uint64)  # 8 bytes at a time: an eighth of the passes
     nearest = np.zeros(len(words), dtype=np.int64)
     least = np.full(len(words), NO_MATCH, dtype=np.uint16)
     for start in range(0, len(words), ROWS_AT_ONCE):

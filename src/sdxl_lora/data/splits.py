@@ -1,6 +1,7 @@
-"""Which images become examples, and on which side of the split: by each one's own content.
+"""Choice of the images that become examples, and of each one's split by the hash of its content.
 
-Leaves out what is there twice, cannot be read, or would give away a training image, and reports it.
+Duplicates, unreadable images and held-out images that are near duplicates of training images are dropped
+and reported.
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ from sdxl_lora.data.latent_cache import LatentCache
 from sdxl_lora.data.near_duplicates import nearest_earlier
 
 
-def without_duplicates(rows: Sequence[CaptionedImage], report: EncodingReport) -> list[CaptionedImage]:
-    """The first row of each image file; the others are put down in `report`."""
+def drop_duplicates(rows: Sequence[CaptionedImage], report: EncodingReport) -> list[CaptionedImage]:
+    """Return the first row of each image file; report the others."""
     first: dict[str, CaptionedImage] = {}
     for row in rows:
         if row.id in first:
@@ -28,16 +29,16 @@ def without_duplicates(rows: Sequence[CaptionedImage], report: EncodingReport) -
     return list(first.values())
 
 
-def without_bad_images(
+def drop_bad_images(
     rows: Sequence[CaptionedImage],
     faults: dict[str, BadImageError],
     config: EncodingConfig,
     report: EncodingReport,
 ) -> list[CaptionedImage]:
-    """The rows whose image could be read; the others are put down in `report`.
+    """Return the rows whose image could be read; report the others.
 
     Raises:
-        ValueError: there are others, and encoding.strict is true; names them all.
+        ValueError: an image is bad and encoding.strict is true; names all bad images.
     """
     bad = [
         ImageFinding(r.image, faults[r.id].fault, True, faults[r.id].reason) for r in rows if r.id in faults
@@ -46,17 +47,19 @@ def without_bad_images(
         lines = "".join(f"  {finding.image}: {finding.detail} ({finding.kind})\n" for finding in bad)
         raise ValueError(
             f"encoding.strict is true and {len(bad)} of {len(rows)} images are bad:\n{lines}Repair or remove "
-            "them, or set encoding.strict to false: they are then left out and reported"
+            "them, or set encoding.strict to false to leave them out and report them"
         )
     report.findings += bad
     return [row for row in rows if row.id not in faults]
 
 
 def split_by_content(rows: Sequence[CaptionedImage], held_out: float) -> dict[Split, list[CaptionedImage]]:
-    """Puts about the share `held_out` of the images aside, each for its own hash, in the rows' order.
+    """Hold out about the share `held_out` of the images, each by its hash alone, in the rows' order.
 
-    Both sides get at least one: the image nearest to the other side moves over if one would be empty.
+    An image's split therefore does not depend on the other images. The exception: if one split would be
+    empty, the image nearest to the threshold moves there.
     """
+    # SHA-256 is uniform: its first 60 bits over 2^60 are a position in [0, 1).
     positions = {row.id: int(row.id[:15], 16) / 16**15 for row in rows}
     in_order = sorted(positions.values())
     if len(in_order) > 1 and in_order[0] >= held_out:
@@ -69,25 +72,31 @@ def split_by_content(rows: Sequence[CaptionedImage], held_out: float) -> dict[Sp
     }
 
 
-def refuse_empty_split(
-    sides: dict[Split, list[CaptionedImage]], report: EncodingReport, num_rows: int
+def require_no_empty_split(
+    splits: dict[Split, list[CaptionedImage]], report: EncodingReport, num_rows: int
 ) -> None:
+    """Raise ValueError, with the first images that were left out, if a split has no image."""
     left_out = [f"{finding.image} ({finding.kind})" for finding in report.findings if finding.left_out]
-    for split, rows in sides.items():
+    for split, rows in splits.items():
         if not rows:
             raise ValueError(
                 f"no usable image is left for the {split} split ({len(left_out)} of {num_rows} images were "
-                f"left out: {', '.join(left_out[:3])}): add images, or correct those that are named"
+                f"left out: {', '.join(left_out[:3])}): add images, or correct the ones named here"
             )
 
 
-def without_leakage(
-    sides: dict[Split, list[CaptionedImage]], entries: LatentCache, bits: int, report: EncodingReport
+def drop_leaked_images(
+    splits: dict[Split, list[CaptionedImage]], cache: LatentCache, bits: int, report: EncodingReport
 ) -> list[CaptionedImage]:
-    """The held-out rows whose picture is not nearly a training one; near duplicates go into `report`."""
-    rows = [*sides["train"], *sides["held_out"]]
-    num_train = len(sides["train"])
-    fingerprints = np.stack([entries.fingerprint(row).numpy() for row in rows])
+    """Return the held-out rows that are not near duplicates of a training image; report all near duplicates.
+
+    Args:
+        bits: images whose perceptual hashes differ in at most this many bits are near duplicates.
+    """
+    # Training images first, so that `stop` limits a comparison to them.
+    rows = [*splits["train"], *splits["held_out"]]
+    num_train = len(splits["train"])
+    fingerprints = np.stack([cache.fingerprint(row).numpy() for row in rows])
     nearest, distances = nearest_earlier(fingerprints)
     nearest_trained, distances_trained = nearest_earlier(fingerprints, stop=num_train)
     kept = []

@@ -1,4 +1,4 @@
-"""CLIP (Radford et al. 2021, arXiv:2103.00020): images and texts as vectors that can be compared."""
+"""CLIP (Radford et al. 2021, arXiv:2103.00020): feature vectors of images and texts in one space."""
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -14,10 +14,10 @@ from sdxl_lora.storage.repository import open_repository
 
 
 class ImageTextScorer:
-    """CLIP: images and texts as vectors that can be compared."""
+    """CLIP in fp32: feature vectors of images and texts, whose cosine says how well they match."""
 
     def __init__(self, config: EvaluationConfig, device: torch.device) -> None:
-        """Loads the CLIP that `config` names in fp32, from safetensors. Raises as `open_repository`."""
+        """Load the CLIP that `config` names, from safetensors. Raises as `open_repository`."""
         patterns = ["*.json", "*.txt", "model.safetensors"]
         folder = open_repository(config.clip_model, config.clip_revision, "evaluation.clip_model", patterns)
         self._model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
@@ -32,7 +32,7 @@ class ImageTextScorer:
 
     @torch.no_grad()
     def image_features(self, images: Iterable[Image]) -> Tensor:
-        """(N, D), each of length 1, on the CPU. Takes no more images at once than a batch has."""
+        """Return feature vectors of length 1, on the CPU, (N, D); reads one batch of images at a time."""
         batches, rest = [], iter(images)
         while batch := list(islice(rest, self._batch_size)):
             inputs = self._processor.image_processor(images=batch, return_tensors="pt")
@@ -41,7 +41,7 @@ class ImageTextScorer:
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """(N, D), each of length 1, on the CPU. Texts are cut at what the model can read."""
+        """Return feature vectors of length 1, on the CPU, (N, D); long texts are truncated."""
         length = self._model.config.text_config.max_position_embeddings
         inputs = self._processor.tokenizer(
             list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"

@@ -1,4 +1,4 @@
-"""What an adapter must reach to be promoted, and whether it does."""
+"""Gates: the limits that an adapter's metrics must meet before it may be promoted."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from sdxl_lora.config import GatesConfig
 
 @dataclass(frozen=True)
 class Gate:
-    """One demand and what became of it."""
+    """One limit and whether the adapter meets it."""
 
     name: str
     """Its key in `evaluation.gates`."""
     figure: str
-    """What was measured, in words."""
+    """Path of the figure in metrics.json, joined by dots."""
     value: float | None
-    """None: it was not measured."""
+    """None if the figure was not measured."""
     limit: float
     passed: bool
     reason: str
@@ -27,11 +27,11 @@ class Gate:
 
 
 def evaluate_gates(metrics: Mapping[str, Any], config: GatesConfig) -> list[Gate]:
-    """Every demand that `config` makes, held against the figures of `metrics.json`.
+    """Compare the figures of metrics.json with every limit that `config` sets.
 
-    A demand on something that was not measured fails.
+    A gate whose figure was not measured fails.
     """
-    demands = [
+    gates = [
         ("held_out_loss_change", "at_most", ("held_out_loss", "change_percent_high")),
         ("style_distance_change", "at_most", ("change", "style_distance", "high")),
         ("style_probability", "at_least", ("style_probability", "adapter")),
@@ -40,15 +40,15 @@ def evaluate_gates(metrics: Mapping[str, Any], config: GatesConfig) -> list[Gate
         ("copied", "at_most", ("copied", "adapter")),
     ]
     limits = config.model_dump()
-    assert set(limits) == {name for name, _, _ in demands}, "every key of evaluation.gates is judged"
+    assert set(limits) == {name for name, _, _ in gates}, "every key of evaluation.gates has a gate"
     return [
-        _gate(name, ".".join(figure), _figure_at(metrics, figure), bound, limits[name])
-        for name, bound, figure in demands
+        _evaluate_gate(name, ".".join(figure), _figure_at(metrics, figure), bound, limits[name])
+        for name, bound, figure in gates
         if limits[name] is not None
     ]
 
 
-def _gate(name: str, figure: str, value: float | None, bound: str, limit: float) -> Gate:
+def _evaluate_gate(name: str, figure: str, value: float | None, bound: str, limit: float) -> Gate:
     if value is None:
         return Gate(name, figure, None, limit, False, f"{figure} was not measured")
     passed = value <= limit if bound == "at_most" else value >= limit
@@ -58,7 +58,7 @@ def _gate(name: str, figure: str, value: float | None, bound: str, limit: float)
 
 
 def _figure_at(metrics: Mapping[str, Any], keys: tuple[str, ...]) -> float | None:
-    """The figure under these keys; None if there is none."""
+    """Return the figure under these keys; None if there is none."""
     for key in keys:
         if key not in metrics:
             return None
@@ -68,12 +68,12 @@ def _figure_at(metrics: Mapping[str, Any], keys: tuple[str, ...]) -> float | Non
 
 
 def gate_verdict(gates: list[Gate]) -> dict[str, int]:
-    """1 for what passed and 0 for what failed, by gate and in all."""
+    """Return 1 for passed and 0 for failed, for each gate and, under `all`, for all of them."""
     return {"all": int(all(gate.passed for gate in gates)), **{gate.name: int(gate.passed) for gate in gates}}
 
 
-def failures(path: Path) -> dict[str, str]:
-    """Why gates failed, by gate, from the table that evaluation wrote; empty if all passed or none was asked.
+def read_gate_failures(path: Path) -> dict[str, str]:
+    """Read from the table of gates why each failed gate failed; empty if all passed or there are none.
 
     Raises:
         FileNotFoundError: nothing was evaluated.

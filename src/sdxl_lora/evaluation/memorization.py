@@ -1,7 +1,7 @@
-"""Whether samples are copies of training images.
+"""Memorization: samples that are copies of training images.
 
-A sample is as near to its nearest training image as CLIP's features say. How near a picture of the same kind
-comes without being a copy, held-out images show: they are real, and were not trained on.
+Similarity is the cosine of CLIP features. A sample counts as a copy if it is more similar to a training image
+than nearly all held-out images are: these are real images of the same kind that were not trained on.
 """
 
 from collections.abc import Sequence
@@ -11,28 +11,28 @@ from statistics import fmean
 from torch import Tensor
 
 from sdxl_lora.evaluation.metrics import nearest
-from sdxl_lora.inference.samples import Origin, Sample, strength_name
+from sdxl_lora.inference.samples import Origin, Sample, strength_key
 
 
 @dataclass(frozen=True)
 class Match:
-    """A sample and the training image that it is nearest to."""
+    """A sample and its nearest training image."""
 
     file: str
-    """Of the sample, below the folder of samples."""
+    """Path of the sample below the folder of samples."""
     strength: float
     origin: Origin
-    """Of its prompt."""
+    """Origin of the sample's prompt."""
     training_image: str
     """File name."""
     similarity: float
     """Cosine of their features, at most 1."""
     copied: bool
-    """Whether it is above the threshold."""
+    """Whether the similarity is above the threshold."""
 
 
 def copy_threshold(held_out_features: Tensor, training_features: Tensor, quantile: float) -> float:
-    """The similarity to the nearest training image that a share `quantile` of held-out images stays below.
+    """Return the `quantile` of the held-out images' similarities to their nearest training images.
 
     Args:
         held_out_features: (N, D), each of length 1.
@@ -49,11 +49,11 @@ def nearest_training_images(
     training_features: Tensor,
     threshold: float,
 ) -> list[Match]:
-    """Each sample with its nearest training image.
+    """Return each sample with its nearest training image.
 
     Args:
         features: of the samples, (N, D), each of length 1.
-        training_images: file names, M of them.
+        training_images: M file names.
         training_features: (M, D), each of length 1.
     """
     similarities, indices = nearest(features, training_features)
@@ -64,9 +64,6 @@ def nearest_training_images(
 
 
 def copied_share(found: Sequence[Match]) -> dict[str, float]:
-    """The share of copies among the samples of each strength, in [0, 1]."""
+    """Return the share of copies among the samples of each strength, in [0, 1]."""
     strengths = dict.fromkeys(match.strength for match in found)
-    return {
-        strength_name(value).replace(" ", "_"): fmean(m.copied for m in found if m.strength == value)
-        for value in strengths
-    }
+    return {strength_key(value): fmean(m.copied for m in found if m.strength == value) for value in strengths}

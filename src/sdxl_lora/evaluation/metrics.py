@@ -1,6 +1,6 @@
-"""Figures of merit on feature vectors; knows tensors, no model.
+"""Metrics on feature vectors; pure functions on tensors, without a model.
 
-Features are what CLIP (Radford et al. 2021, arXiv:2103.00020) makes of images and texts, of length 1.
+Features are CLIP's (Radford et al. 2021, arXiv:2103.00020), of images and texts, normalised to length 1.
 """
 
 import torch
@@ -11,9 +11,9 @@ _CMMD_SCALE = 1000.0
 
 
 def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """CLIPScore of each image and its text (Hessel et al. 2021, arXiv:2104.08718), in [0, 100], (N,).
+    """Return the CLIPScore of each image and its text (Hessel et al. 2021, arXiv:2104.08718), (N,).
 
-    100 max(cos, 0), as torchmetrics scales it; the paper's own factor is 2.5.
+    100 max(cos, 0), in [0, 100], scaled as in torchmetrics; the paper's factor is 2.5.
 
     Args:
         image_features: (N, D), each of length 1.
@@ -23,7 +23,7 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
 
 
 def zero_shot_probability(image_features: Tensor, text_features: Tensor, logit_scale: float) -> Tensor:
-    """Probability that each image belongs to the first of its texts (Radford et al. 2021, 3.1.2), (N,).
+    """Return the probability that each image belongs to its first text (Radford et al. 2021, 3.1.2), (N,).
 
     Args:
         image_features: (N, D), each of length 1.
@@ -35,12 +35,12 @@ def zero_shot_probability(image_features: Tensor, text_features: Tensor, logit_s
 
 
 def retrieval_hits(image_features: Tensor, text_features: Tensor, labels: list[str]) -> Tensor:
-    """1 for each image whose nearest text, of all texts, reads as its own, else 0, fp32, (N,).
+    """Return 1 for each image whose nearest text, of all texts, equals its prompt, else 0, fp32, (N,).
 
     Args:
         image_features: (N, D), each of length 1.
         text_features: the text of each image, (N, D), each of length 1.
-        labels: what each text says; equal texts count as the same.
+        labels: the texts; equal texts count as the same.
     """
     nearest = (image_features @ text_features.T).argmax(-1).tolist()
     hits = [labels[index] == label for index, label in zip(nearest, labels, strict=True)]
@@ -48,10 +48,10 @@ def retrieval_hits(image_features: Tensor, text_features: Tensor, labels: list[s
 
 
 def cmmd(within_first: Tensor, within_second: Tensor, across: Tensor) -> Tensor:
-    """CMMD of two sets of pictures (Jayasumana et al. 2024, arXiv:2401.09603): 1000 MMD^2 of their features.
+    """Return the CMMD of two sets of images (Jayasumana et al. 2024, arXiv:2401.09603): 1000 MMD^2.
 
-    MMD^2 is the unbiased estimate (Gretton et al. 2012, lemma 6); the paper's is biased, and with a dozen
-    pictures the bias would outweigh the distance. Of sets that are alike it is about 0, also below.
+    MMD^2 is the unbiased estimate (Gretton et al. 2012, lemma 6). The paper's estimate is biased, and with a
+    dozen images the bias would outweigh the distance. For similar sets it is near 0, also slightly negative.
 
     Args:
         within_first: `gaussian_kernel` of each pair of the first set, NaN where there is no pair, (M, M).
@@ -62,7 +62,7 @@ def cmmd(within_first: Tensor, within_second: Tensor, across: Tensor) -> Tensor:
 
 
 def gaussian_kernel(first: Tensor, second: Tensor) -> Tensor:
-    """exp(-|x - y|^2 / (2 sigma^2)) of each pair, with CMMD's sigma of 10, fp64, (M, N).
+    """Return exp(-|x - y|^2 / (2 sigma^2)) of each pair, with CMMD's sigma of 10, fp64, (M, N).
 
     Args:
         first: (M, D), each of length 1.
@@ -72,12 +72,15 @@ def gaussian_kernel(first: Tensor, second: Tensor) -> Tensor:
 
 
 def pairs(matrix: Tensor) -> Tensor:
-    """`matrix`, (N, N), with NaN for each picture and itself, also where resampling draws it twice."""
+    """Return `matrix`, (N, N), with NaN on its diagonal: an image and itself are not a pair.
+
+    The NaN stays with the image when bootstrap resampling takes it twice, off the diagonal of the resample.
+    """
     return matrix.masked_fill(torch.eye(len(matrix), dtype=torch.bool), torch.nan)
 
 
 def diversity(similarities: Tensor) -> Tensor:
-    """1 minus the mean cosine similarity of each pair: 0 if all pictures are the same.
+    """Return 1 minus the mean cosine similarity of all pairs: 0 if all images are the same.
 
     Args:
         similarities: NaN where there is no pair, (N, N).
@@ -86,7 +89,7 @@ def diversity(similarities: Tensor) -> Tensor:
 
 
 def nearest(features: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """The cosine similarity to the nearest of `others`, (N,), and its index, (N,).
+    """Return the cosine similarity to the nearest of `others`, (N,), and its index, (N,).
 
     Args:
         features: (N, D), each of length 1.
@@ -97,15 +100,15 @@ def nearest(features: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def resamples(num_values: int, num_resamples: int, generator: torch.Generator) -> Tensor:
-    """Indices of bootstrap samples (Efron & Tibshirani 1993): draws with replacement, (R, N)."""
+    """Draw the indices of bootstrap resamples (Efron & Tibshirani 1993), with replacement, (R, N)."""
     return torch.randint(num_values, (num_resamples, num_values), generator=generator)
 
 
-def interval(draws: Tensor, confidence: float) -> tuple[float, float]:
-    """The percentile interval of a statistic's bootstrap draws, (R,): their middle `confidence`.
+def interval(statistics: Tensor, confidence: float) -> tuple[float, float]:
+    """Return the percentile interval of a statistic of bootstrap resamples, (R,): its middle `confidence`.
 
-    Draws are left out for which there is no statistic, NaN: one picture over and over has no pair.
+    NaN is ignored: a resample that consists of a single image has no pairs.
     """
     tail = (1 - confidence) / 2
-    low, high = draws.double().nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = statistics.double().nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high

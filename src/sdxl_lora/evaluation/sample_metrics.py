@@ -1,11 +1,12 @@
-"""What CLIP says of the samples, base model against adapter, and how sure that is.
+"""Metrics of the samples by CLIP, base model against adapter, with bootstrap intervals.
 
-Every metric is a statistic of a set of samples. The same prompts and seeds are drawn at each strength, so the
+Every metric is a statistic of a set of samples. Each strength has the same prompts and seeds, so the
 bootstrap resamples them together: the interval of a change is that of paired differences.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,62 +24,69 @@ from sdxl_lora.evaluation.metrics import (
     retrieval_hits,
     zero_shot_probability,
 )
-from sdxl_lora.inference.samples import Origin, Sample, strength_name
+from sdxl_lora.inference.samples import Origin, Sample, strength_key
 from sdxl_lora.runtime.rng import keyed_generator
 
 INTERVAL_COLUMNS = ("origin", "metric", "strength", "value", "low", "high")
-_FEWEST_PICTURES = 3
-"""Behind a distance or a diversity: two are one pair, whose interval would be a point."""
+_MIN_IMAGES = 3
+"""For a distance or a diversity: two images are one pair, whose interval would be a point."""
 
 _Statistic = Callable[[Tensor], Tensor]
-"""A figure of the samples at these indices, (N,): a scalar."""
+"""A scalar of the samples at these indices, (N,). Indices may repeat: the bootstrap calls it on resamples."""
 
 
-@dataclass
+class _SizedStatistic(NamedTuple):
+    """A statistic and the number of samples that it is of."""
+
+    num_samples: int
+    statistic: _Statistic
+
+
+@dataclass(frozen=True)
 class Metric:
-    """One figure of merit at every strength."""
+    """One metric at every strength."""
 
     name: str
     num_samples: int
-    """At each strength."""
-    statistics: dict[str, _Statistic] = field(default_factory=dict)
+    """Number of samples at each strength."""
+    statistics: dict[str, _Statistic]
     """By strength."""
 
 
 @dataclass(frozen=True)
 class _Measurement:
-    """A metric's values, and what the bootstrap says of them."""
+    """A metric's values and bootstrap intervals."""
 
     name: str
     values: dict[str, float]
     """By strength."""
     intervals: dict[str, tuple[float, float]]
-    """By strength: where the value lies with the confidence that params ask for."""
+    """By strength: low and high end at the confidence that params set."""
     change: tuple[float, float, float] | None
     """Adapter minus base model, and the ends of its interval; None if one of them was not sampled."""
 
 
 def measure(metric: Metric, config: EvaluationConfig) -> _Measurement:
-    """The metric of all samples, with bootstrap intervals (Efron & Tibshirani 1993)."""
-    draws = resamples(
-        metric.num_samples, config.resamples, keyed_generator(config.seed, "bootstrap", metric.name)
-    )
+    """Compute the metric of all samples, with bootstrap intervals (Efron & Tibshirani 1993)."""
+    generator = keyed_generator(config.seed, "bootstrap", metric.name)
+    rows = resamples(metric.num_samples, config.resamples, generator)
     everyone = torch.arange(metric.num_samples)
     values = {name: statistic(everyone).item() for name, statistic in metric.statistics.items()}
-    drawn = {
-        name: torch.stack([statistic(indices) for indices in draws])
+    # The same rows at every strength: this is what pairs the samples of one prompt and seed.
+    resampled = {
+        name: torch.stack([statistic(indices) for indices in rows])
         for name, statistic in metric.statistics.items()
     }
-    intervals = {name: interval(column, config.confidence) for name, column in drawn.items()}
+    intervals = {name: interval(column, config.confidence) for name, column in resampled.items()}
     change = None
     if {"base", "adapter"} <= values.keys():
-        ends = interval(drawn["adapter"] - drawn["base"], config.confidence)
+        ends = interval(resampled["adapter"] - resampled["base"], config.confidence)
         change = (values["adapter"] - values["base"], *ends)
     return _Measurement(metric.name, values, intervals, change)
 
 
 def as_numbers(measurements: Sequence[_Measurement]) -> dict[str, object]:
-    """Values under their names, and in `change` what the adapter changes, with the ends of its interval."""
+    """Return values by name, and under `change` each change by the adapter with the ends of its interval."""
     values = {m.name: m.values for m in measurements}
     numbers: dict[str, object] = {**values}
     if {"base", "adapter"} <= values.get("diversity", {}).keys():
@@ -90,7 +98,7 @@ def as_numbers(measurements: Sequence[_Measurement]) -> dict[str, object]:
 
 
 def interval_rows(measurements: Sequence[_Measurement], origin: Origin) -> list[dict[str, object]]:
-    """A row with INTERVAL_COLUMNS for each metric and strength, of samples with prompts of one origin."""
+    """Return a row with INTERVAL_COLUMNS for each metric and strength; all prompts are of one origin."""
     return [
         {
             "origin": origin,
@@ -112,47 +120,64 @@ def sample_metrics(
     scorer: ImageTextScorer,
     style: StyleConfig | None,
 ) -> list[Metric]:
-    """The metrics that these samples allow.
+    """Return the metrics that these samples allow.
 
-    `clip_score`; `retrieval_at_1` among the prompts in the trained style (all, if there are no styles) and
-    `other_retrieval_at_1` among the others, at each strength; `diversity` of its pictures;
-    `style_distance`, CMMD to the held-out images of the prompts in the trained style (all, if there are no
-    styles); and, if there are styles, `style_probability` of prompts in the trained style and
-    `other_style_probability` of prompts in the others, each for the style that the prompt asks for. The last
-    falls where the adapter makes the model forget. Fewer than FEWEST_PICTURES have no distance or diversity.
+    - `clip_score` of all samples;
+    - `retrieval_at_1` among the prompts in the trained style, `other_retrieval_at_1` among the others;
+    - `style_probability` of prompts in the trained style and `other_style_probability` of the others, each
+      for the style that the prompt names; the latter falls if the adapter makes the model forget styles;
+    - `style_distance`, CMMD between the samples of prompts in the trained style and the held-out images;
+    - `diversity` of all samples.
+
+    Without `style` all prompts count as in the trained style, and there are no probabilities. Fewer than
+    `_MIN_IMAGES` images have no distance and no diversity.
 
     Args:
         features: of the samples, (N, D), each of length 1.
         held_out_features: of real images in the trained style, (M, D), each of length 1.
     """
-    found: dict[str, Metric] = {}
-
-    def add(name: str, strength: str, num_samples: int, statistic: _Statistic) -> None:
-        metric = found.setdefault(name, Metric(name, num_samples))
-        assert metric.num_samples == num_samples, "every strength draws the same prompts and seeds"
-        metric.statistics[strength] = statistic
-
+    by_strength: dict[str, dict[str, _SizedStatistic]] = {}
     for value in dict.fromkeys(sample.strength for sample in samples):
-        rows = torch.tensor([row for row, sample in enumerate(samples) if sample.strength == value])
-        strength, images = strength_name(value).replace(" ", "_"), features[rows]
-        prompts = [samples[row].prompt for row in rows.tolist()]
-        texts = scorer.text_features(prompts)
-        add("clip_score", strength, len(rows), mean_of(clip_score(images, texts)))
-        trained = [n for n, prompt in enumerate(prompts) if style is None or style.target in prompt]
-        others = [n for n in range(len(prompts)) if n not in trained]
-        for name, chosen in (("retrieval_at_1", trained), ("other_retrieval_at_1", others)):
-            if chosen:
-                hits = retrieval_hits(images[chosen], texts[chosen], [prompts[n] for n in chosen])
-                add(name, strength, len(chosen), mean_of(hits))
-        for name, values in _style_probabilities(prompts, images, scorer, style).items():
-            add(name, strength, len(values), mean_of(values))
-        in_style = images[trained]
-        if len(in_style) >= _FEWEST_PICTURES and len(held_out_features) > 1:
-            distance = _distance_to(in_style, held_out_features)
-            add("style_distance", strength, len(in_style), distance)
-        if len(images) >= _FEWEST_PICTURES:
-            add("diversity", strength, len(images), _diversity_of(images))
-    return list(found.values())
+        rows = [row for row, sample in enumerate(samples) if sample.strength == value]
+        prompts = [samples[row].prompt for row in rows]
+        by_strength[strength_key(value)] = _statistics(
+            prompts, features[rows], held_out_features, scorer, style
+        )
+    names = dict.fromkeys(name for statistics in by_strength.values() for name in statistics)
+    return [_metric(name, by_strength) for name in names]
+
+
+def _metric(name: str, by_strength: Mapping[str, Mapping[str, _SizedStatistic]]) -> Metric:
+    """Collect one metric's statistics from every strength that has it."""
+    found = {strength: sized[name] for strength, sized in by_strength.items() if name in sized}
+    (num_samples,) = {sized.num_samples for sized in found.values()}  # all strengths share prompts and seeds
+    return Metric(name, num_samples, {strength: sized.statistic for strength, sized in found.items()})
+
+
+def _statistics(
+    prompts: Sequence[str],
+    images: Tensor,
+    held_out: Tensor,
+    scorer: ImageTextScorer,
+    style: StyleConfig | None,
+) -> dict[str, _SizedStatistic]:
+    """Return the statistics of the samples of one strength, by metric."""
+    texts = scorer.text_features(prompts)
+    in_style = [n for n, prompt in enumerate(prompts) if style is None or style.target in prompt]
+    others = [n for n in range(len(prompts)) if n not in in_style]
+    values = {"clip_score": clip_score(images, texts)}
+    for name, chosen in (("retrieval_at_1", in_style), ("other_retrieval_at_1", others)):
+        if chosen:
+            values[name] = retrieval_hits(images[chosen], texts[chosen], [prompts[n] for n in chosen])
+    if style is not None:
+        values |= _style_probabilities(prompts, images, scorer, style)
+    found = {name: _SizedStatistic(len(column), mean_of(column)) for name, column in values.items()}
+    if len(in_style) >= _MIN_IMAGES and len(held_out) > 1:
+        distance = _distance_to(images[in_style], held_out)
+        found["style_distance"] = _SizedStatistic(len(in_style), distance)
+    if len(images) >= _MIN_IMAGES:
+        found["diversity"] = _SizedStatistic(len(images), _diversity_of(images))
+    return found
 
 
 def mean_of(values: Tensor) -> _Statistic:
@@ -160,23 +185,21 @@ def mean_of(values: Tensor) -> _Statistic:
 
 
 def _diversity_of(images: Tensor) -> _Statistic:
-    similarities = pairs(images @ images.T)
+    similarities = pairs(images @ images.T)  # once: a resample only picks rows and columns
     return lambda indices: diversity(similarities[indices][:, indices])
 
 
 def _distance_to(images: Tensor, held_out: Tensor) -> _Statistic:
-    """CMMD to the held-out images, which are taken as they are: not resampled."""
+    """Return CMMD to the held-out images, which are not resampled."""
     within, across = pairs(gaussian_kernel(images, images)), gaussian_kernel(images, held_out)
     within_held_out = pairs(gaussian_kernel(held_out, held_out))
     return lambda indices: cmmd(within[indices][:, indices], within_held_out, across[indices])
 
 
 def _style_probabilities(
-    prompts: Sequence[str], images: Tensor, scorer: ImageTextScorer, style: StyleConfig | None
-) -> Mapping[str, Tensor]:
-    """Probability of the style that each prompt asks for, apart for the trained style and the others."""
-    if style is None:
-        return {}
+    prompts: Sequence[str], images: Tensor, scorer: ImageTextScorer, style: StyleConfig
+) -> dict[str, Tensor]:
+    """Return the probability of the style that each prompt names, trained style and others apart."""
     found: dict[str, list[Tensor]] = {}
     for prompt, image in zip(prompts, images, strict=True):
         candidates = style_candidates(prompt, style)
@@ -189,9 +212,9 @@ def _style_probabilities(
 
 
 def style_candidates(prompt: str, style: StyleConfig) -> list[str]:
-    """The prompt, and the prompt with each other style in place of its own; nothing if it names no style."""
+    """Return the prompt, and the prompt with its style replaced by each other one; empty without a style."""
     styles = [style.target, *style.others]
-    own = next((name for name in styles if name in prompt), None)
-    if own is None:
+    named = next((name for name in styles if name in prompt), None)
+    if named is None:
         return []
-    return [prompt, *(prompt.replace(own, name) for name in styles if name != own)]
+    return [prompt, *(prompt.replace(named, name) for name in styles if name != named)]

@@ -1,6 +1,6 @@
-"""Pictures from prompts and noise by diffusers' pipeline, on a GPU with its UNet in fewer kernels, recorded.
+"""Images from prompts and noise by diffusers' pipeline; on a GPU with fused modules and a CUDA graph.
 
-Knows neither files nor which pictures are wanted.
+Handles neither files nor the choice of prompts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,17 +26,17 @@ from sdxl_lora.models.text_encoders import TextEncoders
 
 @dataclass(frozen=True)
 class _UNetInputs:
-    """What the pipeline gives the UNet at each step; shapes as in `sdxl.predict`, but for the timestep."""
+    """The UNet's inputs at one step; shapes as in `sdxl.predict`, except for the timestep."""
 
     noisy_latents: Tensor
     timestep: Tensor
-    """Of all examples, ()."""
+    """One for all examples, ()."""
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor
     time_ids: Tensor
 
     def to(self, device: torch.device) -> Self:
-        """A copy on `device`: the pipeline goes on with its own."""
+        """Return a copy on `device`; the pipeline keeps using its own tensors."""
         return replace(self, **{name: t.to(device, copy=True) for name, t in vars(self).items()})
 
     def tensors(self) -> list[Tensor]:
@@ -44,7 +44,7 @@ class _UNetInputs:
 
 
 def prepare_pipeline(pipeline: StableDiffusionXLPipeline, config: SamplingConfig) -> None:
-    """Makes the pipeline fast on a GPU; on a CPU, where nothing is gained, it stays as it is."""
+    """Make the pipeline faster on a GPU; on a CPU, where nothing would be gained, leave it unchanged."""
     if pipeline.device.type == "cpu":
         return
     side = config.resolution // pipeline.vae_scale_factor
@@ -56,7 +56,7 @@ def prepare_pipeline(pipeline: StableDiffusionXLPipeline, config: SamplingConfig
 def fuse_pipeline(
     unet: UNet2DConditionModel, text_encoders: TextEncoders, vae: AutoencoderKL, backend: AttentionBackend
 ) -> None:
-    """Gives a pipeline's modules the fused classes, in channels_last on a GPU."""
+    """Replace the classes of a pipeline's modules by the fused ones, in channels_last on a GPU."""
     fuse_unet(unet, backend)
     for text_encoder in text_encoders:
         fuse_text_encoder(text_encoder)
@@ -65,9 +65,10 @@ def fuse_pipeline(
 
 @contextmanager
 def use_cuda_graph(unet: UNet2DConditionModel) -> Iterator[None]:
-    """Replays the UNet's kernels as a CUDA graph while the block runs; on a CPU it runs as ever.
+    """Replay the UNet's kernels as a CUDA graph inside the block; on a CPU change nothing.
 
-    Whatever steers it but its inputs, an adapter's strength above all, must stay as it is in the block.
+    A graph repeats what was captured: everything that affects the UNet except its inputs, such as the
+    adapter's strength, must not change inside the block.
     """
     call: Callable[[_UNetInputs], Tensor] = partial(_call_unet, unet.forward)
     if unet.device.type == "cuda":
@@ -89,14 +90,14 @@ def _unet_forward(
     added_cond_kwargs: dict[str, Tensor],
     **_: Any,
 ) -> tuple[Tensor]:
-    """The UNet's forward as diffusers' pipeline calls it."""
+    """Call the UNet with the arguments that diffusers' pipeline passes."""
     conditions = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
     prediction = call(_UNetInputs(sample, timestep, encoder_hidden_states, *conditions))
-    return (prediction.clone(),)  # schedulers may keep it, and a replay overwrites its own
+    return (prediction.clone(),)  # schedulers may keep it, and the next replay overwrites the graph's output
 
 
 def _call_unet(unet: Callable[..., Any], inputs: _UNetInputs) -> Tensor:
-    """The prediction, (B, 4, H/8, W/8)."""
+    """Return the prediction, (B, 4, H/8, W/8)."""
     return predict(unet, *inputs.tensors())
 
 
@@ -104,7 +105,11 @@ def _call_unet(unet: Callable[..., Any], inputs: _UNetInputs) -> Tensor:
 def generate_images(
     pipeline: StableDiffusionXLPipeline, config: SamplingConfig, prompts: Sequence[str], noise: Tensor
 ) -> list[Image]:
-    """One image a prompt, from `noise`, (B, 4, H/8, W/8)."""
+    """Generate one image a prompt from `noise`, (B, 4, H/8, W/8).
+
+    Raises:
+        FloatingPointError: an image has pixels that are not finite.
+    """
     pixels = pipeline(
         list(prompts),
         negative_prompt=None if config.negative_prompt is None else [config.negative_prompt] * len(prompts),
@@ -118,7 +123,7 @@ def generate_images(
     for prompt, image in zip(prompts, pixels, strict=True):
         if not torch.isfinite(image).all():  # would be saved as black
             raise FloatingPointError(
-                f"the picture of {prompt!r} has pixels that are not finite: set sampling.precision to bf16 "
+                f"the image of {prompt!r} has pixels that are not finite: set sampling.precision to bf16 "
                 "or fp32, or model.vae to one that is safe in fp16"
             )
     processor = pipeline.image_processor

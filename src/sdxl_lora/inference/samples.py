@@ -1,17 +1,21 @@
-"""Pictures on disk and what each was drawn from: what sampling writes and evaluation reads."""
+"""Samples on disk: image files and a table of their prompts, seeds and strengths.
+
+Sampling writes them, evaluation and reports read them.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
-from torch import Generator
 
-from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.storage.atomic_io import atomic_write, write_text
+
+if TYPE_CHECKING:
+    from torch import Generator
 
 Origin = Literal["free", "training", "held_out"]
 """Where a prompt comes from: params, the caption of a training image, or that of a held-out one."""
@@ -21,7 +25,7 @@ ORIGINS: dict[Origin, str] = {
     "training": "captions of training images",
     "held_out": "captions of held-out images",
 }
-"""What people call them."""
+"""Their names in reports."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one picture was drawn from; a line of the table."""
+    """The inputs that one image was generated from; a line of the table."""
 
     file: str
     """Path below the folder of samples."""
@@ -43,34 +47,41 @@ class Sample:
     strength: float
     """Factor of the adapter's update: 0 is the base model."""
     origin: Origin = "free"
-    """Of the prompt."""
+    """Origin of the prompt."""
 
 
 def strength_name(value: float) -> str:
-    """What people call a strength: 0 is the base model, 1 the adapter as it was trained."""
+    """Return a strength's name in reports: 0 is the base model, 1 the adapter as trained."""
     return {0.0: "base", 1.0: "adapter"}.get(value, f"strength {value:g}")
 
 
+def strength_key(value: float) -> str:
+    """Return a strength's key in metrics.json: its name without spaces."""
+    return strength_name(value).replace(" ", "_")
+
+
 def sample_file(number: int, seed: int, strength: float) -> str:
-    """Where the picture of the prompt at place `number` lies below the folder of samples."""
+    """Return the path, below the folder of samples, of the image of prompt `number`."""
     return f"strength-{strength:g}/{number:02d}-seed-{seed}.png"
 
 
 def _prompt_number(file: str) -> int:
-    """The place of the prompt that a file of `sample_file` was drawn from."""
+    """Return the prompt's number in a path that `sample_file` returned."""
     return int(Path(file).name.split("-")[0])
 
 
-def sample_generator(number: int, seed: int) -> Generator:
-    """Of the noise that the prompt at place `number` is drawn from."""
+def sample_generator(number: int, seed: int) -> "Generator":
+    """Return the generator of the initial noise for prompt `number`."""
+    from sdxl_lora.runtime.rng import keyed_generator  # loads torch, which the table does not need
+
     return keyed_generator("sample", number, seed)
 
 
 def save_sample(folder: Path, sample: Sample, image: Image, settings: Mapping[str, object]) -> None:
-    """Writes the picture as a PNG whose text chunk `parameters` says in JSON what it was drawn from.
+    """Write the image as a PNG whose text chunk `parameters` holds in JSON what it was generated from.
 
-    With the adapter and the base model that is enough for diffusers to draw it again. Its `latents` are
-    standard normal draws on the CPU, (1, 4, H/8, W/8), by a torch.Generator with the seed `noise_seed`.
+    With the adapter and the base model this suffices to reproduce the image in diffusers. Its `latents` are
+    standard normal noise from a CPU torch.Generator with the seed `noise_seed`, (1, 4, H/8, W/8).
     """
     seed = sample_generator(_prompt_number(sample.file), sample.seed).initial_seed()
     info = PngInfo()
@@ -81,13 +92,13 @@ def save_sample(folder: Path, sample: Sample, image: Image, settings: Mapping[st
 
 
 def save_table(path: Path, samples: Sequence[Sample]) -> None:
-    """One line of JSON a picture."""
+    """Write one line of JSON a sample."""
     lines = (json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
     write_text(path, "".join(lines))
 
 
 def load_table(path: Path) -> list[Sample]:
-    """The samples that `save_table` put down.
+    """Read the samples that `save_table` wrote.
 
     Raises:
         FileNotFoundError: nothing was sampled.

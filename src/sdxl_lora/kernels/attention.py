@@ -1,6 +1,6 @@
 """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1), by various kernels.
 
-Which is the fastest depends on GPU, precision and shapes, so `choose_attention` measures it. Knows no model.
+Which one is fastest depends on GPU, precision and shapes, so `choose_attention` measures it. Knows no model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,41 +24,43 @@ _KERNELS = {
     "math": SDPBackend.MATH,
 }
 _CANDIDATES: tuple[AttentionBackend, ...] = ("cudnn", "triton", "flash", "efficient", "xformers")
-_TOLERANCE = 0.02  # relative error of outputs and gradients; bf16 alone makes 0.005
+_TOLERANCE = 0.02  # relative error of outputs and gradients; rounding to bf16 makes 0.005
 _REPEATS = 10
-_TRITON_PREFERENCE = (
-    1.05  # on `triton`: its gradients spare the merged projections a copy, 6 % of attention on an H100
-)
+_TRITON_PREFERENCE = 1.05
+"""`triton` is chosen up to this factor of the least time. Its gradients save the merged projections a copy,
+which takes 6 % of attention's time on an H100 and is not part of the measurement."""
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """The size of attentions that a model has `count` of."""
+    """The size of `count` attention layers of a model."""
 
     batch: int
     queries: int
     keys: int
     heads: int
     width: int
-    """Of a head, D."""
+    """Width of a head, D."""
     count: int
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackend) -> Tensor:
-    """softmax(Q K^T / sqrt(D)) V. To a caption's few tokens by a kernel for that, if a GPU can run it.
+    """Return softmax(Q K^T / sqrt(D)) V.
+
+    Where a GPU can run it, `short_kv_attention` takes up to 128 keys, such as those of a caption.
 
     Args:
         query: (B, L, H, D).
         key: (B, S, H, D).
         value: shaped as `key`.
-        backend: whose kernels otherwise; `sdpa` leaves the choice to PyTorch, `math` means plain arithmetic
-            always.
+        backend: whose kernels run otherwise; `sdpa` leaves the choice to PyTorch. `math` is plain arithmetic
+            for any number of keys.
 
     Returns:
         (B, L, H, D).
 
     Raises:
-        RuntimeError: the backend cannot run on this device, or with these shapes.
+        RuntimeError: the backend cannot run on this device, or not with these shapes.
     """
     if backend != "math" and supports_short_kv(query, key):
         return short_kv_attention(query, key, value)
@@ -78,14 +80,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackend)
 def choose_attention(
     asked: Attention, shapes: Sequence[AttentionShape], dtype: torch.dtype, device: torch.device
 ) -> AttentionBackend:
-    """The backend asked for if it can serve; for `auto` the fastest that can.
+    """Return the backend asked for if it is usable; for `auto` the fastest that is.
 
-    Fastest is the one that takes the least time on `device` for a forward and backward pass of all `shapes`.
+    The fastest takes the least time on `device` for a forward and backward pass of all `shapes`.
 
     Raises:
         ValueError: the backend asked for cannot run here, or computes wrong numbers; says why.
     """
-    if device.type == "meta":  # nothing to measure; all fused kernels keep the same
+    if device.type == "meta":  # nothing to measure; all fused kernels keep the same tensors for the gradient
         return "math" if asked == "math" else "sdpa"
     candidates = _CANDIDATES if asked == "auto" else (asked,)
     if device.type != "cuda" and asked == "auto":
@@ -100,7 +102,10 @@ def choose_attention(
         return able[0]
     if asked == "auto":
         return "sdpa"
-    install = "install it with `pip install -e '.[xformers]'` (torch 2.10.0 exactly), or "
+    install = (
+        "install it with `pip install -e '.[xformers]'` (xformers 0.0.35 needs torch 2.10 or later, and "
+        "libcudart.so.12, which `pip install nvidia-cuda-runtime-cu12` brings), or "
+    )
     raise ValueError(
         f"training.attention is {asked!r}, which cannot run here ({faults[asked]}): "
         f"{install if asked == 'xformers' else ''}set training.attention to auto"
@@ -108,7 +113,7 @@ def choose_attention(
 
 
 def fastest_backend(times: Mapping[AttentionBackend, float]) -> AttentionBackend:
-    """The backend that takes the least time, with some grace for the one that saves time elsewhere."""
+    """Return the backend that takes the least time, or `triton` if it is nearly as fast."""
     least = min(times, key=times.__getitem__)
     return "triton" if times.get("triton", inf) <= _TRITON_PREFERENCE * times[least] else least
 
@@ -116,9 +121,9 @@ def fastest_backend(times: Mapping[AttentionBackend, float]) -> AttentionBackend
 def default_attention(
     shapes: Sequence[AttentionShape], dtype: torch.dtype, device: torch.device
 ) -> AttentionBackend:
-    """The backend that is usually the fastest of those that can serve, without a measurement.
+    """Return the backend that is usually the fastest of the usable ones, without a measurement.
 
-    So the same machine always takes the same, and what it computes repeats to the bit.
+    Measured times vary. This choice does not, so results of one machine stay bit-identical.
     """
     if device.type != "cuda":
         return "sdpa"
@@ -129,7 +134,7 @@ def default_attention(
 def unusable_because(
     backend: AttentionBackend, shapes: Sequence[AttentionShape], dtype: torch.dtype, device: torch.device
 ) -> str | None:
-    """Why `backend` cannot serve, None if it can: it fails, or differs from plain arithmetic in fp32."""
+    """Return why `backend` fails, or differs from plain arithmetic in fp32; None if it is usable."""
     for shape in shapes:
         small = replace(shape, batch=1, heads=1)
         exact = forward_backward(random_qkv(small, torch.float32, device), "math")
@@ -138,7 +143,7 @@ def unusable_because(
         except (ImportError, NotImplementedError, RuntimeError) as error:
             return str(error).strip().partition("\n")[0]
         error_ = max(float((a.float() - b).norm() / b.norm()) for a, b in zip(ours, exact, strict=True))
-        if not error_ < _TOLERANCE:
+        if not error_ < _TOLERANCE:  # also if it is NaN
             return f"its numbers are off by {error_:.1%}"
     return None
 
@@ -146,7 +151,7 @@ def unusable_because(
 def _time_milliseconds(
     shapes: Sequence[AttentionShape], dtype: torch.dtype, device: torch.device, backend: AttentionBackend
 ) -> float:
-    """Time of a forward and backward pass of all `shapes` on a GPU."""
+    """Return the milliseconds of a forward and backward pass of all `shapes` on a GPU."""
     total = 0.0
     for shape in shapes:
         run = partial(forward_backward, random_qkv(shape, dtype, device), backend)
@@ -155,11 +160,14 @@ def _time_milliseconds(
 
 
 def _fastest_replay(function: Callable[[], object], device: torch.device) -> float:
-    """Least time of the function's kernels, milliseconds, replayed as a graph to leave out their launches."""
+    """Return the least milliseconds of the function's kernels, replayed as a graph to leave out launches.
+
+    The training step is replayed the same way, so launches cost it nothing.
+    """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        function()
+        function()  # Triton compiles, and libraries allocate, in a first call; a capture allows neither
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -176,7 +184,7 @@ def _fastest_replay(function: Callable[[], object], device: torch.device) -> flo
 
 
 def random_qkv(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """Query, key, value and the output's gradient, standard normal."""
+    """Return a query, key, value and gradient of the output, standard normal."""
     lengths = (shape.queries, shape.keys, shape.keys, shape.queries)
     random = keyed_generator("attention")
     return tuple(
@@ -186,7 +194,7 @@ def random_qkv(shape: AttentionShape, dtype: torch.dtype, device: torch.device) 
 
 
 def forward_backward(tensors: Sequence[Tensor], backend: AttentionBackend) -> tuple[Tensor, ...]:
-    """The output and the gradients of query, key and value, from what `random_qkv` returns."""
+    """Return the output and the gradients of query, key and value, for tensors of `random_qkv`."""
     query, key, value = (tensor.detach().requires_grad_() for tensor in tensors[:3])
     output = attend(query, key, value, backend)
     return (output.detach(), *torch.autograd.grad(output, (query, key, value), tensors[3]))

@@ -1,7 +1,8 @@
-"""Scaled dot-product attention by kernels of our own, as operators that PyTorch can differentiate.
+"""Scaled dot-product attention by Triton kernels, as operators that PyTorch can differentiate.
 
-Both repeat to the bit. Gradients lie in memory beside each other as their tensors do, so that projections
-which were merged find theirs merged too. Knows no model and no other kernels.
+Two runs give bit-identical results. Gradients of query, key and value lie in one block of memory in the order
+of these tensors, so that the backward pass of merged projections needs no copy. Knows no model and no other
+kernels.
 """
 
 from collections.abc import Sequence
@@ -11,35 +12,35 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-_MAX_KEYS = 128  # whose scores with a tile of queries a program can hold
-_HEAD_DIMS = (16, 32, 64)  # of a head: what tensor cores take and a program can hold
-_MIN_CAPABILITY = (8, 0)  # of GPUs from Ampere on; before, Triton has no tensor cores
+_MAX_KEYS = 128  # a program holds the scores of a tile of queries with all keys
+_HEAD_DIMS = (16, 32, 64)  # tensor cores need 16 or more; wider heads fill a program's shared memory
+_MIN_CAPABILITY = (8, 0)  # Ampere: on older GPUs Triton does not use tensor cores
 
 
 def supports_triton(device: torch.device) -> bool:
-    """Whether a device can run these kernels: a GPU, whose place `meta` takes in forecasts."""
+    """Return whether a device can run these kernels: a GPU, or `meta`, which stands for one in forecasts."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= _MIN_CAPABILITY
     return device.type == "meta"
 
 
 def supports_short_kv(query: Tensor, key: Tensor) -> bool:
-    """Whether `short_kv_attention` takes these."""
+    """Return whether `short_kv_attention` can attend to these."""
     return key.shape[1] <= _MAX_KEYS and query.shape[-1] in _HEAD_DIMS and supports_triton(query.device)
 
 
 def short_kv_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:
-    """softmax(Q K^T / sqrt(D)) V where there are few keys, as to a caption's tokens.
+    """Return softmax(Q K^T / sqrt(D)) V for few keys, as those of a caption.
 
-    A row of scores is a part of one tile, so that nothing is kept for the gradient but what was given: the
-    gradient computes the softmax anew, and the sums that it needs (Dao 2022, arXiv:2205.14135, appendix B.2)
-    from that instead of from the output.
+    All scores of a row are in one tile. So only the inputs are kept for the gradient, which computes the
+    softmax a second time, and from it the sums that others compute from the output (Dao 2022,
+    arXiv:2205.14135, appendix B.2).
 
     Args:
         query: (B, L, H, D).
         key: (B, S, H, D), S <= 128.
         value: shaped as `key`.
-        causal: a query sees no key of a higher number.
+        causal: query i sees keys 0 to i only.
 
     Returns:
         (B, L, H, D).
@@ -48,10 +49,11 @@ def short_kv_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool =
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(D)) V over tiles of keys (Dao 2023, arXiv:2307.08691).
+    """Return softmax(Q K^T / sqrt(D)) V, computed over tiles of keys (Dao 2023, arXiv:2307.08691).
 
-    The gradient is two kernels, one for keys and values and one for queries, of which each computes the
-    scores by itself: seven products where others take five, but none has to wait for another's sums.
+    The gradient is two kernels, one for keys and values and one for queries, and each computes the scores:
+    seven products where others take five. In return no program adds to another's result, which atomic
+    additions would do in an order that differs between runs.
 
     Args:
         query: (B, L, H, D).
@@ -62,25 +64,27 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         (B, L, H, D).
 
     Raises:
-        RuntimeError: the heads' width is not one that it takes, or the GPU is none that it takes.
+        RuntimeError: unsupported head dimension, or not a GPU of compute capability 8.0 or later.
     """
     if query.shape[-1] not in _HEAD_DIMS:
         raise RuntimeError(
-            f"it takes heads of width {', '.join(map(str, _HEAD_DIMS))}, not {query.shape[-1]}"
+            f"it supports head dimensions {', '.join(map(str, _HEAD_DIMS))}, not {query.shape[-1]}"
         )
     if not supports_triton(query.device):
         raise RuntimeError(
-            f"it needs an NVIDIA GPU of compute capability {'.'.join(map(str, _MIN_CAPABILITY))}"
+            f"it needs an NVIDIA GPU of compute capability {'.'.join(map(str, _MIN_CAPABILITY))} or later"
         )
     return _flash_forward(*_contiguous_last_dim(query, key, value))[0]
 
 
 def _contiguous_last_dim(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, copied where a row's numbers are no neighbours in memory."""
+    """Return the tensors, copied if the last dimension is not contiguous."""
     return tuple(tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors)
 
 
-# Triton is imported where it runs: PyTorch's builds for CPUs come without it.
+# Each operator is a typed signature, from which PyTorch derives its schema, around a Triton launcher. Triton
+# is imported where it runs, since PyTorch's builds for CPUs come without it. `register_fake` gives the
+# results' shapes for `meta` tensors, whose memory is forecast.
 
 
 @torch.library.custom_op("sdxl_lora::few_keys", mutates_args=())
@@ -90,6 +94,8 @@ def _short_kv_forward(query: Tensor, key: Tensor, value: Tensor, causal: bool) -
     return short_kv_attention.launch_short_kv_forward(query, key, value, causal)
 
 
+# Backward operators write into memory that they are given: an operator's result may not be a view of
+# another's.
 @torch.library.custom_op("sdxl_lora::few_keys_gradient", mutates_args=("dquery", "dkey", "dvalue"))
 def _short_kv_backward(
     doutput: Tensor,
@@ -108,7 +114,7 @@ def _short_kv_backward(
 
 @torch.library.custom_op("sdxl_lora::flash", mutates_args=())
 def _flash_forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The output, and the logarithm to base 2 of each row's sum of exponentials, (B, H, L)."""
+    """Return the output, and the logarithm to base 2 of each row's sum of exponentials, (B, H, L)."""
     from sdxl_lora.kernels.triton import flash_attention
 
     return flash_attention.launch_flash_forward(query, key, value)
@@ -132,25 +138,26 @@ def _flash_backward(
 
 
 @_short_kv_forward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+def _(query: Tensor, *_: Any) -> Tensor:
     return query.new_empty(query.shape)
 
 
 @_flash_forward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    batch, num_queries, num_heads, _ = query.shape
+def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, num_queries, num_heads = query.shape[:3]
     return query.new_empty(query.shape), query.new_empty(batch, num_heads, num_queries, dtype=torch.float32)
 
 
 def _empty_gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Room for gradients of tensors (B, L, H, D): in one block, (B, L, n, H, D), for n of the same length.
+    """Allocate gradients of tensors (B, L, H, D): one block, (B, L, n, H, D), for n of the same length.
 
-    Their order in it is the tensors' own in memory.
+    Merged projections compute query, key and value as parts of one result. With the gradients in the same
+    order, their backward pass reads the block as the gradient of that result, without a copy.
     """
     gradients: dict[int, Tensor] = {}
     for length in {tensor.shape[1] for tensor in tensors}:
         places = [place for place, tensor in enumerate(tensors) if tensor.shape[1] == length]
-        places.sort(key=lambda place: tensors[place].storage_offset())
+        places.sort(key=lambda place: tensors[place].storage_offset())  # the order of the parts in memory
         batch, _, heads, width = tensors[places[0]].shape
         block = tensors[places[0]].new_empty(batch, length, len(places), heads, width)
         gradients |= {place: block[:, :, number] for number, place in enumerate(places)}
@@ -170,7 +177,7 @@ def _short_kv_autograd(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _flash_setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # nothing differentiates the log sums: no zeros for their gradient
     ctx.save_for_backward(*inputs, *output)
 
 
@@ -186,7 +193,7 @@ _flash_forward.register_autograd(_flash_autograd, setup_context=_flash_setup_con
 
 
 def _count_flops(query: torch.Size, key: torch.Size, num_products: int) -> int:
-    """As PyTorch counts those of its own attention: with masked halves, without what is computed twice."""
+    """Return the operations as PyTorch counts its attention: masked scores included, repeated ones not."""
     batch, num_queries, num_heads, width = query
     return num_products * 2 * batch * num_heads * num_queries * key[1] * width
 

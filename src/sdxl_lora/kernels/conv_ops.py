@@ -1,7 +1,7 @@
-"""Work on images around convolutions, in few passes over memory: normalisation, biases, residual sums.
+"""Operations around convolutions, in few passes over memory: group normalisation, biases, residual sums.
 
-On a GPU these are Triton kernels, which compute in fp32 where PyTorch rounds between its kernels; elsewhere
-they are PyTorch's own operators, which say what is meant. Frozen weights get no gradient.
+On a GPU these are Triton kernels, which compute in fp32 where PyTorch rounds between its kernels. Elsewhere
+they are PyTorch's operators, which define the result. Frozen weights get no gradient.
 """
 
 from typing import Any
@@ -23,17 +23,21 @@ def group_norm(
     silu: bool,
     shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Group normalisation (Wu & He 2018, arXiv:1803.08494), then SiLU if `silu`.
+    """Return the group normalisation of `x` (Wu & He 2018, arXiv:1803.08494), then SiLU if `silu`.
 
     Args:
-        x: (N, C, H, W); on a GPU in channels_last, or it is copied into that format.
+        x: (N, C, H, W); on a GPU it is copied to channels_last if it is not in that format.
         weight: frozen, (C,).
         bias: frozen, (C,).
-        shift: added to x before, (N, C).
+        num_groups: G, a divisor of C.
+        eps: added to the variance.
+        silu: whether SiLU follows.
+        shift: added to x before the normalisation, (N, C): the time embedding.
 
     Returns:
-        x, for whoever else reads it, as its gradient then takes no sum of its own; and the result, shaped and
-        laid out as x.
+        x, for the residual connection, and the result, with the shape and memory format of x. With both as
+        results of one function, one kernel adds the gradient of the residual connection to that of the
+        normalisation.
     """
     if uses_triton(x):
         x = x.contiguous(memory_format=torch.channels_last)
@@ -58,24 +62,24 @@ class _GroupNorm(torch.autograd.Function):
         y, mean, rstd = _group_norm_forward_op(x, shift, weight, bias, num_groups, eps, silu)
         ctx.save_for_backward(x, shift, mean, rstd, weight, bias)
         ctx.silu = silu
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # x may have no other reader: no zeros to add
         return x, y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dx_beside: Tensor | None, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dresidual: Tensor | None, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, shift, *rest = ctx.saved_tensors
-        dx, dshift = _group_norm_backward_op(dx_beside, dy, x, shift, *rest, ctx.silu)
+        dx, dshift = _group_norm_backward_op(dresidual, dy, x, shift, *rest, ctx.silu)
         return (dx, None if shift is None else dshift, *[None] * 5)
 
 
 def residual_sum(residual: Tensor, update: Tensor, bias: Tensor | None) -> Tensor:
-    """The sum of two images of equal shape and a frozen bias.
+    """Return the sum of two images of equal shape and a frozen bias.
 
     Args:
-        residual: (N, C, H, W); on a GPU in channels_last, or it is copied into that format.
+        residual: (N, C, H, W); on a GPU it is copied to channels_last if it is not in that format.
         update: shaped as `residual`.
-        bias: (C,).
+        bias: (C,), or None for none.
     """
     if bias is None:
         return residual + update
@@ -88,12 +92,14 @@ def residual_sum(residual: Tensor, update: Tensor, bias: Tensor | None) -> Tenso
 def frozen_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
 ) -> Tensor:
-    """A convolution whose weights get no gradient, so that it need not keep its input.
+    """Return a convolution whose weights get no gradient: its input is not kept for the backward pass.
 
     Args:
         x: (N, C, H, W).
         weight: frozen, (O, C, K, K).
         bias: frozen, (O,).
+        stride: of both sides.
+        padding: of both sides.
     """
     return _FrozenConv2d.apply(x, weight, bias, stride, padding)  # type: ignore[no-untyped-call]
 
@@ -115,8 +121,8 @@ class _FrozenConv2d(torch.autograd.Function):
         if bias is None or not (channels_last and uses_triton(x)):
             return functional.conv2d(x, weight, bias, stride, padding)
         y = functional.conv2d(x, weight, None, stride, padding)
-        y = y.contiguous(memory_format=torch.channels_last)  # not every kernel gives what it takes
-        _add_bias_op(y, bias)  # cuDNN leaves it to PyTorch, which takes twice the time
+        y = y.contiguous(memory_format=torch.channels_last)  # not every cuDNN kernel keeps the format
+        _add_bias_op(y, bias)  # PyTorch adds the bias in a kernel after cuDNN's, which takes twice the time
         return y
 
     @staticmethod
@@ -126,18 +132,19 @@ class _FrozenConv2d(torch.autograd.Function):
         x = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=ctx.memory_format)
         dx, _, _ = torch.ops.aten.convolution_backward(
             dy, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1, (True, False, False)
-        )  # reads the shape of x alone
+        )  # without a gradient of the weight it reads only the shape of x, which may be uninitialised
         return dx, None, None, None, None
 
 
-# Triton is imported where it runs: PyTorch's builds for CPUs come without it.
+# Operators as in attention_ops: Triton is imported where it runs, and fakes give the results' shapes on
+# `meta`.
 
 
 @torch.library.custom_op("sdxl_lora::group_norm", mutates_args=())
 def _group_norm_forward_op(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, and the mean and reciprocal standard deviation of each group, (N, G)."""
+    """Return the result, and the mean and reciprocal standard deviation of each group, (N, G)."""
     from sdxl_lora.kernels.triton import group_norm
 
     return group_norm.launch_group_norm_forward(x, shift, weight, bias, num_groups, eps, silu)
@@ -145,7 +152,7 @@ def _group_norm_forward_op(
 
 @torch.library.custom_op("sdxl_lora::group_norm_gradient", mutates_args=())
 def _group_norm_backward_op(
-    dx_beside: Tensor | None,
+    dresidual: Tensor | None,
     dy: Tensor,
     x: Tensor,
     shift: Tensor | None,
@@ -155,13 +162,13 @@ def _group_norm_backward_op(
     bias: Tensor,
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x, to which one that it has already is added, and of the shift, empty if there is none."""
+    """Return the gradients of x, with `dresidual` added, and of the shift, empty if there is none."""
     from sdxl_lora.kernels.triton import group_norm
 
     dy = dy.contiguous(memory_format=torch.channels_last)
-    if dx_beside is not None:
-        dx_beside = dx_beside.contiguous(memory_format=torch.channels_last)
-    return group_norm.launch_group_norm_backward(dx_beside, dy, x, shift, mean, rstd, weight, bias, silu)
+    if dresidual is not None:
+        dresidual = dresidual.contiguous(memory_format=torch.channels_last)
+    return group_norm.launch_group_norm_backward(dresidual, dy, x, shift, mean, rstd, weight, bias, silu)
 
 
 @torch.library.custom_op("sdxl_lora::residual_sum", mutates_args=())
@@ -175,7 +182,7 @@ def _residual_sum_op(residual: Tensor, update: Tensor, bias: Tensor) -> Tensor:
 
 @torch.library.custom_op("sdxl_lora::add_bias", mutates_args=("y",))
 def _add_bias_op(y: Tensor, bias: Tensor) -> None:
-    """Adds a bias, (C,), to an image in channels_last, (N, C, H, W), in place."""
+    """Add a bias, (C,), to an image in channels_last, (N, C, H, W), in place."""
     from sdxl_lora.kernels.triton import group_norm
 
     group_norm.launch_add_bias(None, y, bias, y)
@@ -183,7 +190,7 @@ def _add_bias_op(y: Tensor, bias: Tensor) -> None:
 
 @_group_norm_forward_op.register_fake
 def _(
-    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
+    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.new_empty(len(x), num_groups, dtype=torch.float32)
     return torch.empty_like(x), mean, torch.empty_like(mean)
@@ -191,21 +198,13 @@ def _(
 
 @_group_norm_backward_op.register_fake
 def _(
-    dx_beside: Tensor | None,
-    dy: Tensor,
-    x: Tensor,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    silu: bool,
+    dresidual: Tensor | None, dy: Tensor, x: Tensor, shift: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(0) if shift is None else torch.empty_like(shift)
 
 
 @_residual_sum_op.register_fake
-def _(residual: Tensor, update: Tensor, bias: Tensor) -> Tensor:
+def _(residual: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(residual)
 
 

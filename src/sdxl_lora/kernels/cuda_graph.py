@@ -1,4 +1,8 @@
-"""A function's GPU kernels, recorded once per shape of its input and replayed without Python or launches."""
+"""CUDA graphs: a function's GPU kernels, captured once for each shape of input and replayed without Python.
+
+Unlike `torch.cuda.make_graphed_callables`, a callable here takes several shapes, whose graphs share a memory
+pool.
+"""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -9,16 +13,16 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-_WARMUP_CALLS = 3  # cuBLAS and cuDNN allocate and choose in these; a recording may do neither
+_WARMUP_CALLS = 3  # cuBLAS and cuDNN allocate and choose kernels in these; a capture allows neither
 
 
 class _Tensors(Protocol):
-    """Anything made of tensors."""
+    """Inputs that consist of tensors."""
 
     def tensors(self) -> list[Tensor]: ...
 
     def to(self, device: torch.device) -> Self:
-        """A copy on `device`, which a recording may overwrite."""
+        """Return a copy on `device`, which replays overwrite."""
         ...
 
 
@@ -27,36 +31,38 @@ _Output = TypeVar("_Output")
 
 
 class GraphedCallable(Generic[Inputs, _Output]):
-    """Calls `function` by replaying what it did the first time that it met inputs of these shapes.
+    """A function whose first call with inputs of some shapes captures a CUDA graph, which later calls replay.
 
-    The function must do the same kernels on the same addresses each time: it may not wait for the GPU, look
-    at a value, or draw random numbers.
+    The function must run the same kernels on the same addresses each time: it may not wait for the GPU,
+    branch on a tensor's value, or draw random numbers.
     """
 
     def __init__(self, function: Callable[[Inputs], _Output], device: torch.device) -> None:
         self._function = function
         self._device = device
         self._pool: Any = None
-        self._recordings: dict[tuple[torch.Size, ...], tuple[Inputs, torch.cuda.CUDAGraph, _Output]] = {}
+        self._graphs: dict[tuple[torch.Size, ...], tuple[Inputs, torch.cuda.CUDAGraph, _Output]] = {}
 
     def __call__(self, inputs: Inputs) -> _Output:
-        """Replays, after a recording where these shapes are new."""
+        """Replay the graph for these shapes, after capturing it if they are new."""
         if not self.has(inputs):
             self.capture(inputs)
         return self.replay(inputs)
 
     def has(self, inputs: Inputs) -> bool:
-        """Whether inputs of these shapes can be replayed."""
-        return _input_shapes(inputs) in self._recordings
+        """Return whether a graph for inputs of these shapes was captured."""
+        return _input_shapes(inputs) in self._graphs
 
     def capture(self, *several: Inputs) -> None:
-        """Calls the function a few times with each for nothing, then records each without calling it.
+        """Call the function a few times with each input and drop the results, then capture each call.
 
-        All recordings take their memory from one pool, as only one is replayed at a time. With the largest
-        inputs first, the others find room in what these took; and all calls come before all recordings, as
-        memory that a recording took is no longer there for calls.
+        All graphs share one memory pool, since only one is replayed at a time. Pass the largest inputs first:
+        the graphs of the others then fit into the memory that theirs took.
         """
+        # The graphs' input buffers: a graph reads the addresses that it was captured with.
         statics = [inputs.to(self._device) for inputs in several]
+        # All warm-up calls come before the first capture, since a graph keeps its memory: calls could not use
+        # it.
         stream = _warmup_stream(self._device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -69,11 +75,11 @@ class GraphedCallable(Generic[Inputs, _Output]):
             with _exclusive_capture(), torch.cuda.graph(graph, pool=self._pool):
                 output = self._function(static)
             self._pool = graph.pool()
-            self._recordings[_input_shapes(static)] = (static, graph, output)
+            self._graphs[_input_shapes(static)] = (static, graph, output)
 
     def replay(self, inputs: Inputs) -> _Output:
-        """Does with `inputs` what was recorded. Its result has its values until the next replay."""
-        static, graph, output = self._recordings[_input_shapes(inputs)]
+        """Run the graph on `inputs`. The next replay overwrites the result."""
+        static, graph, output = self._graphs[_input_shapes(inputs)]
         for buffer, tensor in zip(static.tensors(), inputs.tensors(), strict=True):
             buffer.copy_(tensor)
         graph.replay()
@@ -82,13 +88,13 @@ class GraphedCallable(Generic[Inputs, _Output]):
 
 @cache
 def _warmup_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all recordings: cuBLAS keeps 32 MiB for every stream that it has ever served."""
+    """Return one stream for all warm-up calls: cuBLAS keeps 32 MiB for each stream that it has ever used."""
     return torch.cuda.Stream(device)
 
 
 @contextmanager
 def _exclusive_capture() -> Iterator[None]:
-    """Keeps the garbage collector away: what it destroys on the GPU, an older graph say, ends a recording."""
+    """Disable the garbage collector: if it destroys GPU objects, such as an older graph, a capture fails."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()

@@ -1,7 +1,7 @@
-"""Frozen linear layers whose weights lie in memory in 8 or 4 bits and are written out for each use.
+"""Frozen linear layers whose weights are stored in 8 or 4 bits and dequantised for each use.
 
-A weight is one of a few levels times the scale of the 64 weights around it. int8 has 255 even levels; nf4 has
-the 16 quantiles of a normal distribution (Dettmers et al. 2023, arXiv:2305.14314, section 3). Knows no model.
+A weight is a level times the scale that a block of 64 weights shares. int8 has 255 evenly spaced levels; nf4
+has 16 quantiles of a normal distribution (Dettmers et al. 2023, arXiv:2305.14314, section 3). Knows no model.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,11 @@ _INT8_LEVELS = 127
 
 
 def quantize(module: Any, quantization: Quantization, device: torch.device) -> Any:
-    """`module` on `device`, with the weights of its frozen linear layers quantised.
+    """Move `module` to `device`, with the weights of its frozen linear layers quantised, and return it.
 
-    They go there one after the other, so that the device never holds all of them in full. Adapters, layers
-    that do not fill whole blocks (SDXL has none) and everything else keep their precision.
+    Layers are moved one after the other, so that the device never holds all of their weights in full
+    precision. Adapters, layers whose size is not a multiple of a block (SDXL has none) and everything else
+    keep their precision.
     """
     if quantization != "none":
         for layer in module.modules():
@@ -43,7 +44,9 @@ def _is_quantizable(layer: nn.Module) -> bool:
 
 
 def _quantize_layer(layer: Any, quantization: Quantization, device: torch.device) -> None:
-    """Makes a linear layer a `QuantizedLinear`, in place; its bias stays where it is."""
+    """Turn a linear layer into a `QuantizedLinear`, in place; its bias stays where it is."""
+    # In place, so that the layer's name, hooks and parent stay the same, and PEFT adapts it as a linear
+    # layer.
     pack = _pack_int8 if quantization == "int8" else _pack_nf4
     codes, scales = pack(layer.weight.detach().to(device))
     del layer.weight
@@ -53,27 +56,28 @@ def _quantize_layer(layer: Any, quantization: Quantization, device: torch.device
 
 
 def _pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes, int8, (O I,), and scales in the weight's own precision, (O I / 64,)."""
+    """Return codes, int8, (O I,), and scales in the weight's precision, (O I / 64,)."""
     blocks = weight.float().reshape(-1, NF4_BLOCK_SIZE)
     scales = (blocks.abs().amax(dim=1) / _INT8_LEVELS).to(weight.dtype)
-    levels = blocks / scales[:, None]  # 0 / 0 in a block of zeros, where any level will do
+    levels = blocks / scales[:, None]  # NaN in a block of zeros; any level stands for 0 where the scale is 0
     return levels.round_().clamp_(-_INT8_LEVELS, _INT8_LEVELS).to(torch.int8).flatten(), scales
 
 
 def _pack_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes, two in a byte, uint8, (O I / 2,), and scales in the weight's own precision, (O I / 64,)."""
+    """Return codes, two in a byte, uint8, (O I / 2,), and scales in the weight's precision, (O I / 64,)."""
     codes, state = quantize_4bit(weight, blocksize=NF4_BLOCK_SIZE, quant_type="nf4")
     return codes.flatten(), state.absmax.to(weight.dtype)
 
 
 def unpack(codes: Tensor, scales: Tensor, in_features: int) -> Tensor:
-    """The weights that these codes and scales stand for, in the scales' precision, (O, I).
+    """Return the weights that these codes and scales stand for, in the scales' precision, (O, I).
 
-    Waits for nothing and depends on no value, so that a CUDA graph may record it.
+    Never waits for the GPU and never branches on a value, so that a CUDA graph can capture it.
     """
     if codes.dtype == torch.int8:
         return (codes.view(-1, NF4_BLOCK_SIZE) * scales[:, None]).view(-1, in_features)
-    # Flat: for a matrix, bitsandbytes' CPU kernel takes it that no block runs on into the next row.
+    # A flat shape: for a matrix, bitsandbytes' CPU kernel starts a new block with each row, and ours may
+    # cross rows.
     shape = (scales.numel() * NF4_BLOCK_SIZE,)
     state = QuantState(scales.float(), shape, blocksize=NF4_BLOCK_SIZE, quant_type="nf4", dtype=scales.dtype)
     return dequantize_4bit(codes, state).view(-1, in_features)
@@ -87,7 +91,7 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """Written out anew each time that it is read: changing it changes nothing."""
+        """The dequantised weight, a new tensor on each access: changing it does not change the layer."""
         return unpack(self.codes, self.scales, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -95,11 +99,11 @@ class QuantizedLinear(nn.Linear):
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """y = x W^T + b. W is made anew for the gradient of x, so that none is kept until then."""
+    """y = x W^T + b. W is dequantised again for the gradient of x, so that none is kept until then."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
+        ctx.weight = weight  # the function, not its result
         return linear(x, weight(), bias)
 
     @staticmethod

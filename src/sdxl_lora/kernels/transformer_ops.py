@@ -1,7 +1,7 @@
-"""Work on tokens in one pass over memory: the gated unit, and residual sums with their normalisation.
+"""Operations on tokens in one pass over memory: GEGLU, and residual sums with layer normalisation.
 
-On a GPU these are Triton kernels, which compute in fp32 where PyTorch rounds between its kernels; elsewhere
-they are PyTorch's own operators, which say what is meant. Frozen weights get no gradient.
+On a GPU these are Triton kernels, which compute in fp32 where PyTorch rounds between its kernels. Elsewhere
+they are PyTorch's operators, which define the result. Frozen weights get no gradient.
 """
 
 from typing import Any
@@ -13,12 +13,12 @@ from torch.nn import functional
 
 
 def uses_triton(x: Tensor) -> bool:
-    """Whether a Triton kernel does the work: on a GPU, whose place tensors without data take in forecasts."""
+    """Return whether Triton kernels compute on `x`: on a GPU, or on `meta`, a GPU's place in forecasts."""
     return x.device.type in ("cuda", "meta")
 
 
 def geglu(x: Tensor) -> Tensor:
-    """Gated linear unit with GELU (Shazeer 2020, arXiv:2002.05202): first half times GELU of the second.
+    """Return the first half times GELU of the second: GEGLU (Shazeer 2020, arXiv:2002.05202).
 
     Args:
         x: (..., 2 D).
@@ -35,7 +35,7 @@ def geglu(x: Tensor) -> Tensor:
 def add_norm(
     residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """A residual sum and its layer normalisation (Ba et al. 2016, arXiv:1607.06450).
+    """Return a residual sum and its layer normalisation (Ba et al. 2016, arXiv:1607.06450).
 
     Args:
         residual: (..., C).
@@ -44,7 +44,7 @@ def add_norm(
         bias: frozen, (C,).
 
     Returns:
-        residual + update, and that normalised.
+        residual + update, and the normalised sum.
     """
     if uses_triton(residual):
         return _add_norm_forward_op(residual.contiguous(), update.contiguous(), weight, bias, eps)[:2]
@@ -53,7 +53,7 @@ def add_norm(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The layer normalisation by itself.
+    """Return the layer normalisation of `x` without a residual sum.
 
     Args:
         x: (..., C).
@@ -61,7 +61,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
         bias: frozen, (C,).
 
     Returns:
-        x, for whoever else reads it, as its gradient then takes no sum of its own; and x normalised.
+        x, for the residual connection, and x normalised. With both as results of one function, one kernel
+        adds the gradient of the residual connection to that of the normalisation.
     """
     if uses_triton(x):
         return _LayerNorm.apply(x.contiguous(), weight, bias, eps)  # type: ignore[no-untyped-call]
@@ -77,11 +78,14 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dx_beside: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _add_norm_backward_op(dx_beside, dy, *ctx.saved_tensors), None, None, None
+    def backward(ctx: Any, dresidual: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+        # The gradient of a normalisation is that of a sum with its normalisation: dresidual takes dtotal's
+        # place.
+        return _add_norm_backward_op(dresidual, dy, *ctx.saved_tensors), None, None, None
 
 
-# Triton is imported where it runs: PyTorch's builds for CPUs come without it.
+# Operators as in attention_ops: Triton is imported where it runs, and fakes give the results' shapes on
+# `meta`.
 
 
 @torch.library.custom_op("sdxl_lora::geglu", mutates_args=())
@@ -102,7 +106,7 @@ def _geglu_backward_op(dy: Tensor, x: Tensor) -> Tensor:
 def _add_norm_forward_op(
     residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum, the result, and the mean and reciprocal standard deviation of each row."""
+    """Return the sum, the result, and the mean and reciprocal standard deviation of each row."""
     from sdxl_lora.kernels.triton import geglu_layer_norm
 
     return geglu_layer_norm.launch_add_norm_forward(residual, update, weight, bias, eps)
@@ -125,20 +129,18 @@ def _(x: Tensor) -> Tensor:
 
 
 @_geglu_backward_op.register_fake
-def _(dy: Tensor, x: Tensor) -> Tensor:
+def _(_: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
 @_add_norm_forward_op.register_fake
-def _(
-    residual: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(residual: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean = residual.new_empty(residual.shape[:-1], dtype=torch.float32)
     return torch.empty_like(residual), torch.empty_like(residual), mean, torch.empty_like(mean)
 
 
 @_add_norm_backward_op.register_fake
-def _(dtotal: Tensor, dy: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+def _(dtotal: Tensor, dy: Tensor, total: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(total)
 
 
@@ -155,13 +157,13 @@ _geglu_forward_op.register_autograd(_geglu_autograd, setup_context=_geglu_setup_
 
 def _add_norm_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     total, _, mean, rstd = output
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # nothing differentiates mean and rstd: no zeros for their gradients
     ctx.save_for_backward(total, mean, rstd, inputs[2])
 
 
 def _add_norm_autograd(ctx: Any, dtotal: Tensor, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     dx = _add_norm_backward_op(dtotal, dy, *ctx.saved_tensors)
-    return dx, dx, None, None, None
+    return dx, dx, None, None, None  # a sum has the same gradient for both of its terms
 
 
 _add_norm_forward_op.register_autograd(_add_norm_autograd, setup_context=_add_norm_setup_context)

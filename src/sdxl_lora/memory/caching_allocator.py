@@ -1,6 +1,6 @@
-"""PyTorch's CUDA caching allocator as arithmetic: how much GPU memory a program reserves for what it holds.
+"""PyTorch's CUDA caching allocator as arithmetic: how much GPU memory a program reserves for its tensors.
 
-The rules are those of c10/cuda/CUDACachingAllocator.cpp in its default settings. Knows no tensor, no GPU.
+The rules are those of c10/cuda/CUDACachingAllocator.cpp in its default settings. Knows no tensor and no GPU.
 """
 
 from bisect import bisect_left, insort
@@ -11,33 +11,34 @@ from typing import Self
 
 MIB = 2**20
 _ROUNDING = 512
-_SMALL_REQUEST = MIB  # up to here requests share segments of SMALL_SEGMENT, with each other alone
+_SMALL_REQUEST = MIB  # requests up to this size share small segments, and never lie in a large one
 _SMALL_SEGMENT = 2 * MIB
-_LARGE_REQUEST = 10 * MIB  # below it requests share segments of LARGE_SEGMENT, above it they get their own
+_LARGE_REQUEST = 10 * MIB  # requests below this size share large segments, larger ones get a segment each
 _LARGE_SEGMENT = 20 * MIB
 _SEGMENT_ROUNDING = 2 * MIB
 
 
 @dataclass(eq=False, slots=True)
 class _Block:
-    """A stretch of a segment."""
+    """A part of a segment, in use or free as a whole."""
 
     place: int
-    """Address of its first byte, on a line on which segments never touch."""
+    """Address of its first byte. Segments get addresses with gaps between them, so that blocks of two
+    segments are never neighbours."""
     size: int
     small: bool
     """Whether it lies in a segment for small requests."""
     free: bool = True
     before: Self | None = None
-    """The neighbour in the same segment."""
+    """The neighbour in the same segment, as `after`."""
     after: Self | None = None
 
 
 class CachingAllocator:
-    """Serves requests from cached segments where one fits, and asks the GPU for another where none does."""
+    """A pool that serves requests from cached segments, and takes another from the GPU where none fits."""
 
     def __init__(self, limit: float = inf) -> None:
-        """Starts empty.
+        """Start empty.
 
         Args:
             limit: the most bytes to take from the GPU.
@@ -58,16 +59,17 @@ class CachingAllocator:
         self._next_place = 0
 
     def allocate(self, key: Hashable, size: int) -> None:
-        """Finds `size` bytes for the request `key`: the smallest free block that holds them, split if large.
+        """Allocate `size` bytes for the request `key` in the smallest free block that is large enough.
 
         Raises:
-            MemoryError: none does, and there is no room below the limit for another segment.
+            MemoryError: no block is large enough, and another segment would exceed the limit.
         """
         size = max(_ROUNDING, _rounded(size, _ROUNDING))
         small = size <= _SMALL_REQUEST
         candidates = self._free[small]
         index = bisect_left(candidates, (size, 0))
         block = self._take(candidates[index]) if index < len(candidates) else self._new_segment(size, small)
+        # PyTorch's `should_split`: in a large segment a rest of 1 MiB or less stays with the block, unused.
         rest = block.size - size
         if rest >= _ROUNDING if small else rest > _SMALL_REQUEST:
             remainder = _Block(block.place + size, rest, small, before=block, after=block.after)
@@ -81,7 +83,7 @@ class CachingAllocator:
         self.peak_allocated = max(self.peak_allocated, self.allocated)
 
     def release(self, key: Hashable) -> None:
-        """Returns the memory of the request `key` to the cache, joined with free neighbours."""
+        """Return the memory of the request `key` to the cache, merged with free neighbours."""
         block = self._blocks.pop(key)
         self.allocated -= block.size
         if block.before is not None and block.before.free:
@@ -91,20 +93,24 @@ class CachingAllocator:
         self._give(block)
 
     def empty_cache(self) -> None:
-        """Returns every segment that is free as a whole to the GPU."""
+        """Return every segment that is free as a whole to the GPU."""
         for block in list(self._free_blocks.values()):
             if block.before is None and block.after is None:
                 self._take((block.size, block.place))
                 self.reserved -= block.size
 
+    def reset_peaks(self) -> None:
+        """Let both peaks start from the present values, as `torch.cuda.reset_peak_memory_stats` does."""
+        self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
+
     def _new_segment(self, size: int, small: bool) -> _Block:
         size = _segment_size(size)
-        if self.reserved + size > self.limit:
+        if self.reserved + size > self.limit:  # PyTorch gives back its cache before it reports out of memory
             self.empty_cache()
         if self.reserved + size > self.limit:
             raise MemoryError(f"{self.reserved + size} bytes are needed, {self.limit} are allowed")
         block = _Block(self._next_place, size, small)
-        self._next_place += size + 1
+        self._next_place += size + 1  # a gap: see _Block.place
         self.reserved += size
         self.peak_reserved = max(self.peak_reserved, self.reserved)
         return block
@@ -122,12 +128,12 @@ class CachingAllocator:
 
 
 def _rounded(size: int, multiple: int) -> int:
-    """`size`, up to the next multiple."""
+    """Return `size` rounded up to a multiple."""
     return -(-size // multiple) * multiple
 
 
 def _segment_size(size: int) -> int:
-    """Bytes that the GPU is asked for when `size`, a multiple of 512, fits nowhere."""
+    """Return the bytes to take from the GPU for a request of `size`, a multiple of 512, that fits nowhere."""
     if size <= _SMALL_REQUEST:
         return _SMALL_SEGMENT
     if size < _LARGE_REQUEST:
@@ -136,7 +142,7 @@ def _segment_size(size: int) -> int:
 
 
 def _merge_free_blocks(first: _Block, second: _Block) -> _Block:
-    """Two free neighbours as one block, in place of `first`."""
+    """Extend `first` by `second`, its free neighbour, and return it."""
     first.size += second.size
     first.after = second.after
     if second.after is not None:

@@ -1,19 +1,29 @@
-"""What a program holds in memory, followed allocation by allocation without its arithmetic.
+"""A record of every allocation that a program makes on a device, without the program's arithmetic.
 
-On tensors of the `meta` device a program takes seconds where the GPU would take its memory: every kernel says
-only what shape its result has. Knows neither SDXL nor the GPU's allocator.
+On tensors of the `meta` device a program takes seconds and no memory: each kernel computes the shape of its
+result only. Knows neither SDXL nor the GPU's allocator.
+
+PyTorch has no public interface for four things that are needed here. Each such line says why. The tests of
+this module pass with torch 2.13.0 and 2.14.1, and with 2.10.0 but for tensors of 0 bytes, which its
+checkpointing makes on a CPU.
 """
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+
+# Private: the rule by which ATen's convolutions choose channels_last. `is_contiguous(memory_format=...)` is
+# true of both formats where there is one channel, and then does not tell which one is meant.
 from torch._prims_common import suggest_memory_format
+
+# Underscored modules, but the ones that PyTorch's documentation names for extending it.
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -25,33 +35,69 @@ _FUSED_KERNELS = (
 )
 
 _PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
-_SCRATCH_EVENT: dict[Any, Callable[..., Tensor]] = {
+_SCRATCH: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten._safe_softmax.default: lambda scores, *_: torch.empty_like(scores, dtype=torch.bool),
     torch.ops.aten._softmax_backward_data.default: lambda gradient, *_: torch.empty_like(gradient),
 }
-"""What CUDA makes for itself in plain attention beside the result, and `meta` does not: which scores are
-infinite (`_safe_softmax`, ATen/native/transformers/attention.cpp), and the gradient times the probabilities
+"""Temporary tensors of plain attention that CUDA allocates and `meta` does not: which scores are infinite
+(`_safe_softmax`, ATen/native/transformers/attention.cpp), and the gradient times the probabilities
 (`softmax_backward_cuda_out`, ATen/native/cuda/SoftMax.cu)."""
 
-_EventKind = Literal["allocate", "free", "workspace", "enter", "leave", "backward"]
+
+@dataclass(frozen=True, slots=True)
+class Allocate:
+    """Memory of a new tensor."""
+
+    key: int
+    """Number of the allocation, unique within a trace."""
+    size: int
+    """Bytes."""
 
 
-class Event(NamedTuple):
-    """Something that happened to memory, or a boundary of a unit of the program.
+@dataclass(frozen=True, slots=True)
+class Free:
+    """The end of the allocation `key`."""
 
-    `workspace`: cuBLAS first needs scratch memory here, and keeps it. It does so once in the forward pass and
-    once in the backward pass, which autograd runs in a thread of its own.
+    key: int
+
+
+@dataclass(frozen=True, slots=True)
+class NeedWorkspace:
+    """The first matrix product of a thread: cuBLAS allocates scratch memory here, and keeps it.
+
+    It does so once in the forward pass and once in the backward pass, which autograd runs in another thread.
     """
 
-    kind: _EventKind
-    key: int
-    """Number of the allocation or the boundary's unit; of a workspace 1 in the backward pass, else 0."""
-    size: int
-    """Bytes of an allocation, else 0."""
+    thread: int
+    """0 in the forward pass, 1 in the backward pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnterUnit:
+    """The start of a unit's forward pass."""
+
+    unit: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveUnit:
+    """The end of a unit's forward pass."""
+
+    unit: int
+
+
+@dataclass(frozen=True, slots=True)
+class EnterBackward:
+    """A gradient reaches an output of a unit: its backward pass starts. Occurs once for each output."""
+
+    unit: int
+
+
+Event = Allocate | Free | NeedWorkspace | EnterUnit | LeaveUnit | EnterBackward
 
 
 class MemoryTrace(TorchDispatchMode):
-    """Writes down every allocation on a device and its end, while the block runs.
+    """A context that records every allocation on a device, and its end.
 
     Works on tensors of any device; those of the `meta` device cost nothing.
     """
@@ -64,7 +110,7 @@ class MemoryTrace(TorchDispatchMode):
         self.flops: list[int] = []
         """Those of each unit's forward pass."""
         self.outputs: list[set[int]] = []
-        """Allocations that each unit's forward pass hands on."""
+        """Allocations that hold the outputs of each unit's forward pass."""
         self._device = device
         self._known: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
         self._allocations = 0
@@ -96,7 +142,9 @@ class MemoryTrace(TorchDispatchMode):
             self._take_workspace()
         result = func(*args, **kwargs)
         if func is torch.ops.aten.convolution.default and _is_channels_last(*args[:2]):
-            result = result.contiguous(memory_format=torch.channels_last)  # as cuDNN; `meta` forgets it
+            # cuDNN returns channels_last here, and `meta` does not: later layers would copy to restore the
+            # format, and copies would be counted that no GPU makes.
+            result = result.contiguous(memory_format=torch.channels_last)
         if func.overloadpacket in flop_registry:
             flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
             self.total_flops += flops
@@ -104,44 +152,48 @@ class MemoryTrace(TorchDispatchMode):
                 self.flops[self._unit] += flops
         if not _returns_its_argument(func):
             self.hold([leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)])
-        if func in _SCRATCH_EVENT:
-            self.hold([_SCRATCH_EVENT[func](*args)])  # freed at once
+        if func in _SCRATCH:
+            self.hold([_SCRATCH[func](*args)])  # no reference is kept, so it is freed at once
         return result
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
-        """Counts the memory of tensors as allocated now, unless it is counted already."""
+        """Record the memory of tensors as allocated now, unless it is known already."""
         for tensor in tensors:
             if tensor.device.type != self._device.type:
                 continue
+            # All tensors of a storage return the same Python object, which lives as long as the memory does.
+            # So its id identifies the memory (`data_ptr()` is 0 on `meta`), and the end of its weak reference
+            # is the end of the memory. Only then can another storage get the same id.
             storage = tensor.untyped_storage()
-            address = storage._cdata
-            if address in self._known:
+            if id(storage) in self._known:
                 continue
             key, size = self._allocations, storage.nbytes()
             self._allocations += 1
-            self._known[address] = (key, weakref.ref(storage, partial(self._forget, address)))
-            self.events.append(Event("allocate", key, size))
+            self._known[id(storage)] = (key, weakref.ref(storage, partial(self._forget, id(storage))))
+            self.events.append(Allocate(key, size))
 
     def _take_workspace(self) -> None:
-        thread = int(torch._C._current_graph_task_id() >= 0)  # so checkpointing tells a backward pass, too
+        # Private: -1 outside a backward pass. Python's thread cannot tell, since autograd runs in the calling
+        # one on `meta` and CPU. torch.utils.checkpoint asks the same function.
+        thread = int(torch._C._current_graph_task_id() >= 0)
         if thread in self._lack_workspace:
             self._lack_workspace.remove(thread)
-            self.events.append(Event("workspace", thread, 0))
+            self.events.append(NeedWorkspace(thread))
 
-    def _forget(self, address: int, _: weakref.ref[torch.UntypedStorage]) -> None:
-        key, _ = self._known.pop(address)
-        self.events.append(Event("free", key, 0))
+    def _forget(self, storage_id: int, _: weakref.ref[torch.UntypedStorage]) -> None:
+        key, _ = self._known.pop(storage_id)
+        self.events.append(Free(key))
 
     def keys(self, tensors: Iterable[Tensor]) -> set[int]:
-        """The allocations that hold these tensors."""
-        addresses = (tensor.untyped_storage()._cdata for tensor in tensors)
-        return {self._known[address][0] for address in addresses if address in self._known}
+        """Return the allocations that hold these tensors."""
+        storage_ids = (id(tensor.untyped_storage()) for tensor in tensors)
+        return {self._known[storage_id][0] for storage_id in storage_ids if storage_id in self._known}
 
     @contextmanager
     def watching(self, units: Iterable[nn.Module]) -> Iterator[None]:
-        """Marks the ends of each unit's forward pass, the start of its backward pass, and workspaces.
+        """Record the ends of each unit's forward pass, the start of its backward pass, and workspaces.
 
-        Counts arithmetic anew.
+        Counts of operations start at 0. A unit may not contain another.
         """
         hooks = []
         self.total_flops, self.flops, self.outputs = 0, [], []
@@ -159,31 +211,44 @@ class MemoryTrace(TorchDispatchMode):
 
     def _enter(self, unit: int) -> None:
         self._unit = unit
-        self.events.append(Event("enter", unit, 0))
+        self.events.append(EnterUnit(unit))
 
     def _leave(self, unit: int, output: Any) -> None:
         self._unit = None
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         self.outputs[unit] = self.keys(tensors)
-        self.events.append(Event("leave", unit, 0))
+        self.events.append(LeaveUnit(unit))
         for tensor in tensors:
             if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(lambda _: self.events.append(Event("backward", unit, 0)))
+                tensor.grad_fn.register_prehook(lambda _: self.events.append(EnterBackward(unit)))
+
+
+def live_bytes(events: Iterable[Event]) -> int:
+    """Return the bytes that are still allocated after `events`."""
+    sizes: dict[int, int] = {}
+    for event in events:
+        match event:
+            case Allocate(key, size):
+                sizes[key] = size
+            case Free(key):
+                del sizes[key]
+    return sum(sizes.values())
 
 
 @cache
 def _returns_its_argument(func: Any) -> bool:
-    """Whether the result lies in an argument's memory: views, and changes in place."""
+    """Return whether the result lies in an argument's memory: views, and changes in place."""
+    # Private: the operator's schema, the only place that tells views and changes in place from new results.
     return any(result.alias_info is not None for result in func._schema.returns)
 
 
 def _is_channels_last(*tensors: Tensor) -> bool:
-    """Whether a convolution of these images and weights is done in channels_last: one of them asks for it."""
+    """Return whether a convolution of these images and weights runs in channels_last: one asks for it."""
     return any(suggest_memory_format(tensor) == torch.channels_last for tensor in tensors)
 
 
 def _leaves_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether this copies a tensor without data to where there must be some."""
+    """Return whether this copies a tensor without data to a device where tensors have data."""
     device = kwargs.get("device")
     copies = func is torch.ops.aten._to_copy.default and args[0].device.type == "meta"
     return copies and device is not None and torch.device(device).type != "meta"
@@ -191,11 +256,13 @@ def _leaves_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 
 @contextmanager
 def _gpu_attention() -> Iterator[None]:
-    """Attention on `meta` as a GPU does it, by a kernel that keeps no (length, length) matrix.
+    """Run attention on `meta` as a GPU does: by a kernel that keeps no (length, length) matrix.
 
     PyTorch chooses among its kernels by device, and for `meta` falls back on plain arithmetic. All the fused
     ones keep the same: the output, and a log-sum-exp for each row.
     """
+    # Private: a `torch.library.Library` that is taken back at the end of the block. The public class stays
+    # registered until it is collected, and would change attention on `meta` for the rest of the process.
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("scaled_dot_product_attention", _fused_attention, "AutogradMeta")
         yield
@@ -211,10 +278,11 @@ def _fused_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`scaled_dot_product_attention` by the memory-efficient kernel, which takes any mask and any width.
+    """Compute `scaled_dot_product_attention` by the memory-efficient kernel: any mask, any head dimension.
 
     By plain arithmetic where the caller switched the fused kernels off (`torch.nn.attention.sdpa_kernel`).
     """
+    # Operators with underscores, since the public function would call this one again.
     if not any(enabled() for enabled in _FUSED_KERNELS):  # type: ignore[no-untyped-call]
         options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, attn_mask, **options)[0]

@@ -11,6 +11,7 @@ from transformers.models.clip.modeling_clip import (
     CLIPTextModelWithProjection,
 )
 
+from sdxl_lora.adapters.lora import layers_of_same_input
 from sdxl_lora.adapters.merged_linear import project
 from sdxl_lora.kernels.attention_ops import short_kv_attention, supports_short_kv
 from sdxl_lora.models.class_swap import Classes, swap_classes
@@ -26,11 +27,8 @@ def fuse_text_encoder(text_encoder: CLIPTextModel | CLIPTextModelWithProjection)
 
 
 def text_projections(attention: CLIPAttention) -> list[Any]:
-    """Return the layers that read the attention's input, in the order in which transformers registers them.
-
-    The order of `adapters.lora.lora_parameters` is the same, so the adapters are views of one buffer as well.
-    """
-    return [attention.k_proj, attention.v_proj, attention.q_proj]
+    """Return the layers that read the attention's input: key, value, query."""
+    return layers_of_same_input(attention, ("k_proj", "v_proj", "q_proj"))
 
 
 class _FusedCLIPAttention(CLIPAttention):  # type: ignore[misc]

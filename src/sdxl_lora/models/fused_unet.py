@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 
+from sdxl_lora.adapters.lora import layers_of_same_input
 from sdxl_lora.adapters.merged_linear import is_mergeable, project
 from sdxl_lora.config import AttentionBackend
 from sdxl_lora.kernels.attention import AttentionShape, attend
@@ -41,12 +42,9 @@ def fuse_unet(unet: UNet2DConditionModel, backend: AttentionBackend) -> None:
 
 
 def projections_of_same_input(attention: Attention) -> list[Any]:
-    """Return the layers that read the same input, in the order in which diffusers registers them.
-
-    The order of `adapters.lora.lora_parameters` is the same, so the adapters are views of one buffer as well.
-    """
-    keys_and_values = [attention.to_k, attention.to_v]
-    return keys_and_values if attention.is_cross_attention else [attention.to_q, *keys_and_values]
+    """Return the layers that read the same input: query, key, value; of a cross-attention key and value."""
+    query = () if attention.is_cross_attention else ("to_q",)
+    return layers_of_same_input(attention, (*query, "to_k", "to_v"))
 
 
 class _FusedUNet2DConditionModel(UNet2DConditionModel):  # type: ignore[misc]

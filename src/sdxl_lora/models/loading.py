@@ -1,4 +1,4 @@
-"""How every part of the base model is loaded: its precision, its device, frozen."""
+"""Precision and freezing, shared by all parts of the base model when they are loaded."""
 
 from typing import Any
 
@@ -10,5 +10,5 @@ DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfl
 
 
 def freeze(module: Any, device: torch.device) -> Any:
-    """`module` on `device`, in evaluation mode, without gradients."""
+    """Move `module` to `device`, in evaluation mode, without gradients, and return it."""
     return module.to(device).eval().requires_grad_(False)

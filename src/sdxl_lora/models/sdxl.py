@@ -1,12 +1,13 @@
-"""Stable Diffusion XL (Podell et al. 2023, arXiv:2307.01952) in diffusers: UNet, pipeline, conditions.
+"""Stable Diffusion XL (Podell et al. 2023, arXiv:2307.01952) in diffusers' format: UNet, pipeline, noise.
 
-Everything is loaded from safetensors.
+All weights are loaded from safetensors.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from sdxl_lora.config import ModelConfig, Precision, PredictionType
@@ -14,10 +15,13 @@ from sdxl_lora.models.loading import DTYPES, freeze
 from sdxl_lora.models.vae import load_vae
 from sdxl_lora.models.weights import open_base
 
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """How the base model was trained to denoise."""
+    """The noise that the base model was trained to remove."""
 
     alphas_cumprod: Tensor
     """alpha_bar at each timestep, fp32, (T,)."""
@@ -25,19 +29,21 @@ class NoiseSchedule:
 
 
 def load_unet(config: ModelConfig, precision: Precision, device: torch.device) -> UNet2DConditionModel:
-    """The UNet, frozen."""
+    """Load the UNet, frozen."""
     options = {"dtype": DTYPES[precision], "variant": config.variant, "use_safetensors": True}
     return freeze(UNet2DConditionModel.from_pretrained(open_base(config) / "unet", **options), device)
 
 
 def load_pipeline(
     config: ModelConfig, precision: Precision, device: torch.device
-) -> StableDiffusionXLPipeline:
-    """The whole pipeline, frozen, with the VAE that `config` names; decodes one image at a time.
+) -> "StableDiffusionXLPipeline":
+    """Load the whole pipeline, frozen, with the VAE that `config` names; it decodes one image at a time.
 
-    Frozen, because torch rounds the product with a weight that asks for gradients otherwise than with one
-    that does not, also where no gradient is taken: it folds a batch into rows for the former alone.
+    Frozen, because PyTorch uses another matmul path for weights with requires_grad, even under no_grad, and
+    that rounds differently: it folds the batch into rows.
     """
+    from diffusers import StableDiffusionXLPipeline  # likewise, for training and evaluation
+
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         open_base(config),
         dtype=DTYPES[precision],
@@ -53,24 +59,10 @@ def load_pipeline(
     return pipeline
 
 
-def layers_per_block(config: ModelConfig) -> int:
-    """Resnets in a block of the UNet's way down."""
-    number: int = UNet2DConditionModel.load_config(open_base(config) / "unet")["layers_per_block"]
-    return number
-
-
 def load_noise_schedule(config: ModelConfig) -> NoiseSchedule:
-    """The noise schedule in the base model's scheduler folder."""
+    """Load the noise schedule from the base model's scheduler folder."""
     scheduler = DDPMScheduler.from_pretrained(open_base(config) / "scheduler")
     return NoiseSchedule(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
-
-
-def force_zeros_for_empty_prompt(config: ModelConfig) -> bool:
-    """Whether the base model reads zeros where there is no caption, as SDXL does, or an empty caption."""
-    zeros: bool = StableDiffusionXLPipeline.load_config(open_base(config)).get(
-        "force_zeros_for_empty_prompt", True
-    )
-    return zeros
 
 
 def predict(
@@ -81,15 +73,16 @@ def predict(
     pooled_prompt_embeds: Tensor,
     time_ids: Tensor,
 ) -> Tensor:
-    """The UNet's prediction, (B, 4, H/8, W/8).
+    """Return the UNet's prediction, (B, 4, H/8, W/8).
 
     Args:
+        unet: the model.
         noisy_latents: (B, 4, H/8, W/8).
         timesteps: int64, (B,).
         prompt_embeds: (B, 77, 2048).
         pooled_prompt_embeds: (B, 1280).
-        time_ids: original (h, w), crop (top, left), target (h, w) in pixels, (B, 6). Kept in fp32: fp16 would
-            turn 4001 into 4000 and 70000 into infinity.
+        time_ids: original (h, w), crop (top, left), target (h, w) in pixels, (B, 6). Passed on in fp32: fp16
+            would turn 4001 into 4000 and 70000 into infinity.
     """
     conditions = {"text_embeds": pooled_prompt_embeds, "time_ids": time_ids.float()}
     return unet(noisy_latents, timesteps, prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[0]

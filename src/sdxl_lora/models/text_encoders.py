@@ -1,4 +1,4 @@
-"""Both text encoders, and what the UNet reads of their output. Knows no images and no adapters."""
+"""Loading both text encoders, and the UNet's text conditioning. Depends neither on images nor on adapters."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ TextEncoders = tuple[CLIPTextModel, CLIPTextModelWithProjection]
 
 
 def load_text_encoders(config: ModelConfig, precision: Precision, device: torch.device) -> TextEncoders:
-    """Both text encoders, frozen."""
+    """Load both text encoders, frozen."""
     base = open_base(config)
     options = {"dtype": DTYPES[precision], "variant": config.variant, "use_safetensors": True}
     return (
@@ -22,9 +22,9 @@ def load_text_encoders(config: ModelConfig, precision: Precision, device: torch.
 
 
 def embed_tokens(text_encoders: TextEncoders, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What the UNet reads of a text (Podell et al. 2023, section 2.1).
+    """Return the UNet's text conditioning (Podell et al. 2023, section 2.1).
 
-    The penultimate hidden states of both encoders side by side, and the second encoder's pooled projection.
+    The penultimate hidden states of both encoders, concatenated, and the second encoder's pooled projection.
 
     Args:
         token_ids: (B, 2, 77).

@@ -1,4 +1,4 @@
-"""The base model's files and those of its VAE: which there are, and where they lie. Loads none of them."""
+"""The files of the base model and its VAE: which ones are needed, and where they are. Loads no weights."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,12 +11,12 @@ _VAE_FILES = ["config.json", _VAE_FILE]
 
 
 def open_base(config: ModelConfig) -> Path:
-    """The base model's folder: configurations, tokenizers and the safetensors of the variant asked for."""
+    """Return the base model's folder: configurations, tokenizers, and weights of the variant in `config`."""
     return open_repository(config.base, config.revision, "model.base", _base_files(config))
 
 
 def _base_files(config: ModelConfig) -> list[str]:
-    """What is read of the base model, as globs."""
+    """Return globs of the base model's files that are read."""
     weights = f"*.{config.variant}.safetensors" if config.variant else "*.safetensors"
     parts = ("unet", "text_encoder", "text_encoder_2", "vae")
     patterns = ["model_index.json", "scheduler/*", "tokenizer/*", "tokenizer_2/*"]
@@ -25,14 +25,14 @@ def _base_files(config: ModelConfig) -> list[str]:
 
 
 def open_vae(config: ModelConfig) -> Path:
-    """The folder of the replacement VAE that `config` names."""
+    """Return the folder of the replacement VAE that `config` names."""
     return open_repository(str(config.vae), str(config.vae_revision), "model.vae", _VAE_FILES)
 
 
 def local_models(config: ModelConfig) -> dict[str, Path | None]:
-    """The folders of the base model and, where there is one, of the VAE in place of its own, by params key.
+    """Return the local folders of the base model and of the replacement VAE, if there is one, by params key.
 
-    None: not here, or incomplete. Asks no network, and checks no content.
+    None for a folder that is missing or incomplete. Neither uses the network nor checks contents.
     """
     models = {"model.base": find_local_copy(config.base, config.revision, _base_files(config))}
     if config.vae is not None:
@@ -41,17 +41,18 @@ def local_models(config: ModelConfig) -> dict[str, Path | None]:
 
 
 def weight_digests(config: ModelConfig) -> dict[str, str]:
-    """SHA-256 of the files that each part's weights are in; reads them all, at SDXL's size some seconds."""
+    """Return the SHA-256 of each part's weight files. Reads all of them: seconds at SDXL's size."""
     vae = None if config.vae is None else open_vae(config)
     return {part: file_digests(files) for part, files in weight_files(config, open_base(config), vae).items()}
 
 
 def weight_files(config: ModelConfig, base: Path, vae: Path | None) -> dict[str, list[Path]]:
-    """The files that each part's weights are in.
+    """Return the weight files of each part.
 
     Args:
+        config: says which variant is used.
         base: the base model's folder.
-        vae: that of the VAE in place of its own.
+        vae: the folder of the replacement VAE, if there is one.
     """
     name = f"*.{config.variant}.safetensors" if config.variant else "*.safetensors"
     files = {part: sorted((base / part).glob(name)) for part in ("unet", "text_encoder", "text_encoder_2")}
@@ -60,5 +61,5 @@ def weight_files(config: ModelConfig, base: Path, vae: Path | None) -> dict[str,
 
 
 def file_digests(files: Iterable[Path]) -> str:
-    """SHA-256 of each file, with commas between."""
+    """Return the SHA-256 of each file, separated by commas."""
     return ",".join(file_digest(path) for path in files)

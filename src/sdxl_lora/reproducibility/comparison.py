@@ -1,4 +1,4 @@
-"""Whether a run that was made again is the one that was recorded: its bits, its figures, its environment."""
+"""Comparison of a reproduced run with its record: hashes of outputs, metrics, choices and environment."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,20 +21,20 @@ _MEASURED = {
     paths.TRAINING_REPORT: ("seconds", "examples_per_second", "peak_memory_gib", "forecast_gib"),
     paths.LOSS_CURVE: ("seconds",),
 }
-"""What reports say of time and memory, which differ from one run to the next on the same machine."""
+"""Entries of time and memory in reports, which differ between two runs on the same machine."""
 _NOT_RESULTS = {*paths.ENVIRONMENTS.values(), paths.REPORT}
-"""The page shows times, and holds nothing that other files do not."""
+"""Outputs that are not compared. The page shows times, and nothing that is not in another file."""
 _DATA_STAGES = ("download_dataset", "clean_captions")
-"""They compute with text and bytes alone: no rounding excuses a difference."""
+"""Stages that only handle text and bytes: rounding cannot explain a difference."""
 
 
 @dataclass(frozen=True)
 class _Tolerance:
-    """How far a figure may be from the recorded one."""
+    """Largest accepted difference from the recorded metric."""
 
     limit: float
     is_share: bool
-    """Whether `limit` is a share of the recorded figure."""
+    """True: `limit` is a fraction of the recorded value; False: absolute."""
 
 
 TOLERANCES = {
@@ -42,10 +42,10 @@ TOLERANCES = {
     "style_probability/adapter": _Tolerance(0.966 - 0.930, is_share=False),
     "other_style_probability/adapter": _Tolerance(0.350 - 0.309, is_share=False),
 }
-"""Largest difference among three seeds of the demo (docs/experiments.md, 2026-11-24, "Seeds"): another card
-or library must not move an adapter farther than another seed would. SDXL's own spread was not measured."""
+"""The largest difference among three seeds of the demo (docs/experiments.md, 2026-11-24, "Seeds"): another
+GPU or library version must not change an adapter more than another seed does. Not measured for SDXL."""
 DECISIVE = "held_out_loss/adapter"
-"""Without this figure, nothing is within tolerance."""
+"""The metric that a record must have for the outcome `within tolerance`."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class _OutputDiff:
 
 @dataclass(frozen=True)
 class _MetricDiff:
-    """A figure of the evaluation, recorded and found again."""
+    """A metric of the evaluation, as recorded and as found in the reproduction."""
 
     name: str
     recorded: float
     found: float
     tolerance: float | None
-    """Absolute; None: this figure does not decide."""
+    """Absolute; None: this metric does not decide the outcome."""
 
     @property
     def is_within(self) -> bool:
@@ -74,7 +74,7 @@ class _MetricDiff:
 
 @dataclass(frozen=True)
 class _EnvironmentDiff:
-    """A fact about the environment of a stage that was another when it was recorded."""
+    """A fact about a stage's environment or choices that differs from the record."""
 
     stage: str
     name: str
@@ -84,31 +84,33 @@ class _EnvironmentDiff:
 
 @dataclass(frozen=True)
 class ReproductionVerdict:
-    """What became of a reproduction."""
+    """The result of a reproduction."""
 
     outcome: _ReproductionOutcome
     origin: str
-    """What was made again."""
+    """The record that was reproduced, in words."""
     commit: str
+    """The commit whose code ran."""
     reasons: list[str]
+    """Why the outcome is what it is, first the decisive reason."""
     first_difference: str | None
-    """The first stage whose output differs, or that failed."""
+    """The first stage with an output that differs or is missing; None if there is none."""
     outs: list[_OutputDiff]
     figures: list[_MetricDiff]
     choices: list[_EnvironmentDiff]
-    """What training chose otherwise: what was recorded could not be had here."""
+    """What training selected differently, because the recorded choice is unavailable on this machine."""
     environment: list[_EnvironmentDiff]
 
 
 def compare_runs(
     record: RunRecord, again: RunRecord, stages: Sequence[str], failure: str | None
 ) -> ReproductionVerdict:
-    """Holds a run against its record.
+    """Compare a reproduction with its record.
 
     Args:
-        again: the same of the run that was made now, as far as it got.
-        stages: those that should have run, in their order.
-        failure: why the run stopped; None if it did not.
+        again: the record of the reproduction, as far as it got.
+        stages: the stages that should have run, in order.
+        failure: why the reproduction stopped; None if it did not.
     """
     outs = [out for stage in stages for out in _compare_outs(record, again, stage)]
     figures, environment = list(_compare_figures(record, again)), list(_compare_environments(record, again))
@@ -124,10 +126,13 @@ def compare_runs(
 def _decide(
     first: str | None, figures: Iterable[_MetricDiff], failure: str | None
 ) -> tuple[_ReproductionOutcome, str]:
-    """The outcome, and why.
+    """Return the outcome and its reason.
+
+    In this order: a failed run; identical outputs; a difference in data, after which nothing is comparable;
+    else the metrics, whose tolerances are the spread of seeds.
 
     Args:
-        first: the first stage whose output differs.
+        first: the first stage with an output that differs or is missing.
     """
     if failure is not None:
         return "failed", failure
@@ -135,40 +140,43 @@ def _decide(
         return "bit-identical", "every output of every stage that ran has the recorded hash"
     start = f"the first output that differs is one of {first}"
     if first in _DATA_STAGES:
-        return "different", f"{start}, which handles data: nothing after it was made from the same"
+        return "different", f"{start}, which handles data: all later stages had other inputs"
     decisive = {figure.name: figure for figure in figures if figure.tolerance is not None}
     if DECISIVE not in decisive:
-        return "different", f"{start}, and the record has no {DECISIVE} to compare"
+        return "different", f"{start}, and the record has no {DECISIVE} to compare with"
     beyond = [figure for figure in decisive.values() if not figure.is_within]
     if beyond:
         words = (f"{f.name} by {f.found - f.recorded:+.4g}, of {f.tolerance:.2g} allowed" for f in beyond)
         return (
             "different",
-            f"{start}, and figures differ by more than another seed's would: {'; '.join(words)}",
+            f"{start}, and metrics differ by more than those of another seed: {'; '.join(words)}",
         )
-    return "within tolerance", f"{start}; {', '.join(decisive)} are as near as another seed's would be"
+    return "within tolerance", f"{start}; {', '.join(decisive)} differ by no more than those of another seed"
 
 
 def _remarks(
     record: RunRecord, outs: Iterable[_OutputDiff], choices: Iterable[_EnvironmentDiff]
 ) -> Iterator[str]:
-    """What weakens or explains the outcome."""
-    if changes := [f"training.{c.name} {c.found} in place of {c.recorded}" for c in choices]:
-        yield f"training did not choose as the recorded one did: {', '.join(changes)}"
+    """Yield remarks that qualify or explain the outcome."""
+    if changes := [f"training.{c.name} {c.found} instead of {c.recorded}" for c in choices]:
+        yield f"training did not select what it did in the record: {', '.join(changes)}"
     if changed := record.changed_code():
-        yield f"the record was made with code that its commit does not hold: {', '.join(changed)}"
+        yield f"the recorded run used code that its commit does not have: {', '.join(changed)}"
     for stage, path in paths.ENVIRONMENTS.items():
         if stage in record.stages and path not in record.files:
-            yield f"the record does not hold the environment of {stage}: {path} was not committed"
+            yield f"the record lacks the environment of {stage}: {path} was not committed"
     if "train_lora" in record.stages and paths.TRAINING_REPORT not in record.files:
-        yield f"the record does not hold what `auto` was: {paths.TRAINING_REPORT} was not committed"
+        yield f"the record lacks the values selected for `auto`: {paths.TRAINING_REPORT} was not committed"
     unknown = [out.path for out in outs if out.state == "not compared"]
     if unknown:
-        yield f"not compared, as they hold times and the record has their hash alone: {', '.join(unknown)}"
+        yield (
+            "not compared, because these contain times and the record only has their hash: "
+            f"{', '.join(unknown)}"
+        )
 
 
 def _compare_outs(record: RunRecord, again: RunRecord, stage: str) -> Iterator[_OutputDiff]:
-    """Each output of a stage, but for what is no result."""
+    """Yield the comparison of each recorded output of a stage, except `_NOT_RESULTS`."""
     found = again.outs(stage)
     for path, digest in record.outs(stage).items():
         if Path(path) in _NOT_RESULTS:
@@ -182,7 +190,7 @@ def _compare_outs(record: RunRecord, again: RunRecord, stage: str) -> Iterator[_
 
 
 def _compare_measured(record: RunRecord, again: RunRecord, path: Path) -> _State:
-    """Whether a report whose hash differs says the same of everything but time and memory."""
+    """Compare a report whose hash differs without its entries of time and memory."""
     if path not in _MEASURED:
         return "different"
     if path not in record.files:
@@ -192,7 +200,7 @@ def _compare_measured(record: RunRecord, again: RunRecord, path: Path) -> _State
 
 
 def _without_measurements(text: str, path: Path) -> object:
-    """What a report says beside time and memory."""
+    """Return the content of a report without its entries of time and memory."""
     if path.suffix == ".csv":
         table = pd.read_csv(StringIO(text), dtype=str)
         return table.drop(columns=[*_MEASURED[path]], errors="ignore").to_dict("list")
@@ -201,7 +209,7 @@ def _without_measurements(text: str, path: Path) -> object:
 
 
 def _compare_figures(record: RunRecord, again: RunRecord) -> Iterator[_MetricDiff]:
-    """The adapter's figures that both runs have."""
+    """Yield the adapter's metrics that both runs have."""
     before, after = (_flatten_json(run.files.get(paths.METRICS, "{}")) for run in (record, again))
     for name, value in before.items():
         if name.endswith("/adapter") and isinstance(after.get(name), int | float):
@@ -211,7 +219,7 @@ def _compare_figures(record: RunRecord, again: RunRecord) -> Iterator[_MetricDif
 
 
 def _compare_environments(record: RunRecord, again: RunRecord) -> Iterator[_EnvironmentDiff]:
-    """All facts that differ, of the stages whose environment both runs know."""
+    """Yield the facts that differ, for the stages whose environment both records have."""
     for stage, path in paths.ENVIRONMENTS.items():
         if path in record.files and path in again.files:
             before, after = _flatten_json(record.files[path]), _flatten_json(again.files[path])
@@ -221,7 +229,7 @@ def _compare_environments(record: RunRecord, again: RunRecord) -> Iterator[_Envi
 
 
 def _compare_choices(record: RunRecord, again: RunRecord) -> Iterator[_EnvironmentDiff]:
-    """What training did otherwise of what its report says was chosen."""
+    """Yield the choices of training that both reports have and that differ."""
     reports = (json.loads(run.files.get(paths.TRAINING_REPORT, "{}")) for run in (record, again))
     before, after = ({**choices.plan, **choices.attention} for choices in map(choices_in, reports))
     for name in sorted(before.keys() & after.keys()):
@@ -230,5 +238,5 @@ def _compare_choices(record: RunRecord, again: RunRecord) -> Iterator[_Environme
 
 
 def _flatten_json(text: str) -> dict[str, Any]:
-    """The values of nested JSON under joined names, `a/b`."""
+    """Return the values of nested JSON under joined names, `a/b`."""
     return dict(flatten(json.loads(text), "/"))

@@ -1,4 +1,4 @@
-"""Whether what lies here of a folder or of a Hub repository is still what its revision pins."""
+"""Checks that the local copy of a folder or Hub repository still has the content of its revision."""
 
 import hashlib
 from pathlib import Path
@@ -6,37 +6,39 @@ from pathlib import Path
 from sdxl_lora.reproducibility.checklist import Check, failed, passed, warned
 from sdxl_lora.storage.repository import file_digest, folder_digest, is_local_folder
 
-_SHOWN_CHARACTERS = 19  # characters of a revision: `sha256:` and twelve of its digest
+_SHOWN_CHARACTERS = 19  # of a revision: `sha256:` and twelve digits
 
 
 def check_pin(name: str, repository: str, revision: str, copy: Path | None) -> Check:
-    """Whether a folder has the digest that it is pinned to, and every file from the Hub is what the Hub sent.
+    """Check that a folder has its pinned digest, or that each file from the Hub has its published hash.
 
     Args:
-        name: of the check.
-        copy: where the repository lies here; None: it does not, or not all of it.
+        name: name of the check.
+        copy: local copy of the repository; None: missing or incomplete.
     """
     pinned = f"{repository} at {revision[:_SHOWN_CHARACTERS]}"
     if copy is None:
-        return warned(name, f"{pinned} is not here, or incomplete", "the first stage to need it downloads it")
+        return warned(
+            name, f"{pinned} is missing or incomplete", "the first stage that needs it downloads it"
+        )
     if is_local_folder(repository):
         if folder_digest(copy) != revision:
             return failed(
                 name,
-                f"{repository} is not what {revision[:_SHOWN_CHARACTERS]} pins",
+                f"{repository} does not match its revision {revision[:_SHOWN_CHARACTERS]}",
                 f"`git checkout {repository}`",
             )
         return passed(name, pinned)
     if damaged := damaged_files(copy):
         return failed(name, f"damaged: {', '.join(damaged)}", "delete these files from the Hub's cache")
-    return passed(name, f"{pinned}: every file has the hash that it was published with")
+    return passed(name, f"{pinned}: every file has its published hash")
 
 
 def damaged_files(snapshot: Path) -> list[str]:
-    """Files of a Hub repository's local copy that are not what the Hub sent.
+    """Return the files of a snapshot in the Hub's cache whose content has changed since the download.
 
-    Its cache names a file's content by SHA-256 if the Hub keeps it in LFS, as it does weights, else by git's
-    SHA-1 of a blob.
+    Snapshots are symbolic links to files that are named after their content: by SHA-256 if the Hub keeps
+    them in LFS, as weights, else by git's SHA-1 of a blob.
     """
     return [
         path.relative_to(snapshot).as_posix()
@@ -46,7 +48,7 @@ def damaged_files(snapshot: Path) -> list[str]:
 
 
 def _is_blob(link: Path) -> bool:
-    """Whether a file of the Hub's cache has the content that its blob is named after."""
+    """Return whether a file of the Hub's cache has the hash that it is named after."""
     name = link.resolve().name
     if not link.is_file():
         return False

@@ -1,48 +1,45 @@
-"""Makes a recorded run again and says whether it came out the same.
+"""Repeats a recorded run and compares the results with the recorded ones.
 
-The stages run in a fresh clone that knows none of the recorded results, without DVC's run cache, with the
-libraries and the device at hand.
+The stages run in a fresh clone without the recorded results and without DVC's run cache, with the libraries
+and the device that are installed.
 """
 
-import argparse
-import os
 import shutil
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import yaml
 
 from sdxl_lora import paths
+from sdxl_lora.reporting.markdown import table
 from sdxl_lora.reproducibility.comparison import ReproductionVerdict, compare_runs
-from sdxl_lora.reproducibility.run_record import RunRecord, find_record, read_record, reader
-from sdxl_lora.storage.report_io import write_numbers
-from sdxl_lora.tracking.live_run import TRACKING_ERRORS
+from sdxl_lora.reproducibility.run_record import RunRecord, read_record, reader
+from sdxl_lora.runtime.dvc_command import cache_folder, dvc_environment, run_dvc
+from sdxl_lora.storage.atomic_io import write_text
 
-_Data = Literal["download", "pull"]
+DataSource = Literal["download", "pull"]
 
 _SCRATCH_FOLDER = Path(".dvc/tmp/reproduction")
 DOWNLOAD, TRACK = "download_dataset", "track_run"
-_FOREIGN = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "MLFLOW_TRACKING_URI")
-"""Variables by which stages would take the project for the clone, or show the clone's run on a server."""
-_LAST_LINES = 8  # of the output, kept to say why a run failed
+_LAST_LINES = 8  # lines of the output, quoted if the run fails
 _CACHE_REMOTE = "cache-of-the-project"
 
 
-def _reproduce(record: RunRecord, data: _Data) -> ReproductionVerdict:
-    """Runs all recorded stages anew, but for the one that shows results in MLflow, and compares.
+def reproduce(record: RunRecord, data: DataSource) -> ReproductionVerdict:
+    """Run all recorded stages again, except the one that shows results in MLflow, and compare the results.
 
     Args:
-        data: download the data set once more, or take the recorded one from DVC's cache or remote.
+        data: download the data set again, or take the recorded one from DVC's cache or remote.
 
     Raises:
-        ValueError: the recorded data cannot be had.
+        ValueError: the recorded data set is in neither.
+        OSError: git cannot clone the project.
     """
     pipeline = yaml.safe_load(record.files[paths.PIPELINE])["stages"]
     stages = [name for name in pipeline if name in record.stages and name != TRACK]
@@ -50,49 +47,54 @@ def _reproduce(record: RunRecord, data: _Data) -> ReproductionVerdict:
         if data == "pull":
             _pull_data(clone)
             stages.remove(DOWNLOAD)
-        (clone / paths.LOCK).unlink()  # what is found there later is of this run
-        _leave_choices(record, clone)
+        # Only `dvc pull` needs the recorded lock. The new one must hold entries of this run alone: the old
+        # entry of a stage that does not get to run would pass for reproduced.
+        (clone / paths.LOCK).unlink()
+        _copy_auto_choices(record, clone)
         failure = _run_stages(clone, stages)
-        again = RunRecord("made again", record.code_commit, read_record(reader(clone)))
+        again = RunRecord("reproduction", record.code_commit, read_record(reader(clone)))
         return compare_runs(record, again, stages, failure)
 
 
 @contextmanager
 def _fresh_clone(record: RunRecord) -> Iterator[Path]:
-    """A clone with the code, params and lock of `record`, for as long as the block runs.
+    """Yield a clone with the code, params and lock of `record`; delete it after the block.
 
-    HEAD is what it was for the recorded run, since the adapter's header names it.
+    Its files are those of `record.code_commit`, and its HEAD is `record.recorded_head`. The two differ if the
+    code was committed after the run, as usual with `dvc exp`: the code must be that which ran, but the
+    adapter's header names the HEAD of that time and would otherwise differ.
     """
     clone = _SCRATCH_FOLDER.absolute() / record.code_commit[:12]
     shutil.rmtree(clone, ignore_errors=True)
     clone.parent.mkdir(parents=True, exist_ok=True)
     try:
         for command, folder in (
+            # --shared reads this repository's objects in place. They include commits that no branch reaches,
+            # such as those of experiments, which a plain clone would not copy.
             (["clone", "--shared", "--no-checkout", str(Path.cwd()), str(clone)], Path()),
-            (["checkout", "--detach", record.code_commit], clone),
-            (["reset", "--soft", record.recorded_head], clone),
+            (["checkout", "--detach", record.code_commit], clone),  # the files
+            (["reset", "--soft", record.recorded_head], clone),  # HEAD alone: --soft leaves the files
         ):
-            subprocess.run(["git", *command, "--quiet"], cwd=folder, check=True)
+            _run_git(folder, *command, "--quiet")
+        # A record of the workspace or of MLflow has these files in other versions than any commit.
         for path in (paths.PARAMS, paths.PIPELINE, paths.LOCK):
-            (clone / path).write_text(record.files[path], encoding="utf-8")
+            write_text(clone / path, record.files[path])
         yield clone
     finally:
         shutil.rmtree(clone, ignore_errors=True)
 
 
-def _leave_choices(record: RunRecord, clone: Path) -> None:
-    """Notes for the clone's training what `auto` was in the recorded one, if the record has its report.
+def _copy_auto_choices(record: RunRecord, clone: Path) -> None:
+    """Copy the recorded training report, if any, to where training looks up what `auto` resolved to.
 
-    Not in params.yaml: DVC's lock and the adapter's header hold a hash of that.
+    Not by way of params.yaml, because dvc.lock and the adapter's header contain its hash.
     """
     if (report := record.files.get(paths.TRAINING_REPORT)) is not None:
-        note = clone / paths.RECORDED_TRAINING
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(report, encoding="utf-8")
+        write_text(clone / paths.RECORDED_TRAINING, report)
 
 
 def _pull_data(clone: Path) -> None:
-    """Puts the recorded data set into the clone: from the project's cache, else from its remote.
+    """Put the recorded data set into the clone, from the project's cache or else from its remote.
 
     Raises:
         ValueError: neither has it.
@@ -100,31 +102,34 @@ def _pull_data(clone: Path) -> None:
     settings = Path(".dvc/config.local")
     if settings.is_file():
         shutil.copy(settings, clone / settings)
-    for line in _run_dvc(Path(), "remote", "list").stdout.splitlines():
-        name, url = line.split()[:2]  # a folder's place is given relative to the project
-        _run_dvc(clone, "remote", "modify", "--local", name, "url", url)
-    cache = _run_dvc(Path(), "cache", "dir").stdout.strip()
-    _run_dvc(clone, "remote", "add", "--local", _CACHE_REMOTE, cache)
+    # Remotes that are folders have paths relative to the project: `dvc remote list` makes them absolute.
+    for line in run_dvc(Path(), "remote", "list").stdout.splitlines():
+        name, url = line.split()[:2]
+        run_dvc(clone, "remote", "modify", "--local", name, "url", url)
+    # A cache has the layout of a remote, so the project's serves as one. As the clone's cache it would hide
+    # which stages ran, and be written to by them.
+    if (cache := cache_folder(Path())) is not None:
+        run_dvc(clone, "remote", "add", "--local", _CACHE_REMOTE, str(cache))
     for remote in (["--remote", _CACHE_REMOTE], []):
-        result = _run_dvc(clone, "pull", *remote, str(paths.RAW))
+        result = run_dvc(clone, "pull", *remote, str(paths.RAW))
         if result.returncode == 0:
             return
     raise ValueError(
-        f"the recorded {paths.RAW} is neither in DVC's cache nor in its remote ({result.stderr.strip()}); "
-        "without DATA=pull it is downloaded anew"
+        f"the recorded {paths.RAW} is neither in DVC's cache nor in its remote ({result.stderr.strip()}): "
+        "`--data download` downloads it again"
     )
 
 
 def _run_stages(clone: Path, stages: Sequence[str]) -> str | None:
-    """Runs the stages, their output on stderr as it comes; why they stopped, None if they did not."""
+    """Run the stages and copy their output to stderr; return why they stopped, or None if all ended."""
     command = ["dvc", "repro", "--single-item", "--force", "--no-run-cache", *stages]
     tail: deque[str] = deque(maxlen=_LAST_LINES)
     with subprocess.Popen(
-        command, cwd=clone, env=_environment_of(clone), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, cwd=clone, env=dvc_environment(clone), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
         assert process.stdout is not None
         output = TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline="")
-        for line in output:  # ends as it came: a progress bar's carriage return draws over it
+        for line in output:  # newline="" keeps a progress bar's \r, so that its next state overwrites it
             sys.stderr.write(line)
             sys.stderr.flush()
             if line.endswith("\n") and line.strip():
@@ -134,24 +139,19 @@ def _run_stages(clone: Path, stages: Sequence[str]) -> str | None:
     return f"`dvc repro` stopped with status {process.returncode}: {' '.join(tail)}"
 
 
-def _run_dvc(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = ["dvc", *arguments]
-    environment = _environment_of(folder.absolute())
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+def _run_git(folder: Path, *arguments: str) -> None:
+    """Run a git command.
+
+    Raises:
+        OSError: it fails; says what git says.
+    """
+    result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise OSError(f"`git {arguments[0]}` in {folder.absolute()} fails: {result.stderr.strip()}")
 
 
-def _environment_of(project: Path) -> dict[str, str]:
-    """Variables with which commands use this interpreter's packages, and the library of `project`."""
-    inherited = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
-    first = {"PATH": [Path(sys.executable).parent], "PYTHONPATH": [project / "src", project]}
-    return inherited | {
-        name: os.pathsep.join([*map(str, places), *filter(None, [inherited.get(name)])])
-        for name, places in first.items()
-    }
-
-
-def _render_reproduction_page(verdict: ReproductionVerdict) -> str:
-    """The verdict as Markdown."""
+def render_reproduction_page(verdict: ReproductionVerdict) -> str:
+    """Return the verdict as Markdown."""
     lines = [
         f"# {verdict.outcome.capitalize()}: {verdict.origin}",
         "",
@@ -161,45 +161,14 @@ def _render_reproduction_page(verdict: ReproductionVerdict) -> str:
     lines += [f"- {reason}" for reason in verdict.reasons]
     lines += ["", "## Environment", ""]
     rows = [(d.stage, d.name, d.recorded, d.found) for d in verdict.environment]
-    lines += _table(("stage", "fact", "recorded", "here"), rows) or ["No recorded fact differs."]
+    lines.append(table(("stage", "fact", "recorded", "here"), rows) if rows else "No recorded fact differs.")
     lines += ["", "## Figures", ""]
     figures = [
         (f.name, f"{f.recorded:.6g}", f"{f.found:.6g}", "" if f.tolerance is None else f"{f.tolerance:.2g}")
         for f in verdict.figures
     ]
-    lines += _table(("figure", "recorded", "here", "tolerance"), figures) or ["None."]
+    lines.append(table(("figure", "recorded", "here", "tolerance"), figures) if figures else "None.")
     lines += ["", "## Outputs", ""]
-    lines += _table(("stage", "output", "compared"), [(o.stage, o.path, o.state) for o in verdict.outs])
+    outs = [(o.stage, o.path, o.state) for o in verdict.outs]
+    lines += [table(("stage", "output", "compared"), outs)] if outs else []
     return "\n".join(lines) + "\n"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Lines of Markdown; none without rows."""
-    if not rows:
-        return []
-    cells = [columns, ["---"] * len(columns), *rows]
-    return [f"| {' | '.join(str(cell).replace('|', '&#124;') for cell in row)} |" for row in cells]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sdxl_lora.reproducibility.reproduce", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("ref", help="git revision, DVC experiment, id of an MLflow run, or adapter file")
-    parser.add_argument(
-        "--data", choices=get_args(_Data), default="download", help="where the data set comes from"
-    )
-    arguments = parser.parse_args()
-    try:
-        verdict = _reproduce(find_record(arguments.ref), arguments.data)
-    except (ValueError, subprocess.CalledProcessError, *TRACKING_ERRORS) as error:
-        sys.exit(f"reproduce: {error}")
-    text = _render_reproduction_page(verdict)
-    write_numbers(paths.REPRODUCTION, asdict(verdict))
-    paths.REPRODUCTION_PAGE.write_text(text, encoding="utf-8")
-    sys.stdout.write(f"{text}\n{paths.REPRODUCTION_PAGE} and {paths.REPRODUCTION} say the same.\n")
-    sys.exit(verdict.outcome not in ("bit-identical", "within tolerance"))
-
-
-if __name__ == "__main__":
-    main()

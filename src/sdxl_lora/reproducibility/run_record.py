@@ -1,4 +1,9 @@
-"""A finished run as it was recorded: its code, params and results, found again from whatever names it."""
+"""The record of a finished run (code, params, results), found by a commit, experiment, MLflow run or file.
+
+Two commits belong to a run. The recorded head was checked out while it ran; the adapter's header names it.
+The code commit has the code that ran. They differ if the code was committed after the run: `dvc exp run`
+commits code and results together, on top of the head that it started from.
+"""
 
 import hashlib
 import re
@@ -25,44 +30,44 @@ _Texts = Mapping[Path, str]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run was made from, and what DVC noted of it."""
+    """The code, params and recorded results of a run."""
 
     origin: str
     """Where it was found, in words."""
     code_commit: str
-    """The commit that holds the code."""
+    """The commit whose code is that of the run, as far as there is one: see `changed_code`."""
     files: _Texts
-    """Those of `paths.RECORD` that there are, as they were."""
+    """The text of each file of `paths.RECORD` that the record has."""
 
     @cached_property
     def stages(self) -> LockedStages:
-        """The entries of dvc.lock; none before a stage has run."""
+        """The entries of dvc.lock by stage; none before a stage has run."""
         return locked_stages(self.files.get(paths.LOCK, ""))
 
     @property
     def recorded_head(self) -> str:
-        """The commit that was checked out when the run ended, which its adapter names; else `tree`."""
+        """The commit that was checked out when the run ended; `code_commit` if none is recorded here."""
         facts = yaml.safe_load(self.files.get(paths.LINEAGE, "{}"))
         return rev_parse(str(facts.get(f"{PREFIX}git.commit", ""))) or self.code_commit
 
     def changed_code(self) -> list[str]:
-        """Files that were not, when the run used them, as its commit has them."""
+        """Return the code files that the run used in another version than `code_commit` has."""
         return _changed_code(self.code_commit, self.stages)
 
     def outs(self, stage: str) -> dict[str, str]:
-        """MD5 of what a stage wrote, by path."""
+        """Return the MD5 of each output of a stage, by path."""
         return {out["path"]: out["md5"] for out in self.stages.get(stage, {}).get("outs", [])}
 
 
 def find_record(name: str) -> RunRecord:
-    """The record of a run.
+    """Return the record of a run.
 
     Args:
-        name: a git revision, a DVC experiment, an id of an MLflow run, or an exported adapter's file.
+        name: a git revision, a DVC experiment, the id of an MLflow run, or an exported adapter file.
 
     Raises:
-        ValueError: it is none of these, or has no record; says which remedy there is.
-        OSError, MlflowException: MLflow cannot be reached, or knows no such run.
+        ValueError: `name` is unknown or has no record; the error names the remedy.
+        ConnectionError: MLflow cannot be reached, or does not have the run.
     """
     if Path(name).suffix == ".safetensors":
         return record_of_adapter(Path(name))
@@ -73,45 +78,52 @@ def find_record(name: str) -> RunRecord:
     if _RUN_ID.fullmatch(name):
         return _record_of_run(name)
     raise ValueError(
-        f"{name!r} is no git revision, no DVC experiment, no id of an MLflow run and no adapter's file. "
-        "`git log`, `dvc exp list --all-commits` and `make ui` list them; `git fetch` and `dvc exp pull` get "
-        "those of others"
+        f"{name!r} is not a git revision, DVC experiment, MLflow run id or adapter file. "
+        "`git log`, `dvc exp list --all-commits` and `make ui` list them; `git fetch` and `dvc exp pull` "
+        "download those of others"
     )
 
 
 def _record_of_commit(commit: str, origin: str) -> RunRecord:
-    """The record that a commit holds."""
+    """Return the record that a commit holds."""
     files = read_record(partial(text_at, commit))
     if not {paths.LOCK, paths.PARAMS} <= files.keys():
         raise ValueError(
-            f"{origin} holds no {paths.LOCK}, so nothing says what its results were. After `dvc repro`, "
-            f"commit {paths.LOCK}, {paths.PARAMS} and {paths.REPORTS}/; or name an experiment, an MLflow run "
-            f"or the adapter's file in {paths.EXPORT}/"
+            f"{origin} has no {paths.LOCK}, which records a run's results. After `dvc repro`, commit "
+            f"{paths.LOCK}, {paths.PARAMS} and {paths.REPORTS}/; or name an experiment, an MLflow run or the "
+            f"adapter file in {paths.EXPORT}/"
         )
     return RunRecord(origin, commit, files)
 
 
 def _record_of_run(run_id: str) -> RunRecord:
-    """The record that MLflow keeps with a run."""
+    """Return the record that MLflow keeps with a run."""
     with TemporaryDirectory() as folder:
         files = read_record(reader(download_record(run_id, Path(folder))))
     if paths.LOCK not in files:
-        raise ValueError(f"MLflow run {run_id} has no {paths.LOCK}: it ended before `track_run`")
+        raise ValueError(
+            f"MLflow run {run_id} has no {paths.LOCK}, because it ended before `track_run`: name a run that "
+            "finished"
+        )
     return _with_code_commit(f"MLflow run {run_id}", files, None)
 
 
 def record_of_adapter(path: Path) -> RunRecord:
-    """The record of the training that a file's header names: the workspace's, else that of a commit."""
+    """Return the record of the training that an adapter's header names, from the workspace or else a commit.
+
+    Raises:
+        ValueError: the file is missing, not an exported adapter, or its training is recorded nowhere here.
+    """
     if not path.is_file():
         raise ValueError(
-            f"{path} not found: `dvc pull {paths.EXPORT}` gets the adapter of the present dvc.lock"
+            f"{path} not found: `dvc pull {paths.EXPORT}` downloads the adapter of the current dvc.lock"
         )
     require_safetensors(path)
     facts = read_lineage(path)
     digest = facts.get("dvc.train_lora")
     if digest is None:
         raise ValueError(
-            f"{path} does not say what it was made from; those in {paths.EXPORT}/, of export_lora, do"
+            f"{path} does not say what it was trained on: use a file of {paths.EXPORT}/, from export_lora"
         )
     present = read_record(reader(Path()))
     if _training_digest_of(present) == digest:
@@ -121,33 +133,41 @@ def record_of_adapter(path: Path) -> RunRecord:
         if _training_digest_of(files) == digest:
             return RunRecord(f"{path.name}, recorded in commit {commit[:12]}", commit, files)
     raise ValueError(
-        f"no {paths.LOCK}, neither here nor in any commit or experiment, records the training of {path}: "
+        f"no {paths.LOCK} of the workspace, a commit or an experiment records the training of {path}: "
         "`git fetch` or `dvc exp pull` the one that does"
     )
 
 
 def _with_code_commit(origin: str, files: _Texts, head: str | None) -> RunRecord:
-    """A record that no commit holds, with the one that holds its code: its head, unless another fits better.
+    """Return a record whose files come from outside git, with the commit that has its code.
+
+    That is the recorded head, unless the code was committed later: then the newest commit that changed
+    dvc.lock and has every code file by the MD5 in the record. If none has, it is the head after all, and
+    `RunRecord.changed_code` tells.
+
+    Args:
+        head: the commit that was checked out when the run ended; None: read it from the record's lineage.
 
     Raises:
-        ValueError: the commit is not in this repository.
+        ValueError: the head is not in this repository.
     """
     stages = locked_stages(files[paths.LOCK])
     facts = yaml.safe_load(files.get(paths.LINEAGE, "{}"))
     named = head or str(facts.get(f"{PREFIX}git.commit", ""))
-    tree = rev_parse(named)
-    if tree is None:
+    commit = rev_parse(named)
+    if commit is None:
         raise ValueError(
-            f"{origin} was made at commit {named or '(unknown)'}, which is not here: `git fetch` it"
+            f"{origin} was made at commit {named or '(unknown)'}, which is not in this repository: "
+            "`git fetch` it"
         )
-    if _changed_code(tree, stages):
-        fitting = (commit for commit in commits_with(paths.LOCK) if not _changed_code(commit, stages))
-        tree = next(fitting, tree)
-    return RunRecord(origin, tree, files)
+    if _changed_code(commit, stages):
+        fitting = (other for other in commits_with(paths.LOCK) if not _changed_code(other, stages))
+        commit = next(fitting, commit)
+    return RunRecord(origin, commit, files)
 
 
 def _changed_code(commit: str, stages: LockedStages) -> list[str]:
-    """Code files of any stage in dvc.lock that differ from those of a commit."""
+    """Return the code files of all stages in dvc.lock whose MD5 is not that of a commit."""
     used = {
         dep["path"]: dep["md5"]
         for entry in stages.values()
@@ -159,7 +179,13 @@ def _changed_code(commit: str, stages: LockedStages) -> list[str]:
 
 
 def read_record(read: Callable[[Path], str | None]) -> dict[Path, str]:
-    """The files of a record that there are, but for reports that DVC's lock does not know as they are."""
+    """Return the files of a record that exist, except reports that differ from their MD5 in dvc.lock.
+
+    Such a report was edited, or committed at another time than dvc.lock, and belongs to another run.
+
+    Args:
+        read: returns the text of a file, or None if it does not exist.
+    """
     texts = {path: text for path in paths.RECORD if (text := read(path)) is not None}
     if paths.LOCK not in texts:
         return texts
@@ -176,7 +202,7 @@ def read_record(read: Callable[[Path], str | None]) -> dict[Path, str]:
 
 
 def reader(folder: Path) -> Callable[[Path], str | None]:
-    """Reads files below `folder`."""
+    """Return a function that reads files below `folder`."""
 
     def read(path: Path) -> str | None:
         return (folder / path).read_text(encoding="utf-8") if (folder / path).is_file() else None
@@ -185,7 +211,7 @@ def reader(folder: Path) -> Callable[[Path], str | None]:
 
 
 def _training_digest_of(files: _Texts) -> str | None:
-    """What a record's training is told apart by; None if there was none."""
+    """Return the digest that identifies the record's training; None if train_lora has not run."""
     entry = locked_stages(files.get(paths.LOCK, "")).get("train_lora")
     return None if entry is None else entry_digest(entry)
 

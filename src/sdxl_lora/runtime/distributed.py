@@ -1,4 +1,4 @@
-"""The processes that work together: those of `accelerate launch` or torchrun, else this one alone."""
+"""The process group: that of `accelerate launch` or torchrun, or this process alone."""
 
 import torch
 from accelerate import PartialState
@@ -6,12 +6,12 @@ from torch import Tensor, distributed
 
 
 def distributed_state() -> PartialState:
-    """How many there are and which one this is. The first call makes them known to each other."""
+    """Return the number of processes and this one's rank. The first call initializes the process group."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def all_ranks_agree(number: int) -> bool:
-    """Whether all processes have the same number. All of them have to ask."""
+    """Return whether all processes pass the same number. Collective: every process must call it."""
     if distributed_state().num_processes == 1:
         return True
     numbers: list[int | None] = [None] * distributed_state().num_processes
@@ -20,6 +20,6 @@ def all_ranks_agree(number: int) -> bool:
 
 
 def all_reduce_sum(tensor: Tensor) -> None:
-    """Adds up the tensors of all processes, in place, so that each has the same sum."""
+    """Sum the tensors of all processes in place. Collective: every process must call it."""
     if distributed_state().num_processes > 1:
         distributed.all_reduce(tensor)

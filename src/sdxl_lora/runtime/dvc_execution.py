@@ -1,8 +1,9 @@
-"""The DVC command behind a stage: who runs it, where its notes lie, how each of its stages went.
+"""The DVC command that runs a stage: its identity, its scratch folder, and how each of its stages went.
 
-A DVC command runs every stage in a process of its own. What they share about the execution lies in a scratch
-folder named after that command; it is never an output, since it would make every run's outputs differ.
-Knows no MLflow.
+`dvc repro` runs every stage in a new process and gives them no common identifier: it sets DVC_ROOT, DVC_STAGE
+and, for experiments, DVC_EXP_NAME. The stages of one command must share one MLflow run, so the command is
+identified by its process, an ancestor of every stage. Its stages share a scratch folder with that name, which
+is never an output: it would make the outputs of every run differ. Knows nothing of MLflow.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import os
 import socket
 import sys
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,8 @@ import psutil
 
 StageStatus = Literal["running", "executed", "failed", "killed"]
 _DVC_COMMANDS = {"repro", "exp", "experiments", "queue"}
-_START_FIELD = 19  # of /proc/<pid>/stat behind the command's name (proc_pid_stat(5): field 22)
+_MAX_LAUNCHER_WORDS = 4  # `python -m dvc`, `/usr/bin/env python .venv/bin/dvc`: where the word dvc can be
+_START_FIELD = 19  # of /proc/<pid>/stat after the command's name (proc_pid_stat(5): field 22)
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,13 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class DvcExecution:
-    """The DVC command behind the running stage, or the stage's own process."""
+    """The DVC command that runs the current stage, or the stage's process if it was started without DVC."""
 
     machine: str
     """Digest that tells machines apart without naming them."""
     pid: int
     created: int
-    """When that process started, by `_process_start`: process ids are used again."""
+    """Start of that process, by `_process_start`. Needed because the system reuses process ids."""
 
     @property
     def id(self) -> str:
@@ -49,13 +52,13 @@ class DvcExecution:
 
     @property
     def scratch(self) -> Path:
-        """The execution's notes, in the repository that DVC was started from."""
+        """The folder that this execution's stages share, in the repository that DVC was started from."""
         folder = _scratch_root() / self.id
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def is_alive(self) -> bool:
-        """Whether the command still runs; True on other machines, which cannot be asked."""
+        """Return whether the command still runs; True for other machines, which cannot be asked."""
         if self.machine != machine_digest():
             return True
         with suppress(psutil.NoSuchProcess, OSError):
@@ -63,38 +66,48 @@ class DvcExecution:
         return False
 
     def records(self) -> dict[str, StageRecord]:
-        """The stages that have run so far, by name."""
+        """Return the records of the stages that have run so far, by name."""
         files = sorted((self.scratch / "stages").glob("*.json"))
         return {file.stem: StageRecord(**json.loads(file.read_text(encoding="utf-8"))) for file in files}
 
 
 def current_execution() -> DvcExecution:
-    """The nearest ancestor process that is `dvc repro` or an experiment; this process if there is none."""
-    own = psutil.Process()
-    for process in own.parents():
-        with suppress(psutil.Error, OSError):
-            words = process.cmdline()
-            if any(Path(word).name in ("dvc", "dvc.exe") for word in words[:4]) and _DVC_COMMANDS & set(
-                words
-            ):
-                return DvcExecution(machine_digest(), process.pid, _process_start(process))
-    return DvcExecution(machine_digest(), own.pid, _process_start(own))
+    """Return the nearest ancestor process that is a DVC pipeline command; this process if there is none."""
+    process = psutil.Process()
+    for ancestor in process.parents():
+        with suppress(psutil.Error, OSError):  # it ended meanwhile, or belongs to another user
+            if _runs_pipeline(ancestor.cmdline()):
+                process = ancestor
+                break
+    return DvcExecution(machine_digest(), process.pid, _process_start(process))
+
+
+def _runs_pipeline(words: Sequence[str]) -> bool:
+    """Return whether a command line is `dvc repro`, `dvc exp run` or a worker of `dvc queue`.
+
+    The process itself is named after the Python interpreter, so only the command line tells. `dvc` must be
+    among the first words: a later one is an argument, such as a folder with that name.
+    """
+    starts_dvc = any(Path(word).name in ("dvc", "dvc.exe") for word in words[:_MAX_LAUNCHER_WORDS])
+    return starts_dvc and not _DVC_COMMANDS.isdisjoint(words)
 
 
 def _process_start(process: psutil.Process) -> int:
-    """When a process started: clock ticks since the machine did; outside Linux, seconds since the epoch.
+    """Return when a process started: clock ticks since boot; outside Linux, seconds since the epoch.
 
-    psutil's seconds move whenever somebody sets the clock: an execution would turn into another one on its
-    way, and its run into one whose process is gone.
+    `psutil.Process.create_time` adds the boot time, which the kernel derives from the wall clock: setting the
+    clock changes it. An execution would then get another id halfway, and `is_alive` would call it dead. Ticks
+    since boot never change.
     """
     if not sys.platform.startswith("linux"):
         return int(process.create_time())
     stat = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8")
+    # The second field is the name in parentheses, which may itself hold spaces and parentheses.
     return int(stat.rpartition(")")[2].split()[_START_FIELD])
 
 
 def parse_execution_id(execution_id: str) -> DvcExecution | None:
-    """The execution of this id; None if it is none."""
+    """Return the execution with this id; None if the text is not such an id."""
     match execution_id.split("-"):
         case [machine, pid, created] if pid.isdigit() and created.isdigit():
             return DvcExecution(machine, int(pid), int(created))
@@ -102,11 +115,12 @@ def parse_execution_id(execution_id: str) -> DvcExecution | None:
 
 
 def machine_digest() -> str:
+    """Return a digest of host name and network address: MLflow's runs are shared, names of hosts private."""
     return hashlib.sha256(f"{socket.gethostname()} {uuid.getnode()}".encode()).hexdigest()[:8]
 
 
 def project_root() -> Path:
-    """The repository that DVC was started from, also when the stage runs in a temporary copy of it."""
+    """Return the repository that DVC was started from, also if the stage runs in a temporary copy of it."""
     if root := os.environ.get("DVC_ROOT"):
         return Path(root)
     folders = (Path.cwd(), *Path.cwd().parents)

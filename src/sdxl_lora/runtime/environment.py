@@ -1,6 +1,6 @@
-"""What a stage ran on, as far as it can change the bits of a result: hardware, drivers, libraries, choices.
+"""The environment of a stage, as far as it can change bits of a result: hardware, driver, libraries, choices.
 
-It names no machine, no user and no place, so that it may be published beside the result.
+It contains no name of a machine or user and no path, so that it may be published with the result.
 """
 
 import os
@@ -32,16 +32,18 @@ NUMERICAL_LIBRARIES = (
     "triton",
     "xformers",
 )
-"""Packages whose code a result goes through."""
+"""Packages whose code can change bits of any result, those of data included: recorded, never compared to
+decide. The keys of `training.checkpointer` and `data.latent_cache` list fewer on purpose: each key names only
+the packages that its entries depend on, because any other would discard them at an update."""
 _VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "MKL_CBWR")
-"""Settings by which their makers' libraries choose among kernels that round otherwise."""
+"""Variables that make cuBLAS and MKL select kernels with other rounding."""
 
 
 def describe_environment(device: torch.device, **choices: object) -> dict[str, Any]:
-    """Facts about this process and `device`, as nested mappings of words and numbers.
+    """Return facts about this process and `device` as nested mappings of strings and numbers.
 
     Args:
-        choices: what the stage chose itself, such as the attention's kernels.
+        choices: settings that the stage selected at run time, such as the attention kernels.
     """
     return {
         "python": platform.python_version(),
@@ -58,7 +60,7 @@ def describe_environment(device: torch.device, **choices: object) -> dict[str, A
 
 
 def _cpu() -> dict[str, object]:
-    """Model, the widest instructions that PyTorch uses of it, and threads: sums are split among them."""
+    """Return the CPU's model, its widest instructions that PyTorch uses, and the threads that share sums."""
     return {
         "model": _cpu_model(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -67,7 +69,7 @@ def _cpu() -> dict[str, object]:
 
 
 def _cpu_model() -> str:
-    """As the kernel names it; what Python knows of it elsewhere than on Linux."""
+    """Return the model name from /proc/cpuinfo; outside Linux, Python's name of the processor."""
     table = Path("/proc/cpuinfo")
     lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -75,7 +77,7 @@ def _cpu_model() -> str:
 
 
 def _gpu(device: torch.device) -> dict[str, object]:
-    """Model, architecture, and the versions of what drives it."""
+    """Return the GPU's model, compute capability, and the versions of driver, CUDA and cuDNN."""
     properties = torch.cuda.get_device_properties(device)
     return {
         "model": properties.name,
@@ -87,7 +89,7 @@ def _gpu(device: torch.device) -> dict[str, object]:
 
 
 def _driver_version() -> str:
-    """Of NVIDIA's driver; empty where there is none, as under ROCm."""
+    """Return the version of NVIDIA's driver; empty without one, as under ROCm."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -99,7 +101,7 @@ def _driver_version() -> str:
 
 
 def installed_version(package: str) -> str | None:
-    """None if it is not installed."""
+    """Return the installed version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

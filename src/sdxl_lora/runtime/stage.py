@@ -1,4 +1,4 @@
-"""A stage as a process: how it went, signals that stop it, its deadline, and errors as one line."""
+"""A stage as a process: its record, signals that stop it, its deadline, and errors as one line."""
 
 import json
 import logging
@@ -13,16 +13,15 @@ from pathlib import Path
 from types import FrameType
 
 from sdxl_lora.runtime.dvc_execution import StageRecord, StageStatus, current_execution
-from sdxl_lora.storage.atomic_io import with_remedy, write_text
-
-_USER_ERRORS = (ValueError, OSError, FloatingPointError)
+from sdxl_lora.runtime.user_errors import exit_on_user_error
+from sdxl_lora.storage.atomic_io import write_text
 
 logger = logging.getLogger("sdxl_lora")
 
 
 @contextmanager
 def record_stage(name: str) -> Iterator[None]:
-    """Notes how the stage `name` went and how long it took; ends it cleanly on SIGTERM."""
+    """Record how the stage `name` went and how long it took; end it cleanly on SIGTERM."""
     file = current_execution().scratch / "stages" / f"{name}.json"
     started, clock = time.time(), time.monotonic()
 
@@ -35,7 +34,7 @@ def record_stage(name: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        with suppress(OSError):  # on a full disk, the error that matters is the first
+        with suppress(OSError):  # on a full disk, the first error is the one to report
             note("killed" if isinstance(error, SystemExit) else "failed")
         raise
     finally:
@@ -45,10 +44,10 @@ def record_stage(name: str) -> Iterator[None]:
 
 @contextmanager
 def stop_on_signals(stop: Callable[[], None]) -> Iterator[list[signal.Signals]]:
-    """Lets SIGTERM and SIGINT call `stop`, which must be quick, instead of ending the block.
+    """Call `stop`, which must be quick, on SIGTERM and SIGINT instead of ending the block.
 
     Yields:
-        The signals that came so far.
+        The signals received so far.
     """
     received: list[signal.Signals] = []
 
@@ -65,7 +64,7 @@ def stop_on_signals(stop: Callable[[], None]) -> Iterator[list[signal.Signals]]:
 
 
 class Deadline:
-    """A known end of the machine's time, some minutes from now; None: there is none."""
+    """A known end of the machine's time, `minutes` from now; None: no end."""
 
     def __init__(self, minutes: float | None) -> None:
         self._end = math.inf if minutes is None else time.monotonic() + 60 * minutes
@@ -73,9 +72,9 @@ class Deadline:
         self._last: float | None = None
 
     def is_near(self) -> bool:
-        """Whether two more rounds as long as the longest so far would not end before it. Ask once a round.
+        """Return whether two more rounds as long as the longest so far would exceed it. Call once a round.
 
-        Two, because several processes may need one to agree, and what is to be saved takes time as well.
+        Two, because several processes may need one round to agree, and saving takes time as well.
         """
         now = time.monotonic()
         if self._last is not None:
@@ -85,17 +84,13 @@ class Deadline:
 
 
 def _exit_on_signal(number: int, _frame: FrameType | None) -> None:
-    """Turns a signal into an exit that runs every `finally`."""
-    raise SystemExit(128 + number)
+    """Exit by an exception, so that every `finally` runs; the default action of SIGTERM skips them."""
+    raise SystemExit(128 + number)  # the status that a shell reports for a process killed by this signal
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Runs a stage as a script: progress and warnings on stderr, what a user can mend without a traceback."""
+    """Run a stage as a script: log to stderr, and end with one line for errors that a user can fix."""
     logging.basicConfig(format="%(message)s")
-    logger.setLevel(logging.INFO)  # our own news; of libraries, warnings alone
-    try:
+    logger.setLevel(logging.INFO)  # this project's logger only; libraries log warnings
+    with exit_on_user_error(Path(sys.argv[0]).stem):
         main()
-    except _USER_ERRORS as error:
-        logger.debug("traceback", exc_info=True)
-        told = with_remedy(error) if isinstance(error, OSError) else error
-        sys.exit(f"{Path(sys.argv[0]).stem}: {told}")

@@ -1,4 +1,4 @@
-"""Tensors on their way between the CPU and a GPU, which goes on working meanwhile."""
+"""Asynchronous copies between the CPU and a GPU, which keeps computing meanwhile."""
 
 from collections.abc import Callable
 
@@ -7,19 +7,19 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`. On a GPU returns before it is there.
+    """Return the tensor on `device`. For a GPU, the copy is only queued when this returns.
 
-    From memory that can be swapped out, CUDA would copy only once the GPU has nothing else to do.
+    The source is pinned, because CUDA copies from pageable memory synchronously, after all queued work.
     """
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def copy_to_host_async(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """Begins to copy tensors to the CPU; what it returns waits for them and gives them.
+    """Start copying tensors to the CPU; return a function that waits for the copies and returns them.
 
-    `Tensor.cpu` at that later time would also wait for all work that the GPU has been given meanwhile.
+    Calling `Tensor.cpu` later instead would also wait for all work that was queued on the GPU meanwhile.
     """
-    copies = tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)  # to pinned memory, from a GPU
+    copies = tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)  # from a GPU: pinned memory
     if not tensors[0].is_cuda:
         return lambda: copies
     arrived = torch.cuda.Event()

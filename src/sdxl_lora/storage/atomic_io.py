@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all; what to say if one cannot be written, or must not be read."""
+"""Atomic file writes, checks of disk space, and errors that say what to do about a full or read-only disk."""
 
 import errno
 import os
@@ -12,13 +12,13 @@ from safetensors import SafetensorError, safe_open
 
 GIB = 2**30
 PARTIAL_GLOB = ".*-*"
-"""Names, as a glob, of files that killed processes were writing whole."""
+"""Glob of the temporary files that a killed process leaves behind."""
 _PICKLE_STARTS = (b"\x80", b"PK\x03\x04")  # a pickle, and the ZIP archive of one that PyTorch writes
 _FREE_SPACE = (
-    "free some (`dvc gc --workspace` drops old results), then run again. "
+    "free some space (`dvc gc --workspace` deletes old results), then run again. "
     "If dvc.lock is empty: `git checkout dvc.lock`"
 )
-_ALLOW_WRITING = "let this user write there, or run in a copy of the project that may be written to"
+_ALLOW_WRITING = "give this user write access, or run in a writable copy of the project"
 _REMEDIES = {
     errno.ENOSPC: _FREE_SPACE,
     errno.EDQUOT: _FREE_SPACE,
@@ -30,15 +30,19 @@ _REMEDIES = {
 
 @contextmanager
 def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """A name beside `path` to write to, which takes its place if the block ends well, and goes if not.
+    """Yield a temporary path next to `path`; rename it to `path` at the end, or delete it after an error.
+
+    Readers therefore see the previous file or the complete new one, never a part of it.
 
     Args:
-        durable: all of it is on the disk before it takes its place, so that a power failure cannot leave half
-            of it there either. Costs a wait for the disk.
+        durable: flush the file to the disk before the rename, so that a power failure cannot leave a part of
+            it either. Costs a wait for the disk.
 
     Raises:
-        OSError: it cannot be written; names `path`, the cause and the remedy.
+        OSError: `path` cannot be written; names `path`, the cause and the remedy.
     """
+    # In the same folder, because a rename is atomic only within one file system. The process id keeps two
+    # processes that write the same file apart.
     partial = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         with explain_write_errors(path):
@@ -48,14 +52,14 @@ def atomic_write(path: Path, *, durable: bool = False) -> Iterator[Path]:
                 _sync(partial)
             partial.replace(path)
             if durable:
-                _sync(path.parent)  # which holds the name
+                _sync(path.parent)  # the new name is stored in the folder, not in the file
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Wait until the content of a file, or the list of names of a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -64,21 +68,20 @@ def _sync(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
-    """Raises as `atomic_write`."""
+    """Write a file atomically. Raises as `atomic_write`."""
     with atomic_write(path, durable=durable) as partial:
         partial.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Raises as `atomic_write`."""
+    """Write a UTF-8 file atomically. Raises as `atomic_write`."""
     write_bytes(path, text.encode())
 
 
 def require_disk_space(folder: Path, needed_bytes: int) -> None:
-    """Refuses to start writing what will not fit: a full disk truncates dvc.lock to 0 bytes.
+    """Raise OSError unless `needed_bytes` are free on the disk of `folder`, which need not exist yet.
 
-    Raises:
-        OSError: less than `needed_bytes` are free where `folder` lies.
+    Checked before the work starts, because DVC truncates dvc.lock to 0 bytes when the disk is full.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
@@ -90,10 +93,9 @@ def require_disk_space(folder: Path, needed_bytes: int) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Refuses a folder that a result could not be written to, before the work for it begins.
+    """Raise OSError unless files can be created in `folder`, before the work for them begins.
 
-    Raises:
-        OSError: names `folder`, the cause and the remedy.
+    The error names `folder`, the cause and the remedy.
     """
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,9 +105,9 @@ def require_writable(folder: Path) -> None:
 
 @contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Turns the errors of a disk that is full or may not be written to into ones that say what to do.
+    """Replace errors of a full or read-only disk by an OSError that names `path` and the remedy.
 
-    The system's own name no file if it was open already; safetensors' are no OSErrors.
+    Needed because an OSError from an open file has no file name, and SafetensorError is not an OSError.
     """
     try:
         yield
@@ -118,28 +120,25 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 
 
 def require_safetensors(path: Path) -> None:
-    """Refuses a file that is not what its name says, a pickle before all.
-
-    Raises:
-        ValueError: names `path`, and what to do.
-    """
+    """Raise ValueError unless `path` is a valid safetensors file; the error says so if it is a pickle."""
     try:
-        with safe_open(path, "pt"):
+        with safe_open(path, "np"):  # "pt" would load torch
             pass
     except SafetensorError as error:
         with path.open("rb") as file:
             is_pickle = file.read(4).startswith(_PICKLE_STARTS)
-        reason = "a pickle, which can run any code as it is loaded" if is_pickle else f"damaged ({error})"
-        raise ValueError(
-            f"{path} is no safetensors file but {reason}: take it anew from its source"
-        ) from error
+        if is_pickle:
+            reason = "is a pickle, which can run any code when it is loaded, not a safetensors file"
+        else:
+            reason = f"is not a valid safetensors file ({error})"
+        raise ValueError(f"{path} {reason}: download or generate it again") from error
 
 
 def with_remedy(error: OSError, path: Path | None = None) -> OSError:
-    """`error` with its remedy, if there is one for it.
+    """Return `error` with a remedy added, or unchanged if there is none for it.
 
     Args:
-        path: what was to be written; None: only the error itself may know.
+        path: the file that was to be written; None: the one that the error names, if any.
     """
     if error.errno not in _REMEDIES:
         return error

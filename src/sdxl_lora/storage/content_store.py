@@ -1,7 +1,7 @@
-"""A content-addressed store: tensors under the hash of everything that they were made from.
+"""A content-addressed store: tensors under the hash of everything that they were computed from.
 
-An entry is a file written whole or not at all, and checked when it is read. Whatever is missing or damaged
-can be made again, so the store may be deleted at any time, shared by processes, and left by them half way.
+Entries are written atomically and verified when read. A missing or damaged entry is computed again, so the
+store may be deleted at any time, shared by processes, and abandoned by a killed one.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ UNUSED_SECONDS = 30 * 24 * 3600
 
 
 def content_key(kind: str, **parts: object) -> str:
-    """`kind/` and the hash of `parts`: equal parts, equal key; any other part, another key.
+    """Return `kind/` and the SHA-256 of `parts`: equal parts give equal keys, different parts different ones.
 
     Args:
-        kind: what the entry is, a folder of the store.
+        kind: kind of the entry, a folder of the store.
         parts: strings, numbers, and lists and mappings of them.
     """
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
@@ -33,22 +33,22 @@ def content_key(kind: str, **parts: object) -> str:
 
 
 class ContentStore:
-    """Entries below a folder, which is made when the first one is put into it."""
+    """Entries below a folder, which is created with the first entry."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def __contains__(self, key: str) -> bool:
-        """Whether there is such an entry; only `get` tells whether it is whole."""
+        """Return whether the entry exists; only `get` checks its content."""
         return self._path(key).is_file()
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Writes an entry. Of two processes that put the same one, either may win: they are equal."""
+        """Write an entry. If two processes write the same key, either may win: their contents are equal."""
         payload = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
         write_bytes(self._path(key), hashlib.sha256(payload).digest() + payload)
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """An entry's tensors; None if there is none, or if its bytes are not those that were put there."""
+        """Return an entry's tensors; None if it is missing, or damaged, in which case it is deleted."""
         path = self._path(key)
         try:
             content = path.read_bytes()
@@ -58,7 +58,7 @@ class ContentStore:
         if hashlib.sha256(payload).digest() != digest:
             path.unlink(missing_ok=True)
             return None
-        os.utime(path)
+        os.utime(path)  # `prune` goes by the time of the last read, which file systems may not record
         try:
             tensors: dict[str, Tensor] = safetensors.torch.load(payload)
         except SafetensorError:
@@ -67,7 +67,7 @@ class ContentStore:
         return tensors
 
     def prune(self) -> None:
-        """Deletes what nobody has read for 30 days, and what killed processes left half written."""
+        """Delete entries that were not read for 30 days, and temporary files of killed processes."""
         oldest = time.time() - UNUSED_SECONDS
         for path in self._folder.glob("*/*/*"):
             if path.stat().st_mtime < oldest:

@@ -1,5 +1,6 @@
-"""Repositories of the Hub: downloaded, found again in its client's cache, and what to do about errors."""
+"""Downloads from the Hugging Face Hub, look-ups in its client's cache, and errors that name the remedy."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,20 +19,21 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     RevisionResolutionError,
 )
-from huggingface_hub.utils.tqdm import tqdm
+from huggingface_hub.utils.tqdm import disable_progress_bars
+from tqdm.auto import tqdm
 
-from sdxl_lora.storage.atomic_io import require_disk_space
+from sdxl_lora.storage.atomic_io import GIB, require_disk_space
 
-_BYTES_ON_DISK = "huggingface_hub.snapshot_download"  # the client's name for the bar that is drawn
-_BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
 _REFUSED_STATUSES = (401, 403)
 RepositoryType = Literal["model", "dataset"]
+
+logger = logging.getLogger(__name__)
 
 
 def download_snapshot(
     repository: str, revision: str, key: str, patterns: Sequence[str], kind: RepositoryType
 ) -> Path:
-    """The local copy of a repository, with a progress bar on stderr while it is downloaded.
+    """Return the local copy of a Hub repository; download what is missing, with progress bars on stderr.
 
     Args:
         revision: commit, tag or branch.
@@ -39,25 +41,27 @@ def download_snapshot(
         patterns: files to download, as globs.
 
     Raises:
-        FileNotFoundError: no such repository or revision.
-        ConnectionError: the Hub cannot be reached and the files are not in its cache.
+        FileNotFoundError: the repository or revision does not exist.
+        ConnectionError: the Hub cannot be reached and the files are not in the cache.
         PermissionError: the repository is gated, or the access token is refused.
         OSError: the disk has too little space.
-        ValueError: the name is none.
+        ValueError: `repository` is not a Hub repository id.
     """
     needed_bytes = download_size(repository, revision, key, patterns, kind)
     require_disk_space(Path(constants.HF_HUB_CACHE), needed_bytes)
-    with (
-        _explain_hub_errors(repository, revision, key),
-        _download_bar(repository, hidden=needed_bytes == 0) as bar,
-    ):
-        return Path(_snapshot(repository, revision, patterns, kind, tqdm_class=bar))
+    if needed_bytes:
+        logger.info("downloading %s (%.2f GiB)", repository, needed_bytes / GIB)
+    # The client's own bars, but as plain tqdm, which ignores HF_HUB_DISABLE_PROGRESS_BARS. Stages set that
+    # variable because transformers obeys it, too, and would show a bar for each model that it loads.
+    bars = {"tqdm_class": tqdm} if needed_bytes else {}
+    with _explain_hub_errors(repository, revision, key):
+        return Path(_snapshot(repository, revision, patterns, kind, **bars))
 
 
 def cached_snapshot(
     repository: str, revision: str, patterns: Sequence[str], kind: RepositoryType
 ) -> Path | None:
-    """What `download_snapshot` would find without a network, unchecked; None if it is not all here."""
+    """Return the cached copy without asking the Hub or checking its content; None if it is incomplete."""
     with suppress(HFValidationError, LocalEntryNotFoundError):
         return Path(_snapshot(repository, revision, patterns, kind, local_files_only=True))
     return None
@@ -66,17 +70,13 @@ def cached_snapshot(
 def download_size(
     repository: str, revision: str, key: str, patterns: Sequence[str], kind: RepositoryType
 ) -> int:
-    """Bytes that `download_snapshot` would download from the Hub now; 0 if the Hub cannot be asked.
+    """Return the number of bytes that `download_snapshot` would download now; 0 if the Hub cannot be reached.
 
-    Raises as `download_snapshot`, but where the Hub is out of reach: only the download itself knows whether
-    the cache has all that is needed.
+    Raises as `download_snapshot`, except if the Hub cannot be reached: only the download itself knows
+    whether the cache has all files.
     """
-    with (
-        _explain_hub_errors(repository, revision, key),
-        suppress(DryRunError),
-        _download_bar(repository, hidden=True) as bar,
-    ):
-        files = _snapshot(repository, revision, patterns, kind, dry_run=True, tqdm_class=bar)
+    with _explain_hub_errors(repository, revision, key), suppress(DryRunError):
+        files = _snapshot(repository, revision, patterns, kind, dry_run=True)
         return sum(file.file_size or 0 for file in files if file.will_download)
     return 0
 
@@ -84,42 +84,20 @@ def download_size(
 def _snapshot(
     repository: str, revision: str, patterns: Sequence[str], kind: RepositoryType, **options: Any
 ) -> Any:
-    """The Hub client's snapshot of these files: their folder or, with `dry_run`, what each would cost."""
-    return snapshot_download(
-        repository, revision=revision, repo_type=kind, allow_patterns=list(patterns), **options
-    )
+    """Call the Hub client; return the snapshot's folder or, with `dry_run`, what each file would cost.
 
-
-@contextmanager
-def _download_bar(title: str, hidden: bool) -> Iterator[type[tqdm]]:
-    """The class of progress bars that the Hub's client is to make while it downloads `title` in the block.
-
-    It makes one for the files, one for bytes on the network and one for bytes on the disk, whose total grows
-    as files begin. Only the last is drawn, as `title`, with the time that is left. The client closes none.
+    Shows no bars but those of the option `tqdm_class`.
     """
-    bars: list[tqdm] = []
-
-    class DownloadBar(tqdm):
-        def __init__(self, *values: Any, name: str = "", **options: Any) -> None:
-            ours = {"desc": title, "bar_format": _BAR_FORMAT, "disable": hidden or name != _BYTES_ON_DISK}
-            super(tqdm, self).__init__(*values, **{**options, **ours})  # past the client's own switch
-            bars.append(self)
-
-        def set_description(self, _: str | None = None, refresh: bool | None = True) -> None:
-            """Keeps the title: the client's own words change as it goes."""
-            super().set_description(title, refresh)
-
-    try:
-        yield DownloadBar
-    finally:
-        for bar in bars:
-            bar.close()
+    with disable_progress_bars():
+        return snapshot_download(
+            repository, revision=revision, repo_type=kind, allow_patterns=list(patterns), **options
+        )
 
 
 def resolve_hub_revision(repository: str, revision: str, key: str, kind: RepositoryType) -> str:
-    """The commit that a Hub revision stands for now, or did when last asked if the Hub is out of reach.
+    """Return the commit that a Hub revision means now, or meant when last asked if the Hub is out of reach.
 
-    Raises as `download_snapshot`; a revision that is a commit is returned as it is, unchecked.
+    A revision that is a commit is returned unchecked. Raises as `download_snapshot`.
     """
     with _explain_hub_errors(repository, revision, key):
         return HfApi().resolve_revision(repository, repo_type=kind, revision=revision).resolved
@@ -127,30 +105,30 @@ def resolve_hub_revision(repository: str, revision: str, key: str, kind: Reposit
 
 @contextmanager
 def _explain_hub_errors(repository: str, revision: str, key: str) -> Iterator[None]:
-    """Turns the Hub client's errors into ones that name the params key, its value and the remedy.
+    """Replace the Hub client's errors by ones that name the params key, its value and the remedy.
 
-    Other OSErrors, such as a full disk, pass as they are.
+    Other OSErrors, such as a full disk, pass unchanged.
     """
     place = f"{key}: {repository} at revision {revision}"
     try:
         yield
     except HFValidationError as error:
         raise ValueError(
-            f"{key}: {repository!r} is no name on the Hub, which is `owner/name`. "
-            "A local folder is written with a leading ./ or /"
+            f"{key}: {repository!r} is not a Hub repository id (expected `owner/name`). "
+            "Write a local folder with a leading ./ or /"
         ) from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(
-            f"{place}: no such revision on the Hub; set the revision beside {key} to a commit, tag or branch"
+            f"{place}: no such revision on the Hub; set the revision of {key} to a commit, tag or branch"
         ) from error
     except GatedRepoError as error:
         raise PermissionError(
-            f"{place}: access must be granted; accept its terms on the Hub, then `hf auth login`"
+            f"{place}: the repository is gated; accept its terms on the Hub, then `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"{place}: no such repository, or a private one; correct {key}, or `hf auth login`. "
-            f"A local folder is written ./{repository}"
+            f"Write a local folder as ./{repository}"
         ) from error
     except (
         LocalEntryNotFoundError,
@@ -163,20 +141,20 @@ def _explain_hub_errors(repository: str, revision: str, key: str) -> Iterator[No
 
 
 def _unreachable(error: Exception, place: str) -> OSError:
-    """What to tell a user when the Hub gave nothing and the cache has nothing."""
+    """Return the error for files that neither the Hub nor the cache provides."""
     cause = error.__cause__ or error
     if isinstance(cause, HfHubHTTPError):
         status = cause.response.status_code
         if status in _REFUSED_STATUSES:
             return PermissionError(
                 f"{place}: the Hub refuses access (status {status}); "
-                "`hf auth login` with a token that may read it"
+                "`hf auth login` with a token that has read access"
             )
         reason = f"answers with status {status}"
     else:
         reason = f"cannot be reached ({type(cause).__name__})"
     return ConnectionError(
         f"{place}: the Hub {reason} and the files are not in its cache. "
-        "Check the network (HF_ENDPOINT, HF_HUB_OFFLINE), or select the recipe that needs none: "
+        "Check the network (HF_ENDPOINT, HF_HUB_OFFLINE), or select the recipe that needs no network: "
         "`make recipe NAME=demo`"
     )

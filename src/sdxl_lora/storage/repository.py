@@ -1,12 +1,10 @@
-"""Where models and data sets come from: a Hub repository at a revision, or a local folder at a digest.
+"""Sources of models and data sets: a Hub repository pinned to a revision, or a local folder to a digest.
 
-A folder is pinned by the digest of its content, so that a changed file cannot pass for the one that an
-earlier result was made from. `python -m sdxl_lora.storage.repository ./folder` says it.
+The digest of a folder covers its content, so that a changed file is noticed when a run is repeated.
+`sdxl-lora digest ./folder` prints it.
 """
 
-import argparse
 import hashlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,17 +16,17 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 def is_local_folder(repository: str) -> bool:
-    """Whether `repository` names a folder rather than a Hub repository, which never starts so."""
+    """Return whether `repository` is a folder: Hub repository ids never start with `./`, `../` or `/`."""
     return repository.startswith(("./", "../", "/"))
 
 
 def public_name(repository: str) -> str:
-    """A repository's name; of a folder outside the project only its own, since its path is private."""
+    """Return a repository's name without a private path: an absolute folder is cut to its last part."""
     return Path(repository).name if is_local_folder(repository) and repository.startswith("/") else repository
 
 
 def folder_digest(folder: Path) -> str:
-    """`sha256:` and the hash of a folder's files: their paths and contents, hidden files apart."""
+    """Return `sha256:` and the hash of the paths and contents of a folder's files, except hidden ones."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
@@ -38,18 +36,19 @@ def folder_digest(folder: Path) -> str:
 
 
 def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_folder(folder: str, revision: str, key: str) -> Path:
-    """A local folder, once its content is what `revision` says.
+    """Return the path of a local folder whose digest is `revision`.
 
     Args:
-        key: params key of `folder`, for error messages; its digest's key ends in `revision`.
+        key: params key of `folder`, for error messages.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: the folder does not exist.
         ValueError: its content has another digest.
     """
     path = Path(folder)
@@ -60,10 +59,10 @@ def open_folder(folder: str, revision: str, key: str) -> Path:
     digest = folder_digest(path)
     if digest != revision:
         raise ValueError(
-            f"{key}: the content of {folder} is not what its revision pins.\n"
+            f"{key}: the content of {folder} does not match its revision.\n"
             f"  pinned: {revision}\n  found:  {digest}\n"
-            f"If the change is meant, set the revision beside {key} to the digest found "
-            f"(`python -m sdxl_lora.storage.repository {folder}` says it again)."
+            f"If the change is intended, set the revision of {key} to the digest found "
+            f"(`sdxl-lora digest {folder}` prints it)."
         )
     return path
 
@@ -75,22 +74,22 @@ def open_repository(
     patterns: Sequence[str] = ("*",),
     kind: RepositoryType = "model",
 ) -> Path:
-    """The local copy of a folder or of a Hub repository, downloaded into the Hub's cache if need be.
+    """Return the local copy of a folder or of a Hub repository, after downloading what the cache lacks.
 
-    A download shows a progress bar, on stderr.
+    A download shows progress bars on stderr.
 
     Args:
         revision: commit, tag or branch; for a folder its digest.
         key: params key that names the repository, for error messages.
-        patterns: files to download, as globs. There must be one for every pattern of safetensors: no other
-            kind of weights is ever read.
+        patterns: files to download, as globs. Each pattern for safetensors must match a file: no other
+            format of weights is ever read.
 
     Raises:
-        FileNotFoundError: no such folder, repository or revision, or it has no safetensors.
-        ConnectionError: the Hub cannot be reached and the files are not in its cache.
+        FileNotFoundError: the folder, repository or revision does not exist, or has no safetensors.
+        ConnectionError: the Hub cannot be reached and the files are not in the cache.
         PermissionError: the repository is gated, or the access token is refused.
         OSError: the disk has too little space.
-        ValueError: the folder's content has another digest, or the name is none.
+        ValueError: the folder's content has another digest, or `repository` is not a repository id.
     """
     if is_local_folder(repository):
         folder = open_folder(repository, revision, key)
@@ -103,20 +102,20 @@ def open_repository(
 
 
 def _require_weights(folder: Path, pattern: str, place: str) -> None:
-    """Refuses a folder without safetensors, or with something else under their name.
+    """Raise unless `folder` has safetensors files that match `pattern`, and all of them are valid.
 
     Raises:
-        FileNotFoundError: nothing matches `pattern`; names the pickles that lie there instead.
-        ValueError: what matches is no safetensors file.
+        FileNotFoundError: nothing matches `pattern`; names the pickles that are there instead.
+        ValueError: a file that matches is not a safetensors file.
     """
     weights = sorted(folder.glob(pattern))
     if not weights:
-        beside = (folder / pattern).parent.glob("*")
-        pickles = sorted(path.name for path in beside if path.suffix in _PICKLES)
+        present = (folder / pattern).parent.glob("*")
+        pickles = sorted(path.name for path in present if path.suffix in _PICKLES)
         found = f"{pattern}, but {', '.join(pickles)}" if pickles else pattern
         raise FileNotFoundError(
-            f"{place} has no {found}. Only safetensors are read: weights in pickle ({', '.join(_PICKLES)}) "
-            "can run any code. Choose a repository, revision or variant that has them"
+            f"{place} has no {found}. Only safetensors are read: pickled weights ({', '.join(_PICKLES)}) "
+            "can run any code. Choose a repository, revision or variant with safetensors"
         )
     for path in weights:
         require_safetensors(path)
@@ -125,27 +124,7 @@ def _require_weights(folder: Path, pattern: str, place: str) -> None:
 def find_local_copy(
     repository: str, revision: str, patterns: Sequence[str] = ("*",), kind: RepositoryType = "model"
 ) -> Path | None:
-    """What `open_repository` would open without a network; None if it is not here, or incomplete.
-
-    Its content is not checked.
-    """
+    """Return the local copy without asking the Hub or checking its content; None if missing or incomplete."""
     if is_local_folder(repository):
         return Path(repository) if Path(repository).is_dir() else None
     return cached_snapshot(repository, revision, patterns, kind)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sdxl_lora.storage.repository",
-        description="Prints the digest of a folder's content: the value of the `revision` key beside a "
-        "`repository`, `base`, `vae` or `clip_model` of params.yaml that names a local folder.",
-    )
-    parser.add_argument("folder", type=Path, help="a data set or a model; hidden files do not count")
-    folder = parser.parse_args().folder
-    if not folder.is_dir():
-        parser.error(f"{folder} is not a folder")
-    sys.stdout.write(f"{folder_digest(folder)}\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,93 +1,77 @@
-"""The adapter on the Hub: uploads what export_lora laid out.
+"""Upload of the exported adapter to the Hugging Face Hub.
 
-The project's one command that sends anything anywhere, and only when it is asked to. The access token is the
-Hub client's affair: from `hf auth login`, or HF_TOKEN.
+Nothing else in this project publishes anything. The Hub's client finds the access token, from `hf auth login`
+or HF_TOKEN.
 """
 
-import argparse
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from sdxl_lora import paths
 from sdxl_lora.adapters.lineage import read_lineage, training_digest
-from sdxl_lora.evaluation.gates import failures
+from sdxl_lora.evaluation.gates import read_gate_failures
 
-_HUB_ERRORS = (HfHubHTTPError, OfflineModeIsEnabled, httpx2.TransportError)
 _REFUSED_STATUSES = (401, 403)
 
 
-def _upload_adapter(repository: str, public: bool, force: bool) -> str:
-    """Uploads adapter, card and pictures as one commit, pictures of earlier ones removed; its address.
+def upload_adapter(repository: str, public: bool, force: bool) -> str:
+    """Upload adapter, card and images as one commit, without the images of earlier ones; return its address.
 
     Args:
-        repository: `owner/name`; created if need be. One that exists keeps its visibility.
-        public: for a new repository: everyone may read it.
+        repository: `owner/name`; created if needed. An existing one keeps its visibility.
+        public: whether everyone may read a new repository.
         force: publish an adapter that fails its gates. Its card says so.
 
     Raises:
         FileNotFoundError: a stage has not run.
-        ValueError: the adapter fails its gates, or what is exported is not the adapter of dvc.lock.
-        HfHubHTTPError, OfflineModeIsEnabled, httpx2.TransportError: the Hub refuses or cannot be reached.
+        ValueError: the adapter fails its gates, or the exported adapter is not that of dvc.lock.
+        ConnectionError: the Hub refuses or cannot be reached.
     """
-    failed = failures(paths.GATES)
+    failed = read_gate_failures(paths.GATES)
     if failed and not force:
         reasons = "\n  ".join(failed.values())
-        raise ValueError(f"the adapter fails its gates, nothing was published:\n  {reasons}")
+        raise ValueError(f"the adapter fails its gates; nothing was pushed:\n  {reasons}")
     _require_present(paths.EXPORTED_WEIGHTS, paths.CARD)
     if read_lineage(paths.EXPORTED_WEIGHTS).get("dvc.train_lora") != training_digest(paths.LOCK):
-        raise ValueError(f"{paths.EXPORT}/ holds another adapter than dvc.lock: `dvc repro` exports this one")
+        raise ValueError(
+            f"{paths.EXPORT}/ has another adapter than dvc.lock: `dvc repro` exports that of dvc.lock"
+        )
     api = HfApi()
-    api.create_repo(repository, private=not public, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repository,
-        folder_path=paths.EXPORT,
-        delete_patterns="images/*",
-        commit_message=f"Upload the adapter of training {training_digest(paths.LOCK)[:12]}",
-    )
+    with _explain_hub_errors():
+        api.create_repo(repository, private=not public, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=paths.EXPORT,
+            delete_patterns="images/*",
+            commit_message=f"Upload the adapter of training {training_digest(paths.LOCK)[:12]}",
+        )
     return commit.commit_url
 
 
 def _require_present(*files: Path) -> None:
+    """Raise FileNotFoundError unless all files exist."""
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} not found: run `dvc repro export_lora` first")
 
 
-def _explanation(error: Exception) -> str:
-    """What to tell a user when the Hub took nothing."""
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        remedy = (
-            "`hf auth login` with a token that may write there"
-            if status in _REFUSED_STATUSES
-            else "try again"
-        )
-        return f"the Hub answers with status {status}: {remedy}"
-    return (
-        f"the Hub cannot be reached ({type(error).__name__}): check the network (HF_ENDPOINT, HF_HUB_OFFLINE)"
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sdxl_lora.tracking.hub_upload", description="Uploads data/export to the Hub."
-    )
-    parser.add_argument("repository", metavar="OWNER/NAME", help="created if there is none, as a private one")
-    parser.add_argument("--public", action="store_true", help="create it for everyone to read")
-    parser.add_argument("--force", action="store_true", help="also if the adapter fails its gates")
-    options = parser.parse_args()
+@contextmanager
+def _explain_hub_errors() -> Iterator[None]:
+    """Turn the errors of the Hub's client into a ConnectionError that says what to do."""
     try:
-        address = _upload_adapter(options.repository, options.public, options.force)
-    except (FileNotFoundError, ValueError, HFValidationError) as error:
-        sys.exit(f"publish: {error}")
-    except _HUB_ERRORS as error:
-        sys.exit(f"publish: {_explanation(error)}")
-    sys.stdout.write(f"published: {address}\n")
-
-
-if __name__ == "__main__":
-    main()
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        refused = status in _REFUSED_STATUSES
+        remedy = "`hf auth login` with a token that has write access" if refused else "try again"
+        raise ConnectionError(f"the Hub answers with status {status}: {remedy}") from error
+    except (OfflineModeIsEnabled, httpx2.TransportError) as error:
+        raise ConnectionError(
+            f"the Hub cannot be reached ({type(error).__name__}): "
+            "check the network (HF_ENDPOINT, HF_HUB_OFFLINE)"
+        ) from error

@@ -1,7 +1,7 @@
-"""The adapter as MLflow's LoggedModel: what `mlflow.diffusers.load_model` reads, written without a network.
+"""The adapter as an MLflow LoggedModel that `mlflow.diffusers.load_model` reads, written without a network.
 
-`mlflow.diffusers.log_model` would ask the Hub for the newest commit of the base model and pin that. An
-adapter belongs to the commit that it was trained on. But for that, the folder is the same.
+Not by `mlflow.diffusers.log_model`, which asks the Hub for the newest commit of the base model and pins that,
+while an adapter belongs to the commit that it was trained on. Otherwise the folder is the same.
 """
 
 import shutil
@@ -17,22 +17,25 @@ from mlflow.types import DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import ColSpec
 
 from sdxl_lora.config import ModelConfig, Params, SamplingConfig
+from sdxl_lora.storage.atomic_io import write_text
 from sdxl_lora.storage.repository import is_local_folder, public_name
 
 _MODEL_NAME = "adapter"
 _WEIGHTS_FOLDER = "adapter_weights"
-_STANDARD_FILE = "pytorch_lora_weights.safetensors"  # which diffusers looks for
+_STANDARD_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 _REQUIREMENTS = ("accelerate", "diffusers", "peft", "safetensors", "torch", "transformers")
+"""Packages that whoever loads the adapter must install. Not `NUMERICAL_LIBRARIES`, which also has those that
+only data and training use."""
 
 
 def log_adapter(
     client: MlflowClient, run_id: str, params: Params, weights: Path, facts: Mapping[str, str]
 ) -> str:
-    """Makes the adapter a model of the run, ready to be loaded; its id.
+    """Log the adapter as a model of the run, ready to be loaded; return its id.
 
     Args:
-        weights: diffusers' file of the adapter.
-        facts: where it comes from, for the model's metadata.
+        weights: the adapter's file in diffusers' format.
+        facts: the adapter's lineage, for the model's metadata.
 
     Raises:
         MlflowException, OSError: the server cannot be reached or refuses.
@@ -53,13 +56,14 @@ def log_adapter(
 
 
 def _lora_settings(params: Params) -> dict[str, str]:
+    """Return the section `lora` as the model's params."""
     return {f"lora.{name}": str(value) for name, value in params.lora.model_dump().items()}
 
 
 def write_model(
     folder: Path, model: Model, config: ModelConfig, sampling: SamplingConfig, weights: Path
 ) -> None:
-    """Writes `model` with its weights into `folder`, in the layout of MLflow's flavour `diffusers`."""
+    """Write `model` with its weights into `folder`, in the layout of MLflow's flavor `diffusers`."""
     (folder / _WEIGHTS_FOLDER).mkdir()
     shutil.copy(weights, folder / _WEIGHTS_FOLDER / _STANDARD_FILE)
     revision = {} if is_local_folder(config.base) else {"base_model_revision": config.revision}
@@ -74,12 +78,13 @@ def write_model(
     pyfunc.add_to_model(model, loader_module="mlflow.diffusers")
     model.signature = _signature(sampling)
     model.save(str(folder / "MLmodel"))
+    # Without the local tag of a build, such as +cpu: no index offers that version.
     pins = (f"{name}=={version(name).partition('+')[0]}\n" for name in _REQUIREMENTS)
-    (folder / "requirements.txt").write_text("".join(pins), encoding="utf-8")
+    write_text(folder / "requirements.txt", "".join(pins))
 
 
 def _signature(config: SamplingConfig) -> ModelSignature:
-    """A prompt in, a picture out; by default as the samples were drawn."""
+    """Return the signature: a prompt in, an image out, with the settings of the samples as defaults."""
     defaults: dict[str, tuple[DataType, object]] = {
         "num_inference_steps": (DataType.integer, config.num_inference_steps),
         "guidance_scale": (DataType.double, config.guidance_scale),

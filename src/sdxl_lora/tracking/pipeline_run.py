@@ -1,4 +1,9 @@
-"""The pipeline's results as one complete MLflow run: a view of what DVC records, which can be rebuilt."""
+"""The pipeline's results as one complete MLflow run: a view of DVC's record, which can be rebuilt from files.
+
+A run belongs to one DVC command, a `DvcExecution`. If the command ran stages, their results complete its run,
+which training may have opened already. If DVC restored every result from its cache, nothing new was computed:
+the run that first had the same results is marked instead, and a new run is created only if there is none.
+"""
 
 import hashlib
 import json
@@ -17,22 +22,23 @@ from PIL import Image
 from sdxl_lora import paths
 from sdxl_lora.adapters.lineage import read_lineage, training_digest
 from sdxl_lora.config import Params
-from sdxl_lora.evaluation.gates import failures
+from sdxl_lora.evaluation.gates import read_gate_failures
 from sdxl_lora.runtime.dvc_execution import current_execution
 from sdxl_lora.runtime.dvc_lock import read_lock
 from sdxl_lora.storage.report_io import flatten
 from sdxl_lora.storage.repository import file_digest
-from sdxl_lora.tracking.live_run import (
+from sdxl_lora.tracking.connection import (
     ENTRIES_A_REQUEST,
     TRACKING_ERRORS,
     Connection,
     chunks,
     connect,
     error_cause,
+    explain_tracking_errors,
 )
 from sdxl_lora.tracking.logged_model import log_adapter
 
-_DIGEST_LENGTH = 36  # characters that MLflow has for a data set's digest
+_DIGEST_LENGTH = 36  # characters that MLflow stores of a data set's digest
 _RECORD_FOLDER = Path("dvc")  # of a run's artifacts
 _RESULTS = (
     paths.PIPELINE,
@@ -47,21 +53,19 @@ _RESULTS = (
     paths.SAMPLE_GRID,
     paths.SAMPLE_TABLE,
 )
-_NOTE_LENGTH = 8000  # characters that MLflow has for a tag
+_NOTE_LENGTH = 8000  # characters that MLflow stores of a tag
 
 logger = logging.getLogger(__name__)
 
 
 def track_run(params: Params) -> dict[str, dict[str, str | None]]:
-    """Shows the pipeline's present results in MLflow as one complete run.
-
-    Results that DVC restored, and that a run shows already, are linked to that run instead.
+    """Log the pipeline's current results to MLflow as one complete run, or find the run that has them.
 
     Returns:
-        The pointer to that run, {"mlflow": {"run": name, "id": id}}; nulls if the server cannot be reached.
+        The pointer to the run, {"mlflow": {"run": name, "id": id}}; nulls if the server cannot be reached.
 
     Raises:
-        FileNotFoundError: there is nothing to show, or not all of it; names a file and the remedy.
+        FileNotFoundError: a result is missing; names the file and the remedy.
     """
     _require_results()
     try:
@@ -70,8 +74,8 @@ def track_run(params: Params) -> dict[str, dict[str, str | None]]:
         name = connection.client.get_run(run_id).info.run_name
     except TRACKING_ERRORS as error:
         logger.warning(
-            "MLflow cannot be reached (%s): results are safe in their files. When it is back: "
-            "`dvc repro -sf track_run`",
+            "MLflow cannot be reached (%s), so this run is not logged; the results are in their files. When "
+            "the server is back: `dvc repro -sf track_run`",
             error_cause(error),
         )
         return {"mlflow": {"run": None, "id": None}}
@@ -80,28 +84,34 @@ def track_run(params: Params) -> dict[str, dict[str, str | None]]:
 
 
 def _require_results() -> None:
-    """Refuses results that are not all there, before their absence passes for a fault of the server."""
+    """Raise FileNotFoundError unless every result exists.
+
+    Checked first, because a FileNotFoundError later would be reported as an error of the server: as an
+    OSError it is among `TRACKING_ERRORS`.
+    """
     for path in _files_shown():
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} not found: `dvc repro` makes what is missing, and `dvc pull` gets what others made"
+                f"{path} not found: `dvc repro` generates missing results, `dvc pull` downloads pushed ones"
             )
 
 
 def _files_shown() -> Iterator[Path]:
-    """All that a run cannot be shown without; the table of samples before the pictures that it names."""
-    yield from _RESULTS
+    """Yield all files that a complete run needs."""
+    yield from _RESULTS  # among them the table of samples, which the next line reads
     samples = pd.read_json(paths.SAMPLE_TABLE, lines=True)
     yield from (paths.SAMPLES / str(file) for file in samples["file"])
 
 
 def _show_results(connection: Connection, params: Params) -> str:
-    """Completes this execution's run, or finds the one that shows the same results; its id."""
+    """Complete this execution's run, or find the run that has the same results; return its id."""
     client, execution = connection.client, current_execution()
+    # The stages that this DVC command has run. None: DVC restored all results from its cache.
     records = {name: record for name, record in execution.records().items() if name != "track_run"}
     content = _content_id()
     shown = connection.run_of_content(content)
     if shown is not None and not records:
+        # The same results under another experiment's name: the run is marked with that name.
         also = client.get_run(shown).data.tags.get("dvc.also", "")
         names = set(also.split(",")) | {os.environ.get("DVC_EXP_NAME") or "repro"}
         client.set_tag(shown, "dvc.also", ",".join(sorted(names - {""})))
@@ -112,7 +122,7 @@ def _show_results(connection: Connection, params: Params) -> str:
         client, run_id, params, paths.EXPORTED_WEIGHTS, read_lineage(paths.EXPORTED_WEIGHTS)
     )
     _log_reports(client, run_id, model_id, _log_dataset(client, run_id))
-    _log_pictures(client, run_id)
+    _log_images(client, run_id)
     _log_verdict(client, run_id, model_id)
     for name in _pipeline_stages():
         client.set_tag(run_id, f"stage.{name}", records[name].status if name in records else "cached")
@@ -123,6 +133,7 @@ def _show_results(connection: Connection, params: Params) -> str:
         client.log_artifact(run_id, str(path), str(_RECORD_FOLDER / path.parent))
     client.set_tag(run_id, "memory", memory_tag())
     client.set_tag(run_id, "mlflow.note.content", _run_description(run_id))
+    # After all results: `run_of_content` must not find a run that a lost connection left incomplete.
     client.set_tag(run_id, "dvc.content", content)
     client.set_tag(run_id, "dvc.train_lora", training_digest(paths.LOCK))
     client.set_terminated(run_id, "FINISHED")
@@ -130,19 +141,20 @@ def _show_results(connection: Connection, params: Params) -> str:
 
 
 def download_record(run_id: str, folder: Path) -> Path:
-    """Fetches what `_show_results` kept of DVC's record with a run; where it lies, laid out as the project.
+    """Download the record that `_show_results` logged with a run; return its folder, laid out as the project.
 
     Raises:
-        MlflowException, OSError: the server cannot be reached, has no such run, or the run has no record.
+        ConnectionError: the server cannot be reached, or does not have the run or its record.
     """
-    return Path(connect().client.download_artifacts(run_id, str(_RECORD_FOLDER), str(folder)))
+    with explain_tracking_errors():
+        return Path(connect().client.download_artifacts(run_id, str(_RECORD_FOLDER), str(folder)))
 
 
 def _log_curves(client: MlflowClient, run_id: str) -> None:
-    """The training curves from their file, as far as the live run has not drawn them."""
-    drawn = {point.step for point in client.get_metric_history(run_id, "train/loss")}
+    """Log the points of the training curves that the live run has not logged, from the file."""
+    logged = {point.step for point in client.get_metric_history(run_id, "train/loss")}
     curve = pd.read_csv(paths.LOSS_CURVE)
-    curve = curve[~curve["step"].isin(drawn)]
+    curve = curve[~curve["step"].isin(logged)]
     now = int(time.time() * 1000)
     steps = curve.pop("step").tolist()
     points = [
@@ -155,9 +167,9 @@ def _log_curves(client: MlflowClient, run_id: str) -> None:
 
 
 def _log_reports(client: MlflowClient, run_id: str, model_id: str, dataset: Dataset) -> None:
-    """Every number of every report as a metric under the report's name, every word as a tag.
+    """Log each number of each report as a metric under the report's name, and each string as a tag.
 
-    What was evaluated is a metric of the model on the data set as well.
+    The metrics of the evaluation are linked to the model and the data set as well.
     """
     evaluated = {"model_id": model_id, "dataset_name": dataset.name, "dataset_digest": dataset.digest}
     now = int(time.time() * 1000)
@@ -176,8 +188,8 @@ def _log_reports(client: MlflowClient, run_id: str, model_id: str, dataset: Data
 
 
 def _log_verdict(client: MlflowClient, run_id: str, model_id: str) -> None:
-    """Tags that say whether the adapter passed its gates, and why not: `gates` and `gates.<name>`."""
-    failed = failures(paths.GATES)
+    """Set the tags `gates`, passed or failed, and `gates.<name>` with the reason of each failed gate."""
+    failed = read_gate_failures(paths.GATES)
     tags = {"gates": "failed" if failed else "passed"}
     tags |= {f"gates.{name}": reason for name, reason in failed.items()}
     client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
@@ -185,7 +197,7 @@ def _log_verdict(client: MlflowClient, run_id: str, model_id: str) -> None:
 
 
 def _log_dataset(client: MlflowClient, run_id: str) -> Dataset:
-    """The data set that the adapter was trained on, with the digest of its images and captions."""
+    """Log the data set that the adapter was trained on, with the digest of its images and captions."""
     record = json.loads(paths.RAW_SOURCE.read_text(encoding="utf-8"))
     digest = file_digest(paths.ENCODED_INDEX)
     dataset = Dataset(
@@ -199,36 +211,37 @@ def _log_dataset(client: MlflowClient, run_id: str) -> Dataset:
     return dataset
 
 
-def _log_pictures(client: MlflowClient, run_id: str) -> None:
-    """The grid, every sample under its own name, and a table of what each was drawn from."""
+def _log_images(client: MlflowClient, run_id: str) -> None:
+    """Log the grid, each sample under its name, and the table of their prompts and seeds."""
     client.log_artifact(run_id, str(paths.SAMPLE_GRID))
     samples = pd.read_json(paths.SAMPLE_TABLE, lines=True)
     client.log_table(run_id, samples, "samples.json")
     for row in samples.itertuples():
         place, seed = Path(str(row.file)).stem.split("-seed-")
-        step = round(100 * float(str(row.strength)))  # the slider of MLflow's image grid: strength in percent
+        # MLflow's image grid has a slider for the step, so it serves as the strength, in percent.
+        step = round(100 * float(str(row.strength)))
         with Image.open(paths.SAMPLES / str(row.file)) as image:
             client.log_image(run_id, image, key=f"sample {place} seed {seed}", step=step)
 
 
 def memory_tag() -> str:
-    """What training held at most, beside its forecast. Short, since MLflow's page cuts long tags."""
+    """Return training's peak memory and its forecast, in few characters: MLflow's page cuts long tags."""
     report = json.loads(paths.TRAINING_REPORT.read_text(encoding="utf-8"))
     measured, forecast = report["peak_memory_gib"], report.get("forecast_gib")
-    beside = "process, on a CPU" if forecast is None else f"forecast {forecast['total']:.2f}"
-    return f"{measured:.2f} GiB ({beside})"
+    note = "process, on a CPU" if forecast is None else f"forecast {forecast['total']:.2f}"
+    return f"{measured:.2f} GiB ({note})"
 
 
 def _run_description(run_id: str) -> str:
-    """What a run's page opens with: the model card, its pictures as MLflow's server hands them out."""
+    """Return the text of the run's page: the model card, with its image as an artifact of the run."""
     card = paths.CARD.read_text(encoding="utf-8")
-    _, _, text = card.removeprefix("---").partition("\n---\n")  # the Hub's header is not for readers
+    _, _, text = card.removeprefix("---").partition("\n---\n")  # without the YAML header for the Hub
     grid = paths.SAMPLE_GRID.name
     return text.strip().replace(f"]({grid})", f"](get-artifact?path={grid}&run_uuid={run_id})")[:_NOTE_LENGTH]
 
 
 def _content_id() -> str:
-    """A hash of all results but the pointer to MLflow, and of the params that they came from."""
+    """Return a hash of the outputs and params of all stages in dvc.lock, except track_run."""
     results = {
         name: [{out["path"]: out.get("md5") for out in entry.get("outs", [])}, entry.get("params")]
         for name, entry in read_lock(paths.LOCK).items()
@@ -238,6 +251,6 @@ def _content_id() -> str:
 
 
 def _pipeline_stages() -> list[str]:
-    """The stages whose results a run shows."""
+    """Return the stages whose results a run shows: all except track_run itself."""
     stages = yaml.safe_load(paths.PIPELINE.read_text(encoding="utf-8"))["stages"]
     return [name for name in stages if name != "track_run"]

@@ -1,7 +1,7 @@
-"""Gradient checkpointing by choice (Chen et al. 2016, arXiv:1604.06174): which blocks compute things twice.
+"""Activation checkpointing of chosen blocks (Chen et al. 2016, arXiv:1604.06174).
 
-A unit is a block of the UNet or a layer of a text encoder. A chosen one keeps its input alone, and computes
-the rest again when its gradient is due: less memory, more arithmetic, the same numbers.
+A unit is a block of the UNet or a layer of a text encoder. A checkpointed one keeps only its input and
+recomputes its activations in the backward pass: less memory, more arithmetic, the same numbers.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ _UNITS = (BasicTransformerBlock, ResnetBlock2D, CLIPEncoderLayer)
 
 
 def find_units(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Every unit of `parts` by its name, `part.path`, in the order of the modules."""
+    """Return every unit of `parts` by its name, `part.path`, in the order of the modules."""
     return {
         f"{part}.{path}": module
         for part, root in parts.items()
@@ -27,10 +27,11 @@ def find_units(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def checkpoint_units(parts: Mapping[str, nn.Module], names: Iterable[str]) -> None:
-    """Makes the units of these names recompute what their backward pass needs."""
+    """Make the units of these names recompute their activations in the backward pass."""
     units = find_units(parts)
     for name in names:
         unit = units[name]
         restores_draws = any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in unit.modules())
+        # Saving the generator's state copies it to the CPU, which a graph capture forbids: only for dropout.
         forward = partial(checkpoint, unit.forward, use_reentrant=False, preserve_rng_state=restores_draws)
-        unit.forward = forward
+        unit.forward = forward  # of the instance: class and names of weights stay the same

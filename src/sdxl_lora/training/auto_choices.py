@@ -1,6 +1,6 @@
-"""What a recorded training chose where its params say `auto`, chosen again when it is made again.
+"""The values that `auto` resolved to in a recorded training, reused when that training is reproduced.
 
-A measurement of kernels, or a forecast by other libraries, could come out differently. Knows no model.
+Another measurement of kernels, or a forecast with other libraries, could resolve differently. Knows no model.
 """
 
 import json
@@ -15,14 +15,14 @@ from sdxl_lora.config import TrainingConfig
 
 _Choices = Mapping[str, Any]
 """Values of params' section `training`, by key."""
-_Made = TypeVar("_Made")
+_Resolved = TypeVar("_Resolved")
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RecordedChoices:
-    """The choices of a training, as far as its report has them."""
+    """The choices in a training's report; empty where it has none."""
 
     plan: _Choices = field(default_factory=dict)
     """Micro-batch size and number of checkpointed units."""
@@ -31,7 +31,7 @@ class RecordedChoices:
 
 
 def choices_in(report: Mapping[str, Any]) -> RecordedChoices:
-    """What a training's report says was chosen."""
+    """Return the choices in a training's report."""
     plan, keys = report.get("plan", {}), ("micro_batch_size", "checkpointing")
     return RecordedChoices(
         plan={key: plan[key] for key in keys if key in plan},
@@ -40,30 +40,31 @@ def choices_in(report: Mapping[str, Any]) -> RecordedChoices:
 
 
 def recorded_choices(root: Path) -> RecordedChoices:
-    """Those of the training that is being made again in the project at `root`; none in any other project."""
+    """Return the choices of the training that the project at `root` reproduces; empty in other projects."""
     note = root / paths.RECORDED_TRAINING
     return choices_in(json.loads(note.read_text(encoding="utf-8"))) if note.is_file() else RecordedChoices()
 
 
 def with_recorded_choices(
-    make: Callable[[TrainingConfig], _Made], config: TrainingConfig, recorded: _Choices
-) -> _Made:
-    """What `make` makes of `config` with recorded choices in place of `auto`.
+    resolve: Callable[[TrainingConfig], _Resolved], config: TrainingConfig, recorded: _Choices
+) -> _Resolved:
+    """Return what `resolve` returns for `config` with recorded choices in place of `auto`.
 
-    Where these cannot be had, as cuDNN's kernels on a CPU, a warning names them and `make` chooses anew.
+    If a choice is not available on this machine, such as cuDNN's kernels on a CPU, log a warning that names
+    it, and let `resolve` select again.
 
     Args:
-        make: raises ValueError, and leaves everything as it was, if it cannot do what a config says.
+        resolve: raises ValueError, and leaves everything unchanged, if a config's values are not available.
 
     Raises:
-        ValueError: `make` cannot do without the recorded choices either.
+        ValueError: from `resolve`, without recorded choices too.
     """
     pinned = {key: value for key, value in recorded.items() if getattr(config, key) == "auto"}
     if not pinned:
-        return make(config)
+        return resolve(config)
     try:
-        return make(config.model_copy(update=pinned))
+        return resolve(config.model_copy(update=pinned))
     except ValueError as error:
         named = ", ".join(f"training.{key} {value}" for key, value in pinned.items())
-        logger.warning("recorded was %s, which cannot be had here, so it is chosen anew (%s)", named, error)
-        return make(config)
+        logger.warning("recorded %s is not available on this machine (%s): selecting again", named, error)
+        return resolve(config)

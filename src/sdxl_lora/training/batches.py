@@ -1,7 +1,7 @@
-"""What each step trains on: examples with all that is drawn for them.
+"""The micro-batches that each step trains on: encoded examples and the random numbers drawn for them.
 
-Every random draw is keyed by (seed, position), where position counts examples from the start of training, so
-a step does not depend on the steps before it but through the weights.
+Every random draw is keyed by (seed, position), where position counts examples from the start of training. So
+a step depends on earlier steps through the weights alone, and a resumed training needs no generator's state.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,14 +38,14 @@ class NoiseDraws:
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """A micro-batch with all that is drawn for it."""
+    """A micro-batch with everything that is drawn for it."""
 
     batch: Batch
     draws: NoiseDraws
     images: list[str]
     """File names, for messages."""
     dropout_seed: int
-    """Of the adapters' dropout."""
+    """Seed of the adapters' dropout."""
 
     def to(self, device: torch.device) -> Self:
         return replace(self, batch=self.batch.to(device), draws=self.draws.to(device))
@@ -54,7 +54,7 @@ class TrainingBatch:
         return list(self.named_tensors().values())
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Those of the batch, then what was drawn."""
+        """Return the tensors of the batch, then those of the draws."""
         columns = {**self.batch.tensors(), **vars(self.draws)}
         return {name: tensor for name, tensor in columns.items() if tensor is not None}
 
@@ -62,10 +62,10 @@ class TrainingBatch:
 def training_batches(
     denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig, seed: int, first: int = 0
 ) -> Iterator[TrainingBatch]:
-    """This process's micro-batches of a training without end, from those of step `first` on, on the CPU.
+    """Yield this process's micro-batches of an endless training from step `first` on, on the CPU.
 
-    All examples of a step have one size. Processes take turns in them: two with a batch each train on what
-    one would with both.
+    All examples of a step have one size. The processes share a step's micro-batches by turns, so that two
+    processes train on the examples that one process with twice the batch size would.
     """
     num_timesteps = len(denoiser.noise_schedule.alphas_cumprod)
     size = config.batch_size // config.accumulation
@@ -89,7 +89,7 @@ def training_batches(
 def one_batch_per_size(
     denoiser: Denoiser, dataset: EncodedDataset, config: TrainingConfig
 ) -> Iterator[TrainingBatch]:
-    """A micro-batch of each size of latents that there is, the largest first. Not to be trained on."""
+    """Yield a micro-batch of each size of latents, the largest first: for captures, not to train on."""
     first = {shape: index for index, shape in reversed(list(enumerate(dataset.latents_shapes)))}
     size = config.batch_size // config.accumulation
     num_timesteps = len(denoiser.noise_schedule.alphas_cumprod)
@@ -100,7 +100,7 @@ def one_batch_per_size(
 
 
 def draw_variants(examples: Sequence[Example], start: int, seed: int) -> list[Variant]:
-    """Which image and caption is taken of each example, at positions start, start + 1, ... of training."""
+    """Draw the image and caption that each example shows at positions start, start + 1, ... of training."""
     variants = []
     for position, example in enumerate(examples, start):
         flip, number = torch.rand(2, generator=keyed_generator(seed, "variant", position)).tolist()
@@ -110,7 +110,7 @@ def draw_variants(examples: Sequence[Example], start: int, seed: int) -> list[Va
 
 
 def draw_noise(batch: Batch, start: int, num_timesteps: int, caption_dropout: float, seed: int) -> NoiseDraws:
-    """The random part of the examples at positions start, start + 1, ... of training; on the CPU."""
+    """Draw the random part of the examples at positions start, start + 1, ... of training; on the CPU."""
     columns = []
     for row in range(len(batch)):
         generator = keyed_generator(seed, "example", start + row)

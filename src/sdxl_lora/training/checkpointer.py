@@ -1,8 +1,7 @@
-"""Checkpoints of a training: what it takes to go on from a step, in files that are whole or not there.
+"""Checkpoints of a training: the state after a step, in files that are complete or absent.
 
-Each training has a folder of its own, named after everything that its result depends on, so that no other
-can go on from what lies there. Knows no model and no loop: it is given tensors. (`checkpointing` is about
-activations.)
+Each training has its folder, named by a hash of everything that its result depends on, so that no other
+training resumes from it. Knows no model and no loop: it is given tensors.
 """
 
 import hashlib
@@ -29,7 +28,7 @@ from sdxl_lora.storage.content_store import UNUSED_SECONDS, content_key
 from sdxl_lora.storage.repository import file_digest
 from sdxl_lora.storage.safetensors_io import read_header
 
-_KEPT_CHECKPOINTS = 2  # a newest one that turns out to be damaged is not the end
+_KEPT_CHECKPOINTS = 2  # if the newest one is damaged, the one before it serves
 _INERT_KEYS = {
     "checkpoint_minutes",
     "deadline_minutes",
@@ -58,32 +57,33 @@ class Checkpoint:
 
 
 class Checkpointer:
-    """The checkpoints of one training, in a folder that is made when the first one is saved."""
+    """The checkpoints of one training, in a folder that is created when the first one is saved."""
 
     def __init__(self, folder: Path, minutes: float | None) -> None:
-        """Knows the folder.
+        """Create nothing yet.
 
         Args:
             folder: of this training alone.
-            minutes: wall time between two checkpoints; None: none is ever due.
+            minutes: wall time between two checkpoints; None: no checkpoint is ever due.
         """
         self.folder = folder
         self._minutes = minutes
         self._saved = time.monotonic()
 
     def are_due(self) -> bool:
-        """Whether it is time for the next one."""
+        """Return whether it is time for the next one."""
         return self._minutes is not None and time.monotonic() - self._saved >= 60 * self._minutes
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
-        """Writes the checkpoint of `step`; all but the newest two go.
+        """Write the checkpoint of `step`, and delete all but the newest two.
 
-        A file's name holds the hash of its content, and it gets the name when all of it is on the disk. So
-        neither a killed process nor a power failure leaves something that passes for a checkpoint.
+        A file's name holds the hash of its content, and it gets this name once all of it is on the disk. So
+        neither a killed process nor a power failure leaves a file that looks like a checkpoint.
 
         Raises:
-            OSError: it could not be written, for lack of space say; the ones before are still there.
+            OSError: it could not be written, for example for lack of space. The earlier ones are kept.
         """
+        # Copies also on the CPU: the tensors are the trainer's, and the next step changes them.
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         content = save(copies, dict(facts))
         path = self.folder / f"step-{step:08d}-{digest(content)}.safetensors"
@@ -93,19 +93,19 @@ class Checkpointer:
         self._saved = time.monotonic()
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is as it was written; None if there is none. To ask before any save."""
+        """Return the newest undamaged checkpoint; None if there is none. To be called before any save."""
         for leftover in self.folder.glob(PARTIAL_GLOB):
             leftover.unlink(missing_ok=True)  # of a process that was killed while it saved
         for path in self._files():
             content = path.read_bytes()
             if path.stem.endswith(f"-{digest(content)}"):
-                facts = read_header(path)  # which refuses a file that is something else
+                facts = read_header(path)  # raises for a file that is not safetensors
                 return Checkpoint(load(content), facts)
             logger.warning("%s is damaged: falling back to the checkpoint before it", path.name)
         return None
 
     def delete(self) -> None:
-        """Deletes all of them, and those of other trainings that nobody has gone on with for 30 days."""
+        """Delete all of them, and those of other trainings that have not been resumed for 30 days."""
         shutil.rmtree(self.folder, ignore_errors=True)
         oldest = time.time() - UNUSED_SECONDS
         for other in self.folder.parent.glob("*"):
@@ -113,7 +113,7 @@ class Checkpointer:
                 shutil.rmtree(other, ignore_errors=True)
 
     def _files(self) -> list[Path]:
-        """Newest first; names sort as steps do."""
+        """Return the files, newest first: the names sort by step."""
         return sorted(self.folder.glob("step-*.safetensors"), reverse=True)
 
 

@@ -1,19 +1,21 @@
-"""The base model with its adapters as training and evaluation see it: encoded examples in, errors out."""
+"""The base model with its adapters as training and evaluation use it: encoded examples in, errors out."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from sdxl_lora.adapters.lora import named_parts
 from sdxl_lora.config import ModelConfig, Precision, Quantization
 from sdxl_lora.data.encoded_dataset import Batch, EncodedDataset
 from sdxl_lora.kernels.quantized_linear import quantize
+from sdxl_lora.models.base_config import force_zeros_for_empty_prompt
 from sdxl_lora.models.diffusion import add_noise, prediction_target, squared_error
 from sdxl_lora.models.loading import DTYPES
 from sdxl_lora.models.sdxl import (
     NoiseSchedule,
-    force_zeros_for_empty_prompt,
     load_noise_schedule,
     load_unet,
     predict,
@@ -26,30 +28,35 @@ _EMBEDDED_AT_ONCE = 16  # captions, whose hidden states are 0.12 GiB in a half p
 
 @dataclass(frozen=True)
 class _NullConditioning:
-    """What a base model reads in place of a caption that is left out, unless that is zeros."""
+    """The empty caption's embeddings, for base models in which these replace a dropped caption, not zeros."""
 
     token_ids: Tensor
     """(1, 2, 77)."""
     prompt_embeds: Tensor
-    """What the text encoders made of it when they were loaded or, if trained, frozen, (1, 77, 2048)."""
+    """By the text encoders as they were loaded or, if trained, as they were frozen, (1, 77, 2048)."""
     pooled_prompt_embeds: Tensor
     """(1, 1280)."""
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """UNet, noise schedule and, unless captions were embedded before, text encoders."""
+    """UNet, noise schedule and, unless captions are embedded already, text encoders."""
 
     unet: UNet2DConditionModel
     text_encoders: TextEncoders | None
     noise_schedule: NoiseSchedule
     precision: Precision
     null_conditioning: _NullConditioning | None = None
-    """None: all zeros stand for no caption."""
+    """None: zeros replace a dropped caption."""
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The adapted models by part: the UNet, and the text encoders if they are trained."""
+        return named_parts(self.unet, self.text_encoders)
 
     @property
     def modules(self) -> tuple[torch.nn.Module, ...]:
-        return (self.unet, *(self.text_encoders or ()))
+        return tuple(self.parts.values())
 
     @property
     def device(self) -> torch.device:
@@ -63,14 +70,14 @@ class Denoiser:
         timesteps: Tensor,
         caption_mask: Tensor | None = None,
     ) -> Tensor:
-        """Mean squared error of each example's prediction, fp32, (B,).
+        """Return the mean squared error of each example's prediction, fp32, (B,).
 
         Args:
-            batch: where the conditions come from.
+            batch: source of the conditioning.
             latents: x_0, fp32, (B, 4, H/8, W/8).
             noise: eps, shaped as `latents`.
             timesteps: int64, (B,).
-            caption_mask: 0 where the caption is dropped, else 1, (B,); None: all have theirs.
+            caption_mask: 0 where the caption is dropped, else 1, (B,); None: no caption is dropped.
         """
         alpha_bar = self.noise_schedule.alphas_cumprod[timesteps]
         prediction_type = self.noise_schedule.prediction_type
@@ -82,10 +89,10 @@ class Denoiser:
         return squared_error(prediction, prediction_target(latents, noise, alpha_bar, prediction_type))
 
     def conditioning(self, batch: Batch, caption_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The captions as the UNet reads them, (B, 77, 2048) and (B, 1280).
+        """Return the captions' embeddings as the UNet reads them, (B, 77, 2048) and (B, 1280).
 
-        Where a caption is dropped, all zeros or what the base model makes of an empty one, as diffusers'
-        pipeline has it for a prompt that is not given.
+        A dropped caption becomes zeros or the empty caption's embeddings, whichever diffusers' pipeline uses
+        for a missing prompt.
 
         Raises:
             ValueError: the text encoders are frozen and the data set was encoded without embeddings.
@@ -121,10 +128,10 @@ class Denoiser:
 
 @torch.no_grad()
 def embed_null_conditioning(text_encoders: TextEncoders, token_ids: Tensor) -> _NullConditioning:
-    """The empty caption as these text encoders read it.
+    """Embed the empty caption with these text encoders.
 
     Args:
-        token_ids: its, where the text encoders are, (1, 2, 77).
+        token_ids: of the empty caption, on the text encoders' device, (1, 2, 77).
     """
     return _NullConditioning(token_ids, *embed_tokens(text_encoders, token_ids))
 
@@ -132,7 +139,7 @@ def embed_null_conditioning(text_encoders: TextEncoders, token_ids: Tensor) -> _
 def _load_null_conditioning(
     config: ModelConfig, precision: Precision, device: torch.device
 ) -> _NullConditioning | None:
-    """None if zeros stand for no caption. Loads the text encoders, and lets go of them again."""
+    """Return the empty caption's embeddings; None if zeros replace it. Loads and frees the text encoders."""
     if force_zeros_for_empty_prompt(config):
         return None
     token_ids = tokenize(load_tokenizers(config), [""]).to(device)
@@ -141,7 +148,7 @@ def _load_null_conditioning(
 
 @torch.no_grad()
 def with_captions_embedded(denoiser: Denoiser, dataset: EncodedDataset) -> EncodedDataset:
-    """The examples with what the text encoders, as they are now, make of their captions.
+    """Return the data set with its captions embedded by the text encoders as they are now.
 
     The embeddings are on the CPU, in the text encoders' precision: 0.3 MB an example in a half one.
     """
@@ -156,11 +163,10 @@ def with_captions_embedded(denoiser: Denoiser, dataset: EncodedDataset) -> Encod
 def load_denoiser(
     config: ModelConfig, precision: Precision, device: torch.device, quantization: Quantization = "none"
 ) -> Denoiser:
-    """The base model's UNet, frozen, and its text encoders unless `config` has them frozen."""
-    null_conditioning = _load_null_conditioning(
-        config, precision, device
-    )  # before the rest, which takes its place
-    cpu = torch.device("cpu")  # where they lie in full until they are quantised
+    """Load the base model's UNet and, unless `config` has them frozen, its text encoders; no gradients."""
+    # First of all, so that its text encoders are freed before the UNet takes their memory.
+    null_conditioning = _load_null_conditioning(config, precision, device)
+    cpu = torch.device("cpu")  # the full weights: the device gets only the quantised ones
     text_encoders = None
     if config.text_encoders != "frozen":
         first, second = load_text_encoders(config, precision, cpu)

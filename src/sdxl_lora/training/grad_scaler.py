@@ -1,4 +1,8 @@
-"""The factor that keeps gradients from vanishing in fp16."""
+"""The factor of the loss that keeps gradients from underflowing in fp16.
+
+`torch.amp.GradScaler` checks the gradients itself and skips the optimizer's step. Here TrainStep has read the
+gradient norm anyway, so the decision is plain Python, and a captured graph reads the scale from one tensor.
+"""
 
 from collections.abc import Mapping
 
@@ -10,17 +14,17 @@ class GradScaler:
     """Dynamic loss scaling (Micikevicius et al. 2018, arXiv:1710.03740), with PyTorch's constants."""
 
     INITIAL = 65536.0
-    GROWTH_INTERVAL = 2000  # steps without an overflow before it doubles
+    GROWTH_INTERVAL = 2000  # steps without an overflow after which the scale doubles
 
     def __init__(self, device: torch.device, enabled: bool) -> None:
         self._enabled = enabled
         self.value = self.INITIAL if enabled else 1.0
         self.tensor = torch.tensor(self.value, device=device)
-        """The value where a recorded graph reads it."""
+        """The value at the address from which a captured graph reads it."""
         self._good_steps = 0
 
     def update(self, finite: bool) -> None:
-        """Halves the scale after an overflow, doubles it after many steps without one."""
+        """Halve the scale after an overflow, double it after `GROWTH_INTERVAL` steps without one."""
         if not self._enabled:
             return
         self._good_steps = self._good_steps + 1 if finite else 0
@@ -28,7 +32,7 @@ class GradScaler:
             self.value /= 2
         elif self._good_steps % self.GROWTH_INTERVAL == 0:
             self.value *= 2
-        self.tensor.fill_(self.value)
+        self.tensor.fill_(self.value)  # in place, for the graph
 
     def state_dict(self) -> dict[str, Tensor]:
         return {

@@ -1,4 +1,4 @@
-"""What a step was made from whose loss is no number, in files for whoever looks into it."""
+"""The inputs of a training step whose loss is NaN or infinite, written to files for debugging."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,44 +19,44 @@ _REPORT_FILE = "report.json"
 
 
 @contextmanager
-def dump_nonfinite_steps(root: Path, dataset: Sequence[Example]) -> Iterator[None]:
-    """Writes what a step was made from that fails in the block, and adds to its error where that is.
+def dump_nonfinite_steps(root: Path, examples: Sequence[Example]) -> Iterator[None]:
+    """Write the inputs of a step that fails in the block, and name their folder in the error.
 
     Args:
-        root: of the project.
-        dataset: the examples that are trained on.
+        root: the project's root.
+        examples: of the data set that is trained on.
 
     Raises:
-        FloatingPointError: a step failed.
+        FloatingPointError: a step's loss or gradient norm is not finite.
     """
     try:
         yield
     except NotFiniteError as error:
-        folder = _write_nonfinite_step(root / paths.FAILED_STEPS, error, dataset)
+        folder = _write_nonfinite_step(root / paths.FAILED_STEPS, error, examples)
         raise FloatingPointError(f"{error}. Its inputs are in {folder.relative_to(root)}/") from error
 
 
-def _write_nonfinite_step(folder: Path, error: NotFiniteError, dataset: Sequence[Example]) -> Path:
-    """Writes the step's inputs as tensors, `<micro-batch>.<name>`, and its report and examples as JSON.
+def _write_nonfinite_step(folder: Path, error: NotFiniteError, examples: Sequence[Example]) -> Path:
+    """Write the step's inputs as tensors, `<micro-batch>.<name>`, and its metrics and examples as JSON.
 
-    Each process writes those of its own examples.
+    Each process writes its share of the step, into its own folder.
 
     Returns:
         The folder that holds both files.
     """
-    target = folder / f"step-{error.report.step:08d}-process-{distributed_state().process_index}"
+    target = folder / f"step-{error.metrics.step:08d}-process-{distributed_state().process_index}"
     tensors = {
         f"{number}.{name}": tensor.contiguous()
-        for number, part in enumerate(error.examples)
-        for name, tensor in part.named_tensors().items()
+        for number, batch in enumerate(error.batches)
+        for name, tensor in batch.named_tensors().items()
     }
     write_bytes(target / _INPUTS_FILE, save(tensors))
-    by_image: Mapping[str, Example] = {example.image: example for example in dataset}
-    examples = [by_image[image] for part in error.examples for image in part.images]
+    by_image: Mapping[str, Example] = {example.image: example for example in examples}
+    used = [by_image[image] for batch in error.batches for image in batch.images]
     report = {
         "error": str(error),
-        "report": asdict(error.report),
-        "examples": [{"id": e.id, "image": e.image, "caption": e.caption} for e in examples],
+        "report": asdict(error.metrics),
+        "examples": [{"id": e.id, "image": e.image, "caption": e.caption} for e in used],
     }
     text = json.dumps(report, indent=2, ensure_ascii=False)
     write_text(target / _REPORT_FILE, text + "\n")

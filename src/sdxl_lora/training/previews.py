@@ -1,14 +1,14 @@
-"""A look at the adapter while it trains: one held-out caption drawn again and again from the same noise."""
+"""Previews of the adapter while it trains: one held-out caption, sampled from the same noise each time."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from PIL.Image import Image
 from torch import nn
 
+from sdxl_lora import paths
 from sdxl_lora.config import ModelConfig
 from sdxl_lora.data.encoded_dataset import EncodedDataset
 from sdxl_lora.models.vae import load_vae
@@ -17,18 +17,27 @@ from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.storage.atomic_io import atomic_write
 from sdxl_lora.training.denoiser import Denoiser
 
-# A preview is looked at and thrown away: what it costs matters more than its last detail.
+# A preview serves to see whether training works: time matters more than the last detail.
 _NUM_INFERENCE_STEPS = 20
 _GUIDANCE_SCALE = 5.0
 
 
+def make_previewer(denoiser: Denoiser, config: ModelConfig, every: int | None) -> "Previewer | None":
+    """Return a previewer of the first held-out example; None without previews, `every` None."""
+    if every is None:
+        return None
+    return Previewer(denoiser, EncodedDataset(paths.ENCODED, "held_out"), config)
+
+
 class Previewer:
-    """Draws the first held-out caption with the weights as they are, through the UNet in training."""
+    """Samples the first held-out caption with the UNet in training, and its present weights."""
 
     def __init__(self, denoiser: Denoiser, dataset: EncodedDataset, config: ModelConfig) -> None:
-        """Loads the VAE beside `denoiser` (0.16 GiB in fp16)."""
+        """Load the VAE in addition to `denoiser` (0.16 GiB in fp16)."""
+        from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline  # only previews need them
+
         vae = load_vae(config, denoiser.precision, denoiser.device)
-        vae.enable_tiling()  # a whole 1024 px decode takes GiB, a tile at a time does not
+        vae.enable_tiling()  # decoding 1024 px as a whole takes GiB
         self._denoiser = denoiser
         self._batch = dataset[0].to(denoiser.device)
         self._pipeline = StableDiffusionXLPipeline(
@@ -44,7 +53,7 @@ class Previewer:
         self._pipeline.set_progress_bar_config(disable=True)
 
     def save(self, path: Path) -> Image:
-        """Draws the image and keeps it as a PNG at `path`."""
+        """Sample the image and write it as a PNG to `path`."""
         image = self.generate()
         with atomic_write(path) as partial:
             image.save(partial)
@@ -52,11 +61,11 @@ class Previewer:
 
     @torch.no_grad()
     def generate(self) -> Image:
-        """The held-out caption's image at the size that training sees, without the adapters' dropout."""
+        """Sample the held-out caption at the resolution of training, without the adapters' dropout."""
         with _evaluating(self._denoiser.modules):
-            return self._draw()
+            return self._sample()
 
-    def _draw(self) -> Image:
+    def _sample(self) -> Image:
         denoiser = self._denoiser
         noise = torch.randn(self._batch.latents_mean.shape, generator=keyed_generator("preview"))
         prompt_embeds, pooled_prompt_embeds = denoiser.conditioning(self._batch)
@@ -77,7 +86,7 @@ class Previewer:
 
 @contextmanager
 def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Takes the modules out of training mode while the block runs."""
+    """Switch the modules to evaluation mode while the block runs."""
     for module in modules:
         module.eval()
     try:

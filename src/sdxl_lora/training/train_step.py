@@ -1,8 +1,10 @@
-"""One training step in few kernels: flat adapters, a scaled loss, one AdamW, and a CUDA graph of the rest.
+"""One training step: forward and backward of each micro-batch, then one update of all adapters.
 
-Each adapter's weight is a view of one tensor in the precision that the step computes in. Its fp32 master and
-the fp32 gradient are one tensor each, so scaling, clipping and AdamW are a handful of kernels and not
-thousands. Knows neither diffusion nor SDXL: it is given a loss and parameters.
+    accumulate(batch)   copies the batch to the GPU and replays the captured forward and backward pass
+    update(rate)        sums over processes, clips, moves the fp32 masters, rounds them into the weights
+
+Nothing waits for the GPU but one read in `update`. Knows neither diffusion nor SDXL: it is given a loss and
+parameters.
 """
 
 import math
@@ -10,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
-import bitsandbytes
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -20,6 +21,7 @@ from sdxl_lora.kernels.cuda_graph import GraphedCallable, Inputs
 from sdxl_lora.runtime.distributed import all_reduce_sum, distributed_state
 from sdxl_lora.training.flat_parameters import FlatParameters
 from sdxl_lora.training.grad_scaler import GradScaler
+from sdxl_lora.training.optimizers import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -32,22 +34,22 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step found out."""
+    """Metrics of a step."""
 
     loss: float
     """Mean over the step's micro-batches, of all processes."""
     grad_norm: float
-    """Euclidean norm of all gradients before clipping; infinite or NaN if the weights were left alone."""
+    """Euclidean norm of all gradients before clipping; infinite or NaN if the update was skipped."""
     loss_scale: float
-    """Factor that the loss had against underflow of fp16 gradients; 1 in other precisions."""
+    """Factor of the loss against underflow of fp16 gradients; 1 in other precisions."""
     stop: bool
-    """Whether any process voted to stop."""
+    """Whether any process asked to stop."""
 
 
 class TrainStep(Generic[Inputs]):
-    """Minimises `loss` over parameters: any number of micro-batches accumulated, then an update.
+    """Minimises a loss over parameters: accumulates any number of micro-batches, then updates.
 
-    While it works the parameters' values are in `dtype`; `finish` gives them their fp32 values.
+    Meanwhile the parameters hold values in `dtype`; `finish` gives them their fp32 values.
     """
 
     def __init__(
@@ -56,117 +58,129 @@ class TrainStep(Generic[Inputs]):
         groups: Sequence[ParameterGroup],
         config: TrainingConfig,
         dtype: torch.dtype,
-        recorded: bool,
+        use_graph: bool,
     ) -> None:
-        """Takes the parameters over.
+        """Replace the parameters' storage by flat tensors.
 
         Args:
             loss: mean over a micro-batch, a scalar with a gradient for every parameter.
             dtype: of the arithmetic; fp16 has its loss scaled.
-            recorded: replay forward and backward as a CUDA graph; `GraphedCallable` says what `loss` may do.
+            use_graph: replay forward and backward as a CUDA graph; `GraphedCallable` says what `loss` may do.
         """
         self._loss = loss
         self._config = config
-        self._adapters = FlatParameters([group.parameters for group in groups], dtype)
-        self._optimizer = make_optimizer(self._adapters.masters, groups, config)
-        device = self._adapters.gradient.device
+        self._flat = FlatParameters([group.parameters for group in groups], dtype)
+        masters = [
+            {"params": [master], "peak_learning_rate": group.peak_learning_rate}
+            for master, group in zip(self._flat.masters, groups, strict=True)
+        ]
+        self._optimizer = OPTIMIZERS[config.optimizer].build(masters, config)
+        device = self._flat.gradient.device
         self._device = device
-        self._scale = GradScaler(device, enabled=dtype == torch.float16)
+        self._grad_scaler = GradScaler(device, enabled=dtype == torch.float16)
         self._micro_batches = 0
-        self._recorder = GraphedCallable(self._forward_and_backward, device) if recorded else None
+        self._graph = GraphedCallable(self._forward_and_backward, device) if use_graph else None
         decay = config.ema_decay
-        self._average = _MovingAverage(self._adapters.master, decay) if decay else None
-        self._updates = 0
+        self._moving_average = _MovingAverage(self._flat.master, decay) if decay else None
+        self._updates = 0  # fewer than steps where fp16 overflowed
 
     def accumulate(self, inputs: Inputs) -> None:
-        """Adds the gradient of a micro-batch; on a GPU returns before it is computed."""
+        """Add the gradient of a micro-batch; on a GPU return before it is computed."""
         self._micro_batches += 1
-        if self._recorder is None:
+        if self._graph is None:
             self._forward_and_backward(inputs.to(self._device))
             return
         self.capture([inputs])
-        self._recorder.replay(inputs)
+        self._graph.replay(inputs)
 
-    def capture(self, several: Iterable[Inputs]) -> None:
-        """Records steps for inputs of these shapes, the largest first, if steps are recorded at all.
+    def capture(self, batches: Iterable[Inputs]) -> None:
+        """Capture a graph for batches of these shapes, the largest first; do nothing if graphs are not used.
 
-        Without it, each is recorded when it is first met. All at once, they share the memory of the largest.
+        Called with all shapes before the first step, the graphs share the memory of the largest one. Other
+        shapes are captured when `accumulate` first meets them.
         """
-        if self._recorder is None:
+        if self._graph is None:
             return
-        unknown = [inputs for inputs in several if not self._recorder.has(inputs)]
+        unknown = [inputs for inputs in batches if not self._graph.has(inputs)]
         if unknown:
-            kept = self._adapters.reduce_buffer.clone()
-            self._recorder.capture(*unknown)
-            self._adapters.reduce_buffer.copy_(kept)
+            # A capture runs the function on these batches to warm up, which adds their gradients. Undone in
+            # place, as the graph writes to this buffer's address.
+            before = self._flat.reduce_buffer.clone()
+            self._graph.capture(*unknown)
+            self._flat.reduce_buffer.copy_(before)
 
     def _forward_and_backward(self, inputs: Inputs) -> None:
+        """Add the batch's gradient and loss to the flat buffer.
+
+        Captured as a graph: the kernels must be the same ones on the same addresses each time. So it changes
+        tensors in place, reads the loss scale from the GPU, and returns nothing that a caller could wait for.
+        """
         loss = self._loss(inputs)
-        gradients = torch.autograd.grad(loss * self._scale.tensor, self._adapters.parameters)
-        self._adapters.gradient += torch.cat([gradient.flatten() for gradient in gradients])
-        self._adapters.loss += loss.detach()
+        # grad() and not backward(), which would keep a second gradient in each of the parameters.
+        gradients = torch.autograd.grad(loss * self._grad_scaler.tensor, self._flat.parameters)
+        self._flat.gradient += torch.cat([gradient.flatten() for gradient in gradients])
+        self._flat.loss += loss.detach()
 
     def gradients(self) -> Sequence[Tensor]:
-        """What was accumulated for each parameter that is still trained, times the loss scale; flat views."""
-        parameters = self._adapters.parameters
-        return self._adapters.gradient.split([parameter.numel() for parameter in parameters])
+        """Return the accumulated gradient of each trainable parameter, times the loss scale; flat views."""
+        parameters = self._flat.parameters
+        return self._flat.gradient.split([parameter.numel() for parameter in parameters])
 
     @torch.no_grad()
     def update(self, learning_rate_factor: float, stop: bool = False) -> StepResult:
-        """Moves the weights along the mean gradient of what all processes have accumulated, clipped.
+        """Move the weights along the clipped mean gradient of all processes' micro-batches.
 
-        A loss or gradient that is not finite leaves the weights alone; fp16's scale is halved for the next.
+        A gradient that is not finite leaves the weights unchanged, and halves fp16's loss scale.
 
         Args:
             learning_rate_factor: share of each group's peak learning rate.
-            stop: this process's vote to stop after this step. It travels with the gradients, so that all
-                processes learn of it in the same step, for nothing.
+            stop: ask all processes to stop after this step. Summed in the gradients' all-reduce, it reaches
+                them in the same step without another communication.
         """
-        gradient, micro_batches = (
-            self._adapters.gradient,
-            self._micro_batches * distributed_state().num_processes,
-        )
-        self._adapters.stop_votes.fill_(stop)
-        all_reduce_sum(self._adapters.reduce_buffer)
-        found = [self._adapters.loss, gradient.norm(), self._adapters.stop_votes]
-        loss, scaled_norm, votes = torch.stack(found).tolist()  # the only wait
-        factor = 1 / (self._scale.value * micro_batches)
+        gradient = self._flat.gradient
+        micro_batches = self._micro_batches * distributed_state().num_processes
+        self._flat.stop_votes.fill_(stop)
+        all_reduce_sum(self._flat.reduce_buffer)
+        scalars = torch.stack([self._flat.loss, gradient.norm(), self._flat.stop_votes])
+        loss, scaled_norm, votes = scalars.tolist()  # the step's only wait for the GPU
+        factor = 1 / (self._grad_scaler.value * micro_batches)
         norm = scaled_norm * factor
-        report = StepResult(loss / micro_batches, norm, self._scale.value, votes > 0)
+        result = StepResult(loss / micro_batches, norm, self._grad_scaler.value, votes > 0)
         if math.isfinite(norm):
+            # Unscaling, averaging and clipping (with PyTorch's epsilon of 1e-6) in one kernel.
             gradient.mul_(factor * min(1.0, self._config.max_grad_norm / (norm + 1e-6)))
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate_factor * group["peak_learning_rate"]
             self._optimizer.step()
-            self._adapters.cast_master()
-            if self._average is not None:
-                self._average.update(self._updates)
+            self._flat.cast_master()
+            if self._moving_average is not None:
+                self._moving_average.update(self._updates)
             self._updates += 1
-        self._scale.update(math.isfinite(norm))
-        self._adapters.reduce_buffer.zero_()
+        self._grad_scaler.update(math.isfinite(norm))
+        self._flat.reduce_buffer.zero_()
         self._micro_batches = 0
-        return report
+        return result
 
     def freeze_groups_from(self, num_groups: int, loss: Callable[[Inputs], Tensor]) -> None:
-        """Goes on, from a step to the next, with the first groups alone and a loss of theirs.
+        """Train the first groups alone from here on, with another loss; to be called between two steps.
 
-        The other parameters keep the values that they have now, in `finish` too: no moving average of theirs.
-        A recording is given up with its memory.
+        The other parameters keep their present values, also in `finish`: they get no moving average.
         """
-        assert self._micro_batches == 0, "a step is under way"
+        assert self._micro_batches == 0, "gradients of a step are accumulated"
         self._loss = loss
-        self._adapters.freeze_groups_from(num_groups)
-        if self._average is not None:
-            self._average.settle(self._adapters.gradient.numel())
-        if self._recorder is not None:
-            self._recorder = GraphedCallable(self._forward_and_backward, self._device)
+        self._flat.freeze_groups_from(num_groups)
+        if self._moving_average is not None:
+            self._moving_average.settle(self._flat.gradient.numel())
+        if self._graph is not None:
+            # Present graphs hold the old loss and the old buffer. Dropping them frees their memory.
+            self._graph = GraphedCallable(self._forward_and_backward, self._device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that the next step depends on beside its inputs. No copies: the next step changes them."""
-        state = {"master": self._adapters.master, **self._scale.state_dict()}
+        """Return everything but the batches that the next step depends on. No copies: a step changes them."""
+        state = {"master": self._flat.master, **self._grad_scaler.state_dict()}
         state["updates"] = torch.tensor(self._updates)
-        if self._average is not None:
-            state["average"] = self._average.value
+        if self._moving_average is not None:
+            state["average"] = self._moving_average.value
         for number, entries in self._optimizer.state_dict()["state"].items():
             for name, value in _flatten_state(entries):
                 state[f"optimizer.{number}.{name}"] = torch.as_tensor(value)
@@ -174,33 +188,35 @@ class TrainStep(Generic[Inputs]):
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from a state, of a TrainStep over equal groups that are all still trained.
+        """Continue from the state of a TrainStep over equal groups; no group may be frozen yet.
 
-        In place, since a recorded graph knows the weights and the loss scale by their addresses.
+        Copies in place, as a captured graph knows the weights and the loss scale by their addresses.
         """
-        self._adapters.master.copy_(state["master"])
-        self._adapters.cast_master()
-        self._scale.load_state_dict(state)
+        self._flat.master.copy_(state["master"])
+        self._flat.cast_master()
+        self._grad_scaler.load_state_dict(state)
         self._updates = int(state["updates"])
-        if self._average is not None:
-            self._average.value.copy_(state["average"])
+        if self._moving_average is not None:
+            self._moving_average.value.copy_(state["average"])
         moments: dict[int, dict[str, Tensor | int]] = {}
         for key, value in state.items():
             kind, _, rest = key.partition(".")
             if kind == "optimizer":
                 number, _, name = rest.partition(".")
-                counts = value.dtype == torch.int64  # bitsandbytes counts its steps in an int
-                moments.setdefault(int(number), {})[name] = int(value) if counts else value
+                # bitsandbytes counts its steps in a Python int, torch in an fp32 tensor.
+                is_count = value.dtype == torch.int64
+                moments.setdefault(int(number), {})[name] = int(value) if is_count else value
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def finish(self) -> None:
-        """Gives the parameters their values in fp32: the last ones, or their moving average."""
-        self._adapters.view_into(self._adapters.master if self._average is None else self._average.value)
+        """Give the parameters their values in fp32: the last ones, or their moving average."""
+        average = self._moving_average
+        self._flat.view_into(self._flat.master if average is None else average.value)
 
 
 class _MovingAverage:
-    """Exponential moving average of a tensor, warmed up so that the start is soon forgotten."""
+    """Exponential moving average of a tensor, with a lower decay in early steps, which forget the start."""
 
     def __init__(self, tensor: Tensor, decay: float) -> None:
         self._tensor = tensor
@@ -208,30 +224,18 @@ class _MovingAverage:
         self.value = tensor.clone()
 
     def update(self, step: int) -> None:
-        """Moves the average towards the tensor after `step`, counted from 0."""
+        """Move the average towards the tensor after update `step`, counted from 0."""
         self.value.lerp_(self._tensor, 1 - min(self._decay, (step + 1) / (step + 10)))
 
     def settle(self, start: int) -> None:
-        """Forgets the past of the elements from `start` on: they are their average until they move."""
+        """Set the average of the elements from `start` on to their present values."""
         self.value[start:] = self._tensor[start:]
 
 
 def _flatten_state(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The leaves of a nested mapping by their own names: bitsandbytes hides its tensors from FSDP in one."""
+    """Yield the leaves of a nested mapping; bitsandbytes keeps its tensors in one to hide them from FSDP."""
     for name, value in entries.items():
         if isinstance(value, Mapping):
             yield from _flatten_state(value)
         else:
             yield name, value
-
-
-def make_optimizer(
-    masters: Sequence[Parameter], groups: Sequence[ParameterGroup], config: TrainingConfig
-) -> torch.optim.Optimizer:
-    """AdamW over the masters, with a peak learning rate each."""
-    kind = bitsandbytes.optim.AdamW8bit if config.optimizer == "adamw_8bit" else torch.optim.AdamW
-    options = [
-        {"params": [master], "peak_learning_rate": group.peak_learning_rate}
-        for master, group in zip(masters, groups, strict=True)
-    ]
-    return kind(options, betas=config.betas, weight_decay=config.weight_decay)

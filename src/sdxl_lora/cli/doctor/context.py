@@ -1,4 +1,4 @@
-"""What the doctor looks at: params and device, and what is found out about them once for several checks."""
+"""The context of the doctor's checks: params and device, and what several checks need, computed once."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,8 +12,8 @@ import torch
 
 from sdxl_lora.cli.doctor.dry_run import DryRun
 from sdxl_lora.config import Params, TrainingConfig
-from sdxl_lora.memory.planner import Planner, TrainingPlan, refusal
-from sdxl_lora.memory.training_forecast import TrainingSpec
+from sdxl_lora.memory.planner import ForecastPlan, Planner, refusal
+from sdxl_lora.memory.training_trace import TrainingSpec
 from sdxl_lora.models.architecture import SDXLArchitecture, read_architecture
 from sdxl_lora.models.weights import local_models
 from sdxl_lora.reproducibility.checklist import Check
@@ -21,7 +21,7 @@ from sdxl_lora.storage.atomic_io import GIB
 
 
 class CheckSkippedError(Exception):
-    """A check cannot be made, since something that another check is about is not there; says what."""
+    """Raised by a check that needs something whose absence another check reports; says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -33,71 +33,67 @@ class RunContext:
 
     @property
     def has_its_gpu(self) -> bool:
-        """Whether there is a GPU, or the recipe needs none."""
+        """Whether the device is a GPU, or the recipe does not need one."""
         return self.device.type == "cuda" or self.params.training.vram_gib is None
 
     @cached_property
     def models(self) -> dict[str, Path | None]:
-        """Where the base model and its VAE are, by params key."""
+        """Local copies of the base model and its VAE, by params key; None: missing or incomplete."""
         return local_models(self.params.model)
 
     def require_models(self) -> None:
-        """Lets pass who has a model, and a device to compute with it.
-
-        Raises:
-            NotTriedError: one is missing.
-        """
+        """Raise CheckSkippedError unless all models are in the local cache and a suitable device exists."""
         if not self.has_its_gpu:
-            raise CheckSkippedError("there is no GPU, and this recipe is made for one")
+            raise CheckSkippedError("there is no GPU, and this recipe needs one")
         if missing := [key for key, folder in self.models.items() if folder is None]:
-            raise CheckSkippedError(f"{', '.join(missing)} is not here yet")
+            raise CheckSkippedError(f"{', '.join(missing)} is not downloaded yet")
 
     @cached_property
     def shapes(self) -> SDXLArchitecture:
         return read_architecture(self.params.model)
 
     @cached_property
-    def work(self) -> TrainingSpec:
-        """The training that the params ask for."""
+    def spec(self) -> TrainingSpec:
+        """The training that the params describe."""
         side = self.params.encoding.resolution // self.shapes.pixels_per_latent
         trained = self.params.model.text_encoders != "frozen"
         size = torch.Size((1, 4, side, side))
         return TrainingSpec(self.shapes, trained, self.params.lora, self.params.training, size)
 
     @cached_property
-    def plan(self) -> TrainingPlan:
+    def plan(self) -> ForecastPlan:
         """The fastest plan within training.vram_gib, with its forecast.
 
         Raises:
-            ValueError: none fits.
+            ValueError: no plan fits.
         """
-        budget, planner = self.params.training.vram_gib, Planner(self.work)
+        budget, planner = self.params.training.vram_gib, Planner(self.spec)
         plan = planner.fastest(inf if budget is None else budget * GIB)
         if plan is None:
-            raise ValueError(refusal(self.work, planner.smallest()))
+            raise ValueError(refusal(self.spec, planner.smallest()))
         return plan
 
     @property
     def config(self) -> TrainingConfig:
-        """Training as it will be done, without `auto`."""
+        """The section `training` with `auto` replaced by what the plan selects."""
         return self.plan.applied_to(self.params.training)
 
     @cached_property
     def dry_run(self) -> DryRun:
-        """The model with adapters, ready to be trained on noise."""
+        """The model with adapters, loaded and ready for training on noise."""
         self.require_models()
         if self.device.type == "cuda":
             self.limit_memory(self.params.training.vram_gib)
-        return DryRun(self.params, self.work, self.config, self.plan.checkpointed, self.device)
+        return DryRun(self.params, self.spec, self.config, self.plan.checkpointed, self.device)
 
     def release_model(self) -> None:
-        """Gives its memory to what comes after it."""
-        vars(self).pop("trial", None)
+        """Free the memory of the dry run's model for the checks after it."""
+        vars(self).pop("dry_run", None)  # where cached_property keeps it
         if self.device.type == "cuda":
             self.limit_memory(None)
 
     def limit_memory(self, vram_gib: float | None) -> None:
-        """Lets PyTorch have so much of the GPU, as the stage does, or all of it. Frees what is cached."""
+        """Limit PyTorch's GPU memory as the stage does; None: no limit. Free the cached memory first."""
         total = torch.cuda.get_device_properties(self.device).total_memory
         share = 1.0 if vram_gib is None else min(1.0, vram_gib * GIB / total)
         torch.cuda.set_per_process_memory_fraction(share, self.device)
@@ -105,13 +101,13 @@ class RunContext:
 
     @cached_property
     def folder(self) -> Path:
-        """A place for files of the trial, on the disk that the run will write to; `leave` deletes it."""
+        """A folder for files of the dry run, on the disk that stages write to; `cleanup` deletes it."""
         scratch = Path(".dvc/tmp")
         scratch.mkdir(parents=True, exist_ok=True)
         return Path(mkdtemp(prefix="doctor-", dir=scratch))
 
     def cleanup(self) -> None:
-        """Deletes what the trial wrote."""
+        """Delete the files of the dry run."""
         if "folder" in vars(self):
             shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Whether memory and disk hold what the forecast says, and whether the models are whole."""
+"""Checks of free memory and disk space against the forecast, and of the models' files."""
 
 import shutil
 from collections.abc import Iterator
@@ -10,49 +10,47 @@ import torch
 from sdxl_lora import paths
 from sdxl_lora.cli.doctor.context import CheckSkippedError, RunContext
 from sdxl_lora.config import Params
-from sdxl_lora.memory.training_forecast import META
+from sdxl_lora.data.latent_cache import max_example_bytes
+from sdxl_lora.memory.training_trace import META
 from sdxl_lora.models.architecture import SDXLArchitecture
-from sdxl_lora.models.loading import DTYPES
 from sdxl_lora.reproducibility.checklist import Check, failed, passed, warned
 from sdxl_lora.reproducibility.integrity import check_pin
 from sdxl_lora.runtime.device import CUDA_CONTEXT
 from sdxl_lora.storage.atomic_io import GIB
 from sdxl_lora.storage.repository import is_local_folder
 
-_WEIGHT_COPIES = 3  # of encoded data: the store of entries, the shards, DVC's cache
-_TOKENS = 78  # embeddings of a caption: 77 and the pooled one
+_DATA_COPIES = 3  # of encoded data: the latent cache, the shards, DVC's cache
 
 
 def check_gpu_memory(context: RunContext) -> Iterator[Check]:
-    """Whether the GPU has free what training is forecast to take."""
+    """Check that the GPU has as much free memory as training is forecast to use."""
     if not context.has_its_gpu:
-        raise CheckSkippedError("there is no GPU, and this recipe is made for one")
+        raise CheckSkippedError("there is no GPU, and this recipe needs one")
     if context.device.type != "cuda":
-        yield passed("gpu memory", "none is needed")
+        yield passed("gpu memory", "this recipe needs none")
         return
     free, _ = torch.cuda.mem_get_info(context.device)
-    yield _compare("gpu memory", free, needed_gpu_memory(context), "end what else runs on it (`nvidia-smi`)")
+    remedy = "end other processes on this GPU (`nvidia-smi` lists them)"
+    yield _compare("gpu memory", free, needed_gpu_memory(context), remedy)
 
 
 def needed_gpu_memory(context: RunContext) -> float:
-    """Bytes at the peak of training, CUDA's own included."""
-    assert context.plan.forecast is not None
+    """Return the forecast peak of GPU memory in training, including CUDA's context, in bytes."""
     return context.plan.forecast.total + CUDA_CONTEXT
 
 
 def check_memory(context: RunContext) -> Iterator[Check]:
-    """Whether main memory holds the weights on their way to the GPU; on a CPU, all that training takes."""
+    """Check that main memory holds the weights before they move to the GPU; on a CPU, the whole training."""
     free = psutil.virtual_memory().available
     if context.device.type == "cuda" or not context.has_its_gpu:
         needed: float = _pipeline_bytes(context.shapes, context.params)
     else:
-        assert context.plan.forecast is not None
         needed = context.plan.forecast.total
-    yield _compare("memory", free, needed, "end other programs, or take a machine with more")
+    yield _compare("memory", free, needed, "end other programs, or use a machine with more memory")
 
 
 def _pipeline_bytes(shapes: SDXLArchitecture, params: Params) -> int:
-    """Bytes of all weights of the base model, as they are loaded to draw samples."""
+    """Return the bytes of all weights of the base model in the precision of sampling."""
     precision = params.sampling.precision
     modules = (
         shapes.make_unet(precision, META),
@@ -63,22 +61,22 @@ def _pipeline_bytes(shapes: SDXLArchitecture, params: Params) -> int:
 
 
 def check_disk(context: RunContext) -> Iterator[Check]:
-    """Whether the disk holds the encoded data set in all its copies."""
+    """Check that the disk has space for all copies of the encoded data set."""
     free = shutil.disk_usage(Path()).free
     count = _number_of_examples(context.params)
     if count is None:
         yield warned(
             "disk",
-            f"{free / GIB:.1f} GiB free; the data set's size is not known before it is downloaded",
-            "`dvc repro download_dataset`, then again",
+            f"{free / GIB:.1f} GiB free; the size of the data set is unknown before it is downloaded",
+            "`dvc repro download_dataset`, then run `doctor` again",
         )
         return
-    needed = _WEIGHT_COPIES * count * example_bytes(context.shapes, context.params)
-    yield _compare("disk", free, needed, "free some: `dvc gc --workspace` drops old results")
+    needed = _DATA_COPIES * count * example_bytes(context.shapes, context.params)
+    yield _compare("disk", free, needed, "free some space: `dvc gc --workspace` deletes old results")
 
 
 def _number_of_examples(params: Params) -> int | None:
-    """Examples of the data set, at most; None if nothing tells."""
+    """Return an upper bound of the number of examples; None if it is unknown."""
     if paths.RAW_CAPTIONS.is_file():
         return sum(1 for _ in paths.RAW_IMAGES.iterdir())
     if params.download.max_examples is not None:
@@ -89,25 +87,19 @@ def _number_of_examples(params: Params) -> int | None:
 
 
 def example_bytes(shapes: SDXLArchitecture, params: Params) -> int:
-    """Bytes of an encoded example: two moments of the latents, embeddings if text encoders are frozen.
-
-    No bucket has more pixels than the square. Mirrored images have latents of their own.
-    """
-    config = params.encoding
-    latents = (1 + config.flip) * 2 * 4 * (config.resolution // shapes.pixels_per_latent) ** 2
-    embeddings = _TOKENS * shapes.embedding_widths[0] if params.model.text_encoders == "frozen" else 0
-    return (
-        latents * DTYPES[config.vae_precision].itemsize + embeddings * DTYPES[config.text_precision].itemsize
-    )
+    """Return an upper bound of an encoded example with one caption, bytes."""
+    width = shapes.embedding_widths[0] if params.model.text_encoders == "frozen" else 0
+    return max_example_bytes(params.encoding, shapes.pixels_per_latent, width)
 
 
 def _compare(name: str, free: float, needed: float, remedy: str) -> Check:
+    """Return a check that fails if fewer bytes are free than needed."""
     text = f"{free / GIB:.2f} GiB free, {needed / GIB:.2f} needed"
     return passed(name, text) if free >= needed else failed(name, text, remedy)
 
 
 def check_models(context: RunContext) -> Iterator[Check]:
-    """Whether the files of base model and VAE are those that were published, or that the params pin."""
+    """Check that the files of base model and VAE are those that the params pin."""
     model = context.params.model
     pins = {"model.base": (model.base, model.revision), "model.vae": (model.vae, model.vae_revision)}
     for key, folder in context.models.items():

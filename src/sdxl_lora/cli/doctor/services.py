@@ -1,25 +1,25 @@
-"""Whether MLflow and the DVC remote answer: each is asked by a process of its own, which can be given up.
+"""Checks that MLflow and the DVC remote answer.
 
-`python -m sdxl_lora.cli.doctor.services mlflow` (or `remote`) asks, says what it found in a line, and fails
-if that is nothing good.
+A client may wait for a dead server for minutes, and a thread cannot be stopped. So each check runs this
+module as a script, with `mlflow` or `remote` as its argument, and kills it after ANSWER_SECONDS. The script
+asks the service, prints one line, and exits with status 1 if the service does not work.
 """
 
 import os
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sdxl_lora.reproducibility.checklist import Check, failed, passed, warned
+from sdxl_lora.runtime.dvc_command import write_to_remote
 from sdxl_lora.runtime.dvc_execution import project_root
+from sdxl_lora.runtime.library_settings import SERVICE_CHECK
 
 if TYPE_CHECKING:
     from sdxl_lora.cli.doctor.context import RunContext
 
 ANSWER_SECONDS = 20  # seconds that an answer may take
-_QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8", "AWS_MAX_ATTEMPTS": "1"}
-"""So that a dead server is told from a slow one within that time."""
 
 
 def check_mlflow(_: "RunContext") -> Iterator[Check]:
@@ -49,7 +49,7 @@ def _ask(service: str) -> tuple[bool, str]:
     try:
         result = subprocess.run(
             command,
-            env={**os.environ, **_QUICK},
+            env={**os.environ, **SERVICE_CHECK},
             capture_output=True,
             text=True,
             timeout=ANSWER_SECONDS,
@@ -62,29 +62,20 @@ def _ask(service: str) -> tuple[bool, str]:
 
 
 def _ask_mlflow() -> str:
-    """Opens the project's experiment, creating it if need be, as the first stage would."""
-    from sdxl_lora.tracking.live_run import connect  # seconds, which the other question need not wait for
+    """Open the project's experiment, and create it if needed, as the first stage would."""
+    from sdxl_lora.tracking.connection import connect  # seconds, which the other question need not wait for
 
     uri = connect().client.tracking_uri
     return "mlflow.db, in this folder" if uri.startswith("sqlite:") else f"{uri.rpartition('@')[2]} answers"
 
 
 def _ask_remote() -> str:
-    """Writes a small file to the default remote and deletes it.
+    """Write a small file to the default remote and delete it.
 
     Raises:
         DvcException, OSError: there is no remote, or it refuses.
     """
-    from dvc.repo import Repo  # likewise
-
-    with Repo(str(project_root())) as repository:
-        name = repository.config["core"].get("remote")
-        remote = repository.cloud.get_remote(name)
-        path = remote.fs.join(remote.path, f"doctor-{uuid.uuid4().hex}")
-        remote.fs.makedirs(remote.path, exist_ok=True)
-        remote.fs.pipe_file(path, b"")
-        remote.fs.remove(path)
-    return f"{name} can be written"
+    return f"{write_to_remote(project_root())} can be written"
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""The Triton kernels of attention over tiles of keys: attention_kernels.py says what they compute.
+"""Triton kernels of attention over tiles of keys; `attention_ops.flash_attention` defines the result.
 
-A program has a tile of one head's queries and goes over the keys, or the other way round. None adds to what
-another wrote, so that results repeat to the bit. A GPU runs them, or Triton's interpreter.
+A program has one tile of a head's queries and loops over the tiles of keys, or the reverse. Every sum has one
+program and a fixed order, without atomic additions, so that results are bit-identical. A GPU runs the
+kernels, or Triton's interpreter.
 """
 
 import torch
@@ -20,7 +21,9 @@ from sdxl_lora.kernels.triton.attention_common import (
     tile_product,
 )
 
-# By bytes of an element: measured on an H100 at SDXL's sizes; fp32 has to fit into shared memory.
+# By bytes of an element. For 2 bytes the fastest as measured on an H100 at SDXL's sizes. For 4 bytes small,
+# since the tiles have to fit into shared memory. Tile sizes decide the order of sums: another size, another
+# rounding.
 _FORWARD = {2: Tiles(64, 64, 4, 3), 4: Tiles(32, 32, 4, 1)}
 _QUERY_GRADIENT = {2: Tiles(128, 64, 8, 3), 4: Tiles(32, 32, 4, 1)}
 _KEY_GRADIENT = {2: Tiles(64, 64, 4, 3), 4: Tiles(32, 32, 4, 1)}
@@ -42,10 +45,12 @@ def _flash_kernel(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Online softmax over tiles of keys; keeps the logarithm to base 2 of each row's denominator."""
+    """Softmax over tiles of keys, with a running maximum; stores log2 of each row's denominator."""
     head = tl.program_id(1)
     row = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     q = load(query, head, num_heads, row, num_queries, WIDTH)
+    # Invariant: `values` and `total` are sums over the keys so far of exp2(score - top), where top is the
+    # largest score so far. When a tile has a larger one, `decay` rescales both. So no exponential overflows.
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     total, values = tl.zeros((QUERIES,), tl.float32), tl.zeros((QUERIES, WIDTH), tl.float32)
     for start in range(0, num_keys, KEYS):
@@ -54,11 +59,12 @@ def _flash_kernel(
         v = load_some(value, head, num_heads, column, num_keys, RAGGED, WIDTH)
         scores = tile_product(q, tl.trans(k))
         if RAGGED:
-            scores = tl.where((column < num_keys)[None, :], scores, float("-inf"))
+            scores = tl.where((column < num_keys)[None, :], scores, float("-inf"))  # exp2 of it is 0
         new_top = tl.maximum(top, tl.max(scores, 1) * log_scale)
         powers = tl.exp2(scores * log_scale - new_top[:, None])
-        decay = tl.exp2(top - new_top)
+        decay = tl.exp2(top - new_top)  # 0 in the first tile, as top is -inf
         total = total * decay + tl.sum(powers, 1)
+        # Tensor cores multiply the tensors' precision; powers are in [0, 1], so rounding them costs little.
         values = add_tile_product(powers.to(v.dtype), v, values * decay[:, None])
         top = new_top
     store(output, head, num_heads, row, num_queries, values / total[:, None], WIDTH)
@@ -85,16 +91,20 @@ def _flash_query_gradient_kernel(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """The gradient dQ, and for the kernel below the product of each row of the output with its gradient."""
+    """Store the gradient dQ, and deltas, each output row times its gradient, for the kernel below.
+
+    With P the softmax and S the scores, dS = P * (dP - delta), since delta = sum(P * dP) over a row's keys.
+    """
     head = tl.program_id(1)
     row = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    inside, own = row < num_queries, head.to(tl.int64) * num_queries + row
+    inside, index = row < num_queries, head.to(tl.int64) * num_queries + row
     dy = load(doutput, head, num_heads, row, num_queries, WIDTH)
     y = load(output, head, num_heads, row, num_queries, WIDTH)
     q = load(query, head, num_heads, row, num_queries, WIDTH)
     delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)
-    tl.store(deltas + own, delta, inside)
-    log_sum = tl.load(log_sums + own, inside, float("inf"))
+    tl.store(deltas + index, delta, inside)
+    # Rows beyond the last get inf, so that their softmax is exp2(-inf) = 0 and never NaN.
+    log_sum = tl.load(log_sums + index, inside, float("inf"))
     dq = tl.zeros((QUERIES, WIDTH), tl.float32)
     for start in range(0, num_keys, KEYS):
         column = start + tl.arange(0, KEYS)
@@ -103,7 +113,7 @@ def _flash_query_gradient_kernel(
         scores = tile_product(q, tl.trans(k))
         if RAGGED:
             scores = tl.where((column < num_keys)[None, :], scores, float("-inf"))
-        p = tl.exp2(scores * log_scale - log_sum[:, None])
+        p = tl.exp2(scores * log_scale - log_sum[:, None])  # the softmax, without a second pass for its sum
         ds = p * (tile_product(dy, tl.trans(v)) - delta[:, None])
         dq = add_tile_product(ds.to(k.dtype), k, dq)
     store(dquery, head, num_heads, row, num_queries, dq * scale, WIDTH)
@@ -129,7 +139,7 @@ def _flash_key_gradient_kernel(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """The gradients dK and dV. Scores are transposed, (K, Q), so that no tile has to be turned round."""
+    """Store the gradients dK and dV. Scores are computed transposed, (K, Q), as dK and dV multiply them."""
     head = tl.program_id(1)
     column = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     k = load(key, head, num_heads, column, num_keys, WIDTH)
@@ -140,7 +150,7 @@ def _flash_key_gradient_kernel(
         row = start + tl.arange(0, QUERIES)
         q = load_some(query, head, num_heads, row, num_queries, RAGGED, WIDTH)
         dy = load_some(doutput, head, num_heads, row, num_queries, RAGGED, WIDTH)
-        if RAGGED:
+        if RAGGED:  # rows beyond the last have softmax 0, as in the kernel above, and add nothing
             log_sum = tl.load(log_sums + first + row, row < num_queries, float("inf"))
             delta = tl.load(deltas + first + row, row < num_queries, 0.0)
         else:
@@ -154,6 +164,7 @@ def _flash_key_gradient_kernel(
 
 
 def launch_flash_forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the forward kernel: one program for each tile of queries and head."""
     (batch, num_queries, num_heads, width), num_keys = query.shape, key.shape[1]
     output = query.new_empty(query.shape)
     log_sums = query.new_empty(batch, num_heads, num_queries, dtype=torch.float32)
@@ -179,6 +190,7 @@ def launch_flash_backward(
     dkey: Tensor,
     dvalue: Tensor,
 ) -> None:
+    """Run both gradient kernels. The first writes deltas, which the second reads: launches run in order."""
     (batch, num_queries, num_heads, width), num_keys = query.shape, key.shape[1]
     deltas = torch.empty_like(log_sums)
     sizes = (num_queries, num_keys, num_heads, width**-0.5 * LOG2_E, width**-0.5)

@@ -1,8 +1,8 @@
-"""The Triton kernels of image_kernels.py, which says what they compute.
+"""Triton kernels of group normalisation, and of sums with a bias; `conv_ops` defines the results.
 
-A GPU runs them, or Triton's interpreter. Images lie as (N, R, C), R rows of pixels and C channels. All
-arithmetic is fp32. Sums go over tiles of rows and then over the tiles, in a fixed order, so that results
-repeat to the bit.
+In channels_last an image is a matrix (R, C) of R pixels and C channels; a row is a pixel. All arithmetic is
+fp32. Sums go over the rows of a tile, then over the tiles, in a fixed order and without atomic additions, so
+that results are bit-identical. A GPU runs the kernels, or Triton's interpreter.
 """
 
 import torch
@@ -10,15 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS = 64  # of a tile
-_CHANNELS = 64  # of a tile: one line of the cache in half precision
-_TILES = 256  # whose sums are added at once: all of the UNet's at 1024 px, a 64th of the VAE's
-_VALUES = 1024  # of a program that adds a bias
+# Tile sizes decide the order of sums: another size, another rounding.
+_ROWS = 64  # pixels of a tile
+_CHANNELS = 64  # channels of a tile: one cache line of 128 bytes in half precision
+_TILES = 256  # tiles whose sums are added at once: all of the UNet's at 1024 px, a 64th of the VAE's
+_VALUES = 1024  # values of a program that adds a bias
 
 
 @triton.jit
-def _own_tile(num_rows, num_channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """A program's image, tile and channels; which channels and values there are, and where values lie."""
+def _tile(num_rows, num_channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return a program's image, tile and channels, masks of existing channels and values, and offsets."""
     tile, n = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row = tile * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
@@ -30,11 +31,15 @@ def _own_tile(num_rows, num_channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 
 @triton.jit
 def _channel_sums_kernel(x, sums, num_rows, num_channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """A tile's sums and sums of squares, less the image's first pixel: a large mean costs no digits."""
-    n, tile, channel, inside, there, place = _own_tile(num_rows, num_channels, ROWS, CHANNELS)
+    """Store each channel's sum and sum of squares over a tile, of values relative to the first pixel.
+
+    If the mean is large next to the deviation, the variance is a small difference of large sums of squares.
+    Values relative to a pixel keep the digits. Both sums are stored as (N, tiles, 2, C).
+    """
+    n, tile, channel, inside, there, place = _tile(num_rows, num_channels, ROWS, CHANNELS)
     pivot = tl.load(x + n * num_rows * num_channels + channel, inside, 0.0).to(tl.float32)
     values = tl.load(x + place, there, 0.0).to(tl.float32)
-    values = tl.where(there, values - pivot[None, :], 0.0)
+    values = tl.where(there, values - pivot[None, :], 0.0)  # or rows beyond the last add -pivot
     out = sums + (n * tl.num_programs(0) + tile) * 2 * num_channels + channel
     tl.store(out, tl.sum(values, 0), inside)
     tl.store(out + num_channels, tl.sum(values * values, 0), inside)
@@ -42,7 +47,7 @@ def _channel_sums_kernel(x, sums, num_rows, num_channels, ROWS: tl.constexpr, CH
 
 @triton.jit
 def _both_sums(sums, n, channel, inside, num_channels, num_tiles, TILES: tl.constexpr, WIDTH: tl.constexpr):
-    """The two sums of each channel of a group, over all tiles."""
+    """Return the two sums of each channel of a group, over all tiles."""
     first, second = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
     for start in range(0, num_tiles, TILES):
         tile = start + tl.arange(0, TILES)
@@ -68,7 +73,11 @@ def _moments_kernel(
     TILES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Mean and reciprocal standard deviation of a group, from its channels' sums (Chan et al. 1983)."""
+    """Store mean and reciprocal standard deviation of a group, from its channels' sums (Chan et al. 1983).
+
+    Squared deviations of a group: those within each channel from its mean, plus the number of rows times
+    those of the channels' means from the group's.
+    """
     n, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     offset = tl.arange(0, WIDTH)
     channel, inside = group * width + offset, offset < width
@@ -86,7 +95,10 @@ def _moments_kernel(
 
 @triton.jit
 def _channel_average(mean, shift, n, group, channel, inside, num_channels):
-    """What to subtract from each channel of x: its group's mean, less what the channel is shifted by."""
+    """Return what to subtract from each channel of x: its group's mean less the channel's shift.
+
+    So x + shift, which is normalised, is never written to memory.
+    """
     average = tl.load(mean + group, inside, 0.0)
     if shift is not None:
         average -= tl.load(shift + n * num_channels + channel, inside, 0.0).to(tl.float32)
@@ -109,8 +121,9 @@ def _normalise_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    n, _, channel, inside, there, place = _own_tile(num_rows, num_channels, ROWS, CHANNELS)
-    group = n * (num_channels // width) + channel // width
+    n, _, channel, inside, there, place = _tile(num_rows, num_channels, ROWS, CHANNELS)
+    group = n * (num_channels // width) + channel // width  # index into mean and rstd, (N, G)
+    # (x - average) rstd weight + bias as one multiplication and one addition for each value.
     scale = tl.load(rstd + group, inside, 0.0) * tl.load(weight + channel, inside, 0.0).to(tl.float32)
     average = _channel_average(mean, shift, n, group, channel, inside, num_channels)
     offset = tl.load(bias + channel, inside, 0.0).to(tl.float32) - average * scale
@@ -124,12 +137,12 @@ def _normalise_kernel(
 def _normalised_gradient(
     dy, x, average, rstd, weight, bias, place, there, channel, inside, group, SILU: tl.constexpr
 ):
-    """The normalised values, and the loss's gradient by them, of a tile."""
+    """Return a tile's normalised values, and the gradient of the loss by them."""
     deviation = tl.load(rstd + group, inside, 0.0)
     factor = tl.load(weight + channel, inside, 0.0).to(tl.float32)
     normal = (tl.load(x + place, there, 0.0).to(tl.float32) - average[None, :]) * deviation[None, :]
     gradient = tl.load(dy + place, there, 0.0).to(tl.float32)
-    if SILU:
+    if SILU:  # its input is computed again, which is cheaper than to keep it
         values = normal * factor[None, :] + tl.load(bias + channel, inside, 0.0).to(tl.float32)[None, :]
         sigmoid = tl.sigmoid(values)
         gradient = gradient * sigmoid * (1.0 + values * (1.0 - sigmoid))
@@ -153,7 +166,8 @@ def _gradient_sums_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    n, tile, channel, inside, there, place = _own_tile(num_rows, num_channels, ROWS, CHANNELS)
+    """Store each channel's sum over a tile of the gradient g, and of g times the normalised values."""
+    n, tile, channel, inside, there, place = _tile(num_rows, num_channels, ROWS, CHANNELS)
     group = n * (num_channels // width) + channel // width
     average = _channel_average(mean, shift, n, group, channel, inside, num_channels)
     normal, gradient = _normalised_gradient(
@@ -168,6 +182,7 @@ def _gradient_sums_kernel(
 def _group_sums_kernel(
     sums, totals, num_channels, num_tiles, width, TILES: tl.constexpr, WIDTH: tl.constexpr
 ):
+    """Add up the sums of a group's tiles and channels; stored as (N, 2, G)."""
     n, group, num_groups = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     offset = tl.arange(0, WIDTH)
     channel, inside = group * width + offset, offset < width
@@ -179,7 +194,7 @@ def _group_sums_kernel(
 
 @triton.jit
 def _normalise_gradient_kernel(
-    dx_beside,
+    dresidual,
     dy,
     x,
     shift,
@@ -197,7 +212,8 @@ def _normalise_gradient_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    n, tile, channel, inside, there, place = _own_tile(num_rows, num_channels, ROWS, CHANNELS)
+    """Store the gradient of a tile of x, and its sum over the tile: a share of the shift's gradient."""
+    n, tile, channel, inside, there, place = _tile(num_rows, num_channels, ROWS, CHANNELS)
     num_groups = num_channels // width
     group = n * num_groups + channel // width
     average = _channel_average(mean, shift, n, group, channel, inside, num_channels)
@@ -209,17 +225,19 @@ def _normalise_gradient_kernel(
     constant = tl.load(both, inside, 0.0) / count
     product = tl.load(both + num_groups, inside, 0.0) / count
     deviation = tl.load(rstd + group, inside, 0.0)
+    # dx = (g - mean(g) - n mean(g n)) / sigma, with n the normalised values and means over the group.
     values = (gradient - constant[None, :] - normal * product[None, :]) * deviation[None, :]
     if dshift is not None:
         out = dshift + (n * tl.num_programs(0) + tile) * num_channels + channel
         tl.store(out, tl.sum(tl.where(there, values, 0.0), 0), inside)
-    if dx_beside is not None:
-        values += tl.load(dx_beside + place, there, 0.0).to(tl.float32)
+    if dresidual is not None:  # after the sum for the shift, which the residual connection does not pass
+        values += tl.load(dresidual + place, there, 0.0).to(tl.float32)
     tl.store(dx + place, values, there)
 
 
 @triton.jit
 def _add_bias_kernel(residual, update, bias, y, count, num_channels, VALUES: tl.constexpr):
+    """Store update + bias, plus residual unless it is None. `y` may be `update`."""
     place = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)
     there = place < count
     values = tl.load(update + place, there).to(tl.float32)
@@ -232,6 +250,7 @@ def _add_bias_kernel(residual, update, bias, y, count, num_channels, VALUES: tl.
 def launch_group_norm_forward(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Run three kernels: sums of each tile, moments of each group, and the normalisation."""
     batch, num_channels, num_rows = len(x), x.shape[1], x[0, 0].numel()
     width, grid = num_channels // num_groups, _tiles(x)
     num_tiles = grid[0]
@@ -248,7 +267,7 @@ def launch_group_norm_forward(
 
 
 def launch_group_norm_backward(
-    dx_beside: Tensor | None,
+    dresidual: Tensor | None,
     dy: Tensor,
     x: Tensor,
     shift: Tensor | None,
@@ -258,6 +277,7 @@ def launch_group_norm_backward(
     bias: Tensor,
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Run three kernels: sums of each tile, sums of each group, and the gradient."""
     (batch, num_groups), num_channels, num_rows = mean.shape, x.shape[1], x[0, 0].numel()
     width, grid = num_channels // num_groups, _tiles(x)
     num_tiles = grid[0]
@@ -271,20 +291,21 @@ def launch_group_norm_backward(
     )
     dx = torch.empty_like(x)
     dshift = None if shift is None else x.new_empty(batch, num_tiles, num_channels, dtype=torch.float32)
-    _normalise_gradient_kernel[grid](dx_beside, *known, totals, dx, dshift, *sizes)
+    _normalise_gradient_kernel[grid](dresidual, *known, totals, dx, dshift, *sizes)
     return dx, x.new_empty(0) if dshift is None else dshift.sum(1).to(x.dtype)
 
 
 def _tiles(x: Tensor) -> tuple[int, int, int]:
-    """Programs by tile of rows, image and tile of channels: a grid's first side alone goes beyond 65,535."""
+    """Return the grid: tiles of rows, images, tiles of channels. Only its first side may exceed 65,535."""
     return triton.cdiv(x[0, 0].numel(), _ROWS), len(x), triton.cdiv(x.shape[1], _CHANNELS)
 
 
 def _at_once(num_tiles: int, width: int) -> tuple[int, int]:
-    """How many tiles and channels a program that adds up a group's sums holds."""
+    """Return how many tiles and channels a program that adds up a group's sums loads at once."""
     return min(triton.next_power_of_2(num_tiles), _TILES), triton.next_power_of_2(width)
 
 
 def launch_add_bias(residual: Tensor | None, update: Tensor, bias: Tensor, y: Tensor) -> None:
+    """Write update + bias, plus residual unless it is None, to `y`. All images are in channels_last."""
     grid = (triton.cdiv(y.numel(), _VALUES),)
     _add_bias_kernel[grid](residual, update, bias, y, y.numel(), len(bias), _VALUES)

@@ -1,4 +1,4 @@
-"""What stage prepare wrote, in memory: pixels, captions and splits, in one order."""
+"""The output of stage prepare in memory: pixels, captions and splits, in the same order."""
 
 import io
 import json
@@ -18,8 +18,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """N pictures; `pixels[i]`, `labels[i]`, `styles[i]` and `splits[i]` belong together."""
+class ImageSet:
+    """N images; `pixels[i]`, `labels[i]`, `styles[i]` and `splits[i]` belong together."""
 
     pixels: Tensor
     """uint8, (N, 3, H, W)."""
@@ -31,7 +31,7 @@ class Pictures:
         return [caption(label, style) for label, style in zip(self.labels, self.styles, strict=True)]
 
     def where(self, splits: Collection[Split], shaded: bool | None = None) -> Tensor:
-        """Indices of the pictures in `splits`, int64; only lit twins, only originals, or (None) both."""
+        """Return the indices of images in `splits`, int64; only shaded copies, only originals, or both."""
         return torch.tensor(
             [
                 index
@@ -41,18 +41,18 @@ class Pictures:
         )
 
 
-def encoded_pictures(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
-    """Each picture's line of pictures.jsonl and its WebP file."""
-    lines = [json.loads(line) for line in (folder / "pictures.jsonl").read_text().splitlines()]
-    with (folder / "pictures.bin").open("rb") as blob:
+def encoded_images(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
+    """Return each image's line of images.jsonl and its WebP file."""
+    lines = [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
+    with (folder / "images.bin").open("rb") as blob:
         return [(line, blob.read(line["bytes"])) for line in lines]
 
 
-def load_pictures(folder: Path) -> Pictures:
-    encoded = encoded_pictures(folder)
+def load_image_set(folder: Path) -> ImageSet:
+    encoded = encoded_images(folder)
     with ThreadPoolExecutor() as threads:
         decoded = np.stack(list(threads.map(decode_webp, [webp for _, webp in encoded])))
-    return Pictures(
+    return ImageSet(
         torch.from_numpy(decoded).permute(0, 3, 1, 2).contiguous(),
         [line["label"] for line, _ in encoded],
         [line["style"] for line, _ in encoded],
@@ -61,22 +61,22 @@ def load_pictures(folder: Path) -> Pictures:
 
 
 def decode_webp(webp: bytes) -> NDArray[np.uint8]:
-    """Pixels, (H, W, 3)."""
+    """Return the pixels, (H, W, 3)."""
     return np.asarray(Image.open(io.BytesIO(webp)).convert("RGB"))
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
-    """uint8 -> fp32 in [-1, 1]."""
+    """Convert uint8 to fp32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1
 
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of images in [-1, 1], in dB, (B,)."""
+    """Return the peak signal-to-noise ratio of images in [-1, 1], dB, (B,)."""
     return 10 * torch.log10(4 / (images - references).square().flatten(1).mean(1))
 
 
 def grid(rows: list[Tensor], path: Path) -> None:
-    """Saves rows of images in [-1, 1], each (B, 3, H, W), one under the other."""
+    """Save rows of images in [-1, 1], each (B, 3, H, W), below each other."""
     gap = 2
     columns = max(len(row) for row in rows)
     size = rows[0].shape[-1] + gap

@@ -1,4 +1,4 @@
-"""What the doctor looks at, in its order, and how: no check stops another one."""
+"""The doctor's checks in their order. A check that breaks down does not stop the others."""
 
 from collections.abc import Iterator
 
@@ -37,14 +37,16 @@ CHECKS: list[CheckFunction] = [
 
 
 def run_checks(context: RunContext) -> Iterator[Check]:
-    """Each check as soon as it is made. What goes wrong in one is its finding."""
-    for examination in CHECKS:
-        name = examination.__name__.removeprefix("check_").replace("_", " ")
+    """Yield each check as soon as it is made. An exception in a check is its finding."""
+    for check in CHECKS:
+        name = check.__name__.removeprefix("check_").replace("_", " ")
         try:
-            yield from examination(context)
+            yield from check(context)
         except CheckSkippedError as reason:
-            yield warned(name, f"not tried: {reason}", "see the line about that")
+            yield warned(name, f"not tried: {reason}", "see the check of that")
         except Exception as error:  # whatever it is, the run would have met it
             yield failed(
-                name, f"{type(error).__name__}: {' '.join(str(error).split())}", "mend that, then again"
+                name,
+                f"{type(error).__name__}: {' '.join(str(error).split())}",
+                "correct that, then run the doctor again",
             )

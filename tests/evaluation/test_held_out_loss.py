@@ -8,12 +8,12 @@ from scipy.stats import bootstrap
 from sdxl_lora.adapters.lora import load_lora
 from sdxl_lora.config import EvaluationConfig, ModelConfig, Params, load_params
 from sdxl_lora.data.encoded_dataset import EncodedDataset
-from sdxl_lora.evaluation.evaluation import (
+from sdxl_lora.evaluation.held_out_loss import (
     LOSS_COLUMNS,
     HeldOutError,
     held_out_errors,
-    held_out_jobs,
     held_out_loss,
+    held_out_measurements,
     loss_by_timestep,
 )
 from sdxl_lora.runtime.rng import keyed_generator
@@ -78,7 +78,7 @@ def test_held_out_errors_are_those_of_a_loop_over_base_and_adapted_model(
     trained = write_adapter(tmp_path, model, params.lora)
     base = load_denoiser(model, "fp32", CPU)
     denoiser = load_denoiser(model, "fp32", CPU)
-    load_lora(tmp_path, denoiser.unet, denoiser.text_encoders)
+    load_lora(tmp_path, denoiser.parts)
     errors = [error for batch in held_out_errors(denoiser, dataset, config) for error in batch]
     expected_base = by_a_loop(base.unet, base.text_encoders, dataset, config)
     expected_adapter = by_a_loop(trained.unet, trained.text_encoders, dataset, config)
@@ -105,7 +105,7 @@ def test_at_most_max_examples_are_measured(
     dataset: EncodedDataset, config: EvaluationConfig, max_examples: int | None, jobs: int
 ) -> None:
     limited = config.model_copy(update={"max_examples": max_examples})
-    assert len(held_out_jobs(dataset, limited)) == jobs
+    assert len(held_out_measurements(dataset, limited)) == jobs
 
 
 def test_losses_are_means_in_all_and_by_timestep(config: EvaluationConfig) -> None:
