@@ -6,7 +6,7 @@ One step, from file to file:
     Trainer.__iter__               one step after the other, and the freezing of text encoders
     train_step.TrainStep           forward, backward, update; on a GPU a captured graph
     denoising_loss                 the weighted error of the UNet's prediction
-    denoiser.Denoiser              captions -> text encoders -> UNet, whose layers models.fused replaces
+    denoiser.Denoiser              captions -> text encoders -> UNet, whose layers models.fused_unet replaces
     adapters.merged_linear         adapted layers, forward and backward
     flat_parameters, optimizers    the adapters' storage, and what moves them
 """
