@@ -140,6 +140,7 @@ class TestStage:
         """Python's own search goes through bytecode, where ours goes through the source."""
         finder = ModuleFinder(path=[str(REPOSITORY), str(REPOSITORY / "src")])
         finder.run_script(str(script_of(stage)))
+        finder.import_hook("stages")  # the package that `python -m stages.<name>` runs first
         names = [vars(module)["__file__"] for module in finder.modules.values()]
         found = {Path(name) for name in names if name}
         assert closure_of(stage) == {file for file in found if has_code(file)}

@@ -33,9 +33,9 @@ HOUR = 3600
 real_time = time.time
 SECOND_JOB = """
 import logging
-from sdxl_lora.runtime.device import alone_on
+from sdxl_lora.runtime.device import exclusive_gpu
 logging.basicConfig(format="%(message)s")
-with alone_on("GPU-of-a-test"):
+with exclusive_gpu("GPU-of-a-test"):
     print("mine", flush=True)
 """
 

@@ -8,11 +8,11 @@ asks the service, prints one line, and exits with status 1 if the service does n
 import os
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sdxl_lora.reproducibility.checklist import Check, failed, passed, warned
+from sdxl_lora.runtime.dvc_command import write_to_remote
 from sdxl_lora.runtime.dvc_execution import project_root
 from sdxl_lora.runtime.library_settings import SERVICE_CHECK
 
@@ -62,7 +62,7 @@ def _ask(service: str) -> tuple[bool, str]:
 
 
 def _ask_mlflow() -> str:
-    """Opens the project's experiment, creating it if need be, as the first stage would."""
+    """Open the project's experiment, and create it if needed, as the first stage would."""
     from sdxl_lora.tracking.connection import connect  # seconds, which the other question need not wait for
 
     uri = connect().client.tracking_uri
@@ -70,21 +70,12 @@ def _ask_mlflow() -> str:
 
 
 def _ask_remote() -> str:
-    """Writes a small file to the default remote and deletes it.
+    """Write a small file to the default remote and delete it.
 
     Raises:
         DvcException, OSError: there is no remote, or it refuses.
     """
-    from dvc.repo import Repo  # likewise
-
-    with Repo(str(project_root())) as repository:
-        name = repository.config["core"].get("remote")
-        remote = repository.cloud.get_remote(name)
-        path = remote.fs.join(remote.path, f"doctor-{uuid.uuid4().hex}")
-        remote.fs.makedirs(remote.path, exist_ok=True)
-        remote.fs.pipe_file(path, b"")
-        remote.fs.remove(path)
-    return f"{name} can be written"
+    return f"{write_to_remote(project_root())} can be written"
 
 
 def main() -> None:
