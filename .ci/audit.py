@@ -29,7 +29,7 @@ def audit(url: str, accepted: dict[str, str]) -> subprocess.CompletedProcess[str
 
 
 def findings(report: dict[str, Any]) -> list[str]:
-    """A line for each vulnerability: package, identifier, and the versions without it."""
+    """Return a line per vulnerability: package, identifier, and the versions without it."""
     return [
         f"{package['name']} {package['version']}: {vulnerability['id']}, "
         f"mended in {', '.join(vulnerability['fix_versions']) or 'no version yet'}"

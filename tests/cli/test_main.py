@@ -87,7 +87,7 @@ def test_defect_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPat
     def broken(_: Path) -> None:
         raise TypeError("a defect")
 
-    monkeypatch.setattr("sdxl_lora.cli.digest.run", broken)
+    monkeypatch.setattr("sdxl_lora.cli.digest.run_digest", broken)
     with pytest.raises(TypeError, match="a defect"):
         app(["digest", "."])
 

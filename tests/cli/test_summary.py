@@ -43,7 +43,7 @@ def test_every_result_has_its_place(
     monkeypatch.chdir(tmp_path)
     write_numbers(paths.METRICS, METRICS)
     write_numbers(paths.MLFLOW_POINTER, {"mlflow": {"run": "able-fox", "id": "abc"}})
-    summary.run()
+    summary.run_summary()
     printed = capsys.readouterr().out
     for place in (paths.SAMPLE_GRID, paths.EXPORTED_WEIGHTS, paths.REPORT, "run able-fox (abc)"):
         assert str(place) in printed

@@ -140,7 +140,7 @@ def test_operator_changes_the_keys_of_what_it_computes(
         ("models/text_encoders.py", {"training", "text"}),
         ("data/image_encoder.py", {"latents"}),
         ("data/caption_encoder.py", {"text"}),
-        ("data/padding.py", {"latents", "text"}),
+        ("kernels/padding.py", {"latents", "text"}),
         ("data/latent_cache.py", {"image", "latents", "text"}),
         ("../../stages/train_lora.py", {"training"}),
         ("../../stages/encode_dataset.py", set()),

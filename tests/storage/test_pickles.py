@@ -23,7 +23,7 @@ from sdxl_lora.models.vae import load_vae
 from sdxl_lora.storage.content_store import DIGEST_BYTES, ContentStore, content_key
 from sdxl_lora.storage.repository import folder_digest
 from sdxl_lora.training.checkpointer import Checkpointer
-from sdxl_lora.training.checkpointer import digest as content_digest
+from sdxl_lora.training.checkpointer import _content_digest as content_digest
 from tests.support.encoded import write_encoded_dataset
 from tests.support.hub import Hub
 from tests.support.naruto import CARD, png

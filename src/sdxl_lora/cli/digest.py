@@ -5,7 +5,7 @@ from pathlib import Path
 from sdxl_lora.storage.repository import folder_digest
 
 
-def run(folder: Path) -> None:
+def run_digest(folder: Path) -> None:
     """Print the digest of a folder's content.
 
     Raises:

@@ -46,20 +46,24 @@ app = typer.Typer(
 )
 
 
-@app.command(cls=_Command, epilog="Example: sdxl-lora doctor --recipe recipes/sdxl-naruto-16gb.yaml")
-def doctor(recipe: _Recipe = PARAMS, as_json: _Json = False) -> None:
+@app.command(
+    "doctor", cls=_Command, epilog="Example: sdxl-lora doctor --recipe recipes/sdxl-naruto-16gb.yaml"
+)
+def _doctor(recipe: _Recipe = PARAMS, as_json: _Json = False) -> None:
     """Check what an expensive run needs, in a minute.
 
     Checks software, GPU, memory, disk, models, services and a dry run of one training step. Each check
     passes, warns or fails, and says what to do. The exit status is 1 if a check fails.
     """
-    from sdxl_lora.cli.doctor.command import run
+    from sdxl_lora.cli.doctor.command import run_doctor
 
-    raise typer.Exit(run(recipe, as_json))
+    raise typer.Exit(run_doctor(recipe, as_json))
 
 
-@app.command(cls=_Command, epilog="Example: sdxl-lora plan --recipe recipes/sdxl-naruto-16gb.yaml --vram 11")
-def plan(
+@app.command(
+    "plan", cls=_Command, epilog="Example: sdxl-lora plan --recipe recipes/sdxl-naruto-16gb.yaml --vram 11"
+)
+def _plan(
     recipe: _Recipe = PARAMS,
     vram: Annotated[
         float | None,
@@ -71,13 +75,13 @@ def plan(
     Prints the peak of each phase and part in GiB, which cards the recipe fits, and settings that lower it.
     """
     set_library_settings(COMPUTE)  # before torch and diffusers are imported, which read it
-    from sdxl_lora.cli.plan import run
+    from sdxl_lora.cli.plan import run_plan
 
-    run(recipe, vram)
+    run_plan(recipe, vram)
 
 
-@app.command(cls=_Command, epilog="Example: sdxl-lora recipe demo")
-def recipe(
+@app.command("recipe", cls=_Command, epilog="Example: sdxl-lora recipe demo")
+def _recipe(
     name: Annotated[
         str | None, typer.Argument(help="File in recipes/, without .yaml. Leave out to list the recipes.")
     ] = None,
@@ -89,29 +93,31 @@ def recipe(
 
     Shows the difference and says how to go back. Refuses to replace edits that exist nowhere else.
     """
-    from sdxl_lora.cli.recipe import run
+    from sdxl_lora.cli.recipe import run_recipe
 
-    run(name, force)
+    run_recipe(name, force)
 
 
-@app.command(cls=_Command, epilog="Example: sdxl-lora summary")
-def summary() -> None:
+@app.command("summary", cls=_Command, epilog="Example: sdxl-lora summary")
+def _summary() -> None:
     """Say what the last run learned and where its results are."""
-    from sdxl_lora.cli.summary import run
+    from sdxl_lora.cli.summary import run_summary
 
-    run()
+    run_summary()
 
 
-@app.command(cls=_Command, epilog="Example: sdxl-lora ui --port 5001")
-def ui(port: Annotated[int, typer.Option(help="TCP port on 127.0.0.1.")] = 5000) -> None:
+@app.command("ui", cls=_Command, epilog="Example: sdxl-lora ui --port 5001")
+def _ui(port: Annotated[int, typer.Option(help="TCP port on 127.0.0.1.")] = 5000) -> None:
     """Show the runs in MLflow, on this machine only, until Ctrl-C."""
-    from sdxl_lora.cli.ui import run
+    from sdxl_lora.cli.ui import run_ui
 
-    run(port)
+    run_ui(port)
 
 
-@app.command(cls=_Command, epilog="Example: sdxl-lora verify ~/Downloads/pytorch_lora_weights.safetensors")
-def verify(
+@app.command(
+    "verify", cls=_Command, epilog="Example: sdxl-lora verify ~/Downloads/pytorch_lora_weights.safetensors"
+)
+def _verify(
     adapter: Annotated[Path, typer.Argument(help="Exported safetensors file.")] = EXPORTED_WEIGHTS,
     as_json: _Json = False,
 ) -> None:
@@ -120,13 +126,13 @@ def verify(
     Compares what the file's header says with the tensors, commit, code, params, data set and base model by
     hash. Takes seconds and needs no network. The exit status is 1 if something differs; a missing file warns.
     """
-    from sdxl_lora.cli.verify import run
+    from sdxl_lora.cli.verify import run_verify
 
-    raise typer.Exit(run(adapter, as_json))
+    raise typer.Exit(run_verify(adapter, as_json))
 
 
-@app.command(cls=_Command, epilog="Example: sdxl-lora reproduce HEAD~3 --data pull")
-def reproduce(
+@app.command("reproduce", cls=_Command, epilog="Example: sdxl-lora reproduce HEAD~3 --data pull")
+def _reproduce(
     ref: Annotated[
         str, typer.Argument(help="Git revision, DVC experiment, MLflow run id, or exported adapter file.")
     ] = "HEAD",
@@ -142,24 +148,24 @@ def reproduce(
     Runs in a fresh clone without cached results, and takes as long as the run did. The exit status is 0 if
     the outputs are bit-identical or within tolerance.
     """
-    from sdxl_lora.cli.reproduce import run
+    from sdxl_lora.cli.reproduce import run_reproduce
 
-    raise typer.Exit(run(ref, data.value))
+    raise typer.Exit(run_reproduce(ref, data.value))
 
 
-@app.command(cls=_Command, epilog="Example: sdxl-lora promote")
-def promote() -> None:
+@app.command("promote", cls=_Command, epilog="Example: sdxl-lora promote")
+def _promote() -> None:
     """Register the adapter in MLflow as the champion.
 
     Refuses an adapter that fails a gate of evaluation.gates in params.yaml.
     """
-    from sdxl_lora.cli.promote import run
+    from sdxl_lora.cli.promote import run_promote
 
-    run()
+    run_promote()
 
 
-@app.command(cls=_Command, epilog="Example: sdxl-lora push someone/naruto-style --public")
-def push(
+@app.command("push", cls=_Command, epilog="Example: sdxl-lora push someone/naruto-style --public")
+def _push(
     repository: Annotated[
         str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub; created if it does not exist.")
     ],
@@ -173,19 +179,19 @@ def push(
     Uploads the folder data/export. The access token comes from `hf auth login` or HF_TOKEN. Refuses an
     adapter that fails a gate of evaluation.gates in params.yaml.
     """
-    from sdxl_lora.cli.push import run
+    from sdxl_lora.cli.push import run_push
 
-    run(repository, public, force)
+    run_push(repository, public, force)
 
 
-@app.command(cls=_Command, epilog="Example: sdxl-lora digest ./demo/dataset")
-def digest(
+@app.command("digest", cls=_Command, epilog="Example: sdxl-lora digest ./demo/dataset")
+def _digest(
     folder: Annotated[Path, typer.Argument(help="Folder of a data set or model; hidden files do not count.")],
 ) -> None:
     """Print the digest that pins a folder in params.yaml.
 
     It is the value of the revision next to a repository, base, vae or clip_model that names a local folder.
     """
-    from sdxl_lora.cli.digest import run
+    from sdxl_lora.cli.digest import run_digest
 
-    run(folder)
+    run_digest(folder)

@@ -37,7 +37,7 @@ Not included: CUDA's context ({CUDA_CONTEXT / GIB:.1f} GiB on an H100), a screen
 Not forecast: evaluate_lora and main memory."""
 
 
-def run(recipe: Path, vram_gib: float | None) -> None:
+def run_plan(recipe: Path, vram_gib: float | None) -> None:
     """Print the forecast of a params file, piece by piece.
 
     Args:
@@ -89,7 +89,7 @@ def plan_recipe(params: Params) -> Iterator[str]:
 
 
 def _headline(plan: ForecastPlan, spec: TrainingSpec) -> str:
-    """The plan that params get, and how to keep it."""
+    """Return a line on the plan for these params, and on how to pin it."""
     budget, config = spec.config.vram_gib, spec.config
     allowed = "Without training.vram_gib" if budget is None else f"Within training.vram_gib {budget:g}"
     pinned = plan.applied_to(config)
@@ -129,7 +129,7 @@ def _card_line(
 
 
 def _plan_description(plan: ForecastPlan, spec: TrainingSpec) -> str:
-    """A plan in words."""
+    """Return a plan as text."""
     size, total = plan.micro_batch_size, plan.forecast.total / GIB
     words = f"{size} of {spec.config.batch_size} examples at once in {total:.1f} GiB"
     if plan.checkpointed:

@@ -20,7 +20,7 @@ from sdxl_lora.storage.atomic_io import write_text
 BACKUP = PARAMS.with_suffix(".yaml.orig")
 
 
-def run(name: str | None, force: bool) -> None:
+def run_recipe(name: str | None, force: bool) -> None:
     """Print the recipes, or select one and print what changed. Raises as `select`."""
     print(listing() if name is None else select(name, force))
 

@@ -9,7 +9,7 @@ from sdxl_lora.storage.atomic_io import write_text
 from sdxl_lora.storage.report_io import write_numbers
 
 
-def run(ref: str, data: DataSource) -> int:
+def run_reproduce(ref: str, data: DataSource) -> int:
     """Print and write the verdict on a run, and return the exit status: 0 if it was reproduced.
 
     Raises:

@@ -7,7 +7,7 @@ from sdxl_lora import paths
 from sdxl_lora.storage.report_io import read_numbers
 
 
-def run() -> None:
+def run_summary() -> None:
     """Print the summary.
 
     Raises:

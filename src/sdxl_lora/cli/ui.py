@@ -52,7 +52,7 @@ def command(database: Path, port: int) -> list[str]:
     return [sys.executable, "-m", "mlflow", "ui", *options]
 
 
-def run(port: int) -> None:
+def run_ui(port: int) -> None:
     """Print the page's address and become the server.
 
     Raises:

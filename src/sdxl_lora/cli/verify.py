@@ -8,7 +8,7 @@ from sdxl_lora.reproducibility.verify import verify
 _WIDTH = 11  # of the longest check's name
 
 
-def run(adapter: Path, as_json: bool) -> int:
+def run_verify(adapter: Path, as_json: bool) -> int:
     """Print every check as it is made, and return the exit status: 1 if one failed."""
     checks = []
     for check in verify(adapter):

@@ -27,7 +27,7 @@ from sdxl_lora.data.encoders import Encoders
 from sdxl_lora.data.image_encoder import encode_images
 from sdxl_lora.data.image_loader import CaptionedImage, DecodedImage, View, decode_images
 from sdxl_lora.data.images import BadImageError
-from sdxl_lora.data.padding import pad_rows
+from sdxl_lora.kernels.padding import pad_rows
 from sdxl_lora.models.loading import DTYPES
 from sdxl_lora.models.tokenizers import tokenize
 from sdxl_lora.runtime.device import compute_fingerprint
@@ -36,8 +36,8 @@ from sdxl_lora.runtime.transfers import copy_to_host_async, to_device
 from sdxl_lora.storage.content_store import ContentStore, content_key
 
 _IMAGE_CODE = ("sdxl_lora.data.image_loader",)
-_LATENTS_CODE = (*_IMAGE_CODE, "sdxl_lora.data.image_encoder", "sdxl_lora.data.padding")
-_TEXT_CODE = ("sdxl_lora.data.caption_encoder", "sdxl_lora.data.padding")
+_LATENTS_CODE = (*_IMAGE_CODE, "sdxl_lora.data.image_encoder", "sdxl_lora.kernels.padding")
+_TEXT_CODE = ("sdxl_lora.data.caption_encoder", "sdxl_lora.kernels.padding")
 """Modules that compute an entry of this kind: if they or their imports change, it is encoded again.
 
 The tokenizers are not among them: the key of a text holds its token ids, not its words.

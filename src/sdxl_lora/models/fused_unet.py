@@ -160,7 +160,7 @@ FUSED_UNET_CLASSES: Classes = {
 
 
 def attention_shapes(unet: UNet2DConditionModel, batch: int, height: int, width: int) -> list[AttentionShape]:
-    """The sizes of the UNet's attentions, for latents of this height and width."""
+    """Return the sizes of the UNet's attentions, for latents of this height and width."""
     deepest = len(unet.down_blocks) - 1
     counts: Counter[tuple[int, int, int, int]] = Counter()
     for name, part in unet.named_modules():

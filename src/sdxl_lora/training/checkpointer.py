@@ -86,7 +86,7 @@ class Checkpointer:
         # Copies also on the CPU: the tensors are the trainer's, and the next step changes them.
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         content = save(copies, dict(facts))
-        path = self.folder / f"step-{step:08d}-{digest(content)}.safetensors"
+        path = self.folder / f"step-{step:08d}-{_content_digest(content)}.safetensors"
         write_bytes(path, content, durable=True)
         for old in self._files()[_KEPT_CHECKPOINTS:]:
             old.unlink()
@@ -98,7 +98,7 @@ class Checkpointer:
             leftover.unlink(missing_ok=True)  # of a process that was killed while it saved
         for path in self._files():
             content = path.read_bytes()
-            if path.stem.endswith(f"-{digest(content)}"):
+            if path.stem.endswith(f"-{_content_digest(content)}"):
                 facts = read_header(path)  # raises for a file that is not safetensors
                 return Checkpoint(load(content), facts)
             logger.warning("%s is damaged: falling back to the checkpoint before it", path.name)
@@ -120,7 +120,7 @@ class Checkpointer:
 def training_key(
     seed: int, lora: LoraConfig, model: ModelConfig, config: TrainingConfig, data: Path, device: torch.device
 ) -> str:
-    """A name for the training that all this makes: equal to the bit for equal names.
+    """Return a key for this training. Trainings with equal keys have bit-identical results.
 
     Args:
         config: as it will be used, without `auto`.
@@ -144,5 +144,5 @@ def training_key(
     )
 
 
-def digest(content: bytes) -> str:
+def _content_digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()

@@ -10,7 +10,7 @@ from sdxl_lora.runtime.library_settings import COMPUTE, set_library_settings
 _WIDTH = 10  # of the longest check's name
 
 
-def run(recipe: Path, as_json: bool) -> int:
+def run_doctor(recipe: Path, as_json: bool) -> int:
     """Print every check as soon as it is made, and return the exit status: 1 if one failed.
 
     Raises:
