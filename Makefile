@@ -14,6 +14,8 @@ override BIN := .venv/bin
 override INSTALLED := .venv/installed
 # dvc.yaml says `python`: the environment's has to come first.
 override RUN := PATH="$$PWD/$(BIN):$$PATH"
+# On all cores, four at most: a worker takes 2 GB. A file's tests stay together, since they share fixtures.
+override PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-elsewhere check doctor plan ui promote push-to-hub recipe reproduce verify dvc-deps lock rebuild clean
@@ -29,8 +31,8 @@ demo: setup  ## run the whole pipeline on the embedded model and data set: CPU, 
 	@$(BIN)/sdxl-lora summary
 
 test: setup  ## run the tests, except those that take minutes
-	@TRITON_INTERPRET=1 $(RUN) python -m pytest -m interpreter tests/kernels tests/models/test_fused.py
-	@$(RUN) python -m pytest -m "not slow"
+	@TRITON_INTERPRET=1 $(RUN) python -m pytest $(PARALLEL) -m interpreter tests/kernels tests/models/test_fused.py
+	@$(RUN) python -m pytest $(PARALLEL) -m "not slow"
 
 test-elsewhere: setup  ## run the tests that compute as other processors would, random, busy: an hour (ONLY="busy machine")
 	@$(BIN)/python -m tests.support.elsewhere $${ONLY:+--only="$$ONLY"}

@@ -5,7 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin starve a busy machine
+# Before torch is imported. Spinning threads starve a busy machine; so do several workers with all cores each.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
