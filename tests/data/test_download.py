@@ -14,10 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 
+from sdxl_lora import paths
 from sdxl_lora.config import DownloadConfig, load_params
 from sdxl_lora.data.download import RawExample, download_dataset, open_source
 from sdxl_lora.storage.repository import folder_digest
 from tests.support.hub import Hub
+from tests.support.imports import modules_after_run
 from tests.support.naruto import png, write_naruto
 
 NARUTO = "lambdalabs/naruto-blip-captions"
@@ -120,6 +122,17 @@ def test_commit_behind_a_branch_is_recorded_and_said(
     }
     assert "set download.revision to that commit in params.yaml" in caplog.text
     assert commit in caplog.text
+
+
+@pytest.mark.usefixtures("naruto")
+def test_stage_reads_parquet_without_torch(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy("recipes/sdxl-naruto-16gb.yaml", tmp_path / paths.PARAMS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub-home"))
+    assert "torch" not in modules_after_run("download_dataset")
+    assert len(paths.RAW_CAPTIONS.read_text(encoding="utf-8").splitlines()) == len(CAPTIONS)
 
 
 def test_pinned_commit_gives_no_warning(

@@ -10,6 +10,7 @@ from sdxl_lora.inference.samples import Sample, save_table
 from sdxl_lora.storage.report_io import write_numbers
 from sdxl_lora.storage.safetensors_io import write_tensors
 from stages import report_run
+from tests.support.imports import modules_after_run
 
 RECIPE = Path("recipes/demo.yaml").resolve()
 
@@ -56,6 +57,11 @@ def test_page_is_written() -> None:
     html = paths.REPORT.read_text(encoding="utf-8")
     for words in ("Fluent 3D emoji", "passes all 1 gates", "pizza", "train.png", "c0ffee"):
         assert words in html
+
+
+def test_stage_loads_no_torch_as_it_runs() -> None:
+    assert "torch" not in modules_after_run("report_run")
+    assert paths.REPORT.is_file()
 
 
 def test_missing_figures_name_the_stage_to_run() -> None:
