@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from sdxl_lora import paths
 from sdxl_lora.adapters.lora_file import saved_lora
 from sdxl_lora.storage.report_io import read_numbers, write_numbers
+from sdxl_lora.training.previews import Previewer
 from stages import train_lora
 from tests.support.patience import patience
 from tests.support.training_project import REPOSITORY, enter_project, free_port, write_params
@@ -33,6 +35,28 @@ def test_every_output_that_dvc_expects_is_written(recipe: dict[str, Any], previe
     assert pd.read_csv(paths.LOSS_CURVE)["step"].tolist() == [2, 3]
     previews = [path.name for path in paths.PREVIEWS.iterdir()]
     assert previews == (["step-000002.png"] if preview_every else [])
+
+
+def test_failed_preview_leaves_a_checkpoint_and_the_same_adapter(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_params(recipe, preview_every=2)
+    train_lora.main()
+    expected = saved_lora(paths.LORA).read_bytes()
+    for folder in (paths.LORA, paths.PREVIEWS):
+        shutil.rmtree(folder)
+    checkpoints: list[Path] = []
+
+    def fail(_: Previewer) -> None:
+        checkpoints.extend(paths.CHECKPOINTS.glob("**/step-*.safetensors"))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Previewer, "generate", fail)
+    train_lora.main()
+    assert [path.name[:13] for path in checkpoints] == ["step-00000002"]
+    assert saved_lora(paths.LORA).read_bytes() == expected
+    assert list(paths.PREVIEWS.iterdir()) == []
+    assert "no preview step-000002.png (CUDA out of memory): training continues" in caplog.text
 
 
 def test_run_made_again_chooses_as_recorded_or_warns(

@@ -1,4 +1,4 @@
-"""The VAE's encoder as encode_dataset runs it. Knows no text and no adapters.
+"""The VAE's encoder as encode_dataset runs it. Depends neither on text encoders nor on adapters.
 
 The key of cached latents holds the code of this module and of what it imports.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 from sdxl_lora.config import EncodingConfig, ModelConfig
 from sdxl_lora.data.images import to_pixels
 from sdxl_lora.models.fused_vae import fuse_vae
-from sdxl_lora.models.vae import load_vae
+from sdxl_lora.models.vae import load_vae, tile_vae
 
 
 def load_image_encoder(model: ModelConfig, config: EncodingConfig, device: torch.device) -> AutoencoderKL:
@@ -21,19 +21,11 @@ def load_image_encoder(model: ModelConfig, config: EncodingConfig, device: torch
     return vae
 
 
-def tile_vae(vae: AutoencoderKL, side: int | None) -> None:
-    """Has the VAE encode images larger than `side` pixels in tiles that overlap by a quarter; None: whole."""
-    if side is not None:
-        vae.enable_tiling()
-        vae.tile_sample_min_size = side
-        vae.tile_latent_min_size = side // 2 ** (len(vae.config.block_out_channels) - 1)
-
-
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the VAE's posterior, scaled as the UNet reads latents.
+    """Return mean and standard deviation of the VAE's posterior, in the scale of the UNet's latents.
 
-    On a GPU returns before they are computed, if the levels lie there.
+    On a GPU returns before they are computed, if the levels are there.
 
     Args:
         levels: uint8, (B, 3, H, W).

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sdxl_lora.adapters.lora import add_adapters, lora_parameters, named_parts
 from sdxl_lora.config import Params, SamplingConfig
 from sdxl_lora.data.caption_encoder import embed_captions
-from sdxl_lora.data.image_encoder import encode_images, tile_vae
+from sdxl_lora.data.image_encoder import encode_images
 from sdxl_lora.inference.pipeline import fuse_pipeline
 from sdxl_lora.memory.caching_allocator import MIB, CachingAllocator
 from sdxl_lora.memory.trace import Event, MemoryTrace, live_bytes
@@ -22,6 +22,7 @@ from sdxl_lora.models.fused_vae import fuse_vae
 from sdxl_lora.models.loading import DTYPES
 from sdxl_lora.models.sdxl import predict
 from sdxl_lora.models.text_encoders import embed_tokens
+from sdxl_lora.models.vae import tile_vae
 
 _GRAPH_SCRATCH = 3 * CUBLAS_WORKSPACE + 224 * MIB
 """Scratch memory of kernels where a CUDA graph runs the UNet: cuBLAS on each of three streams, and the rest

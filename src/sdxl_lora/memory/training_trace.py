@@ -30,6 +30,7 @@ from sdxl_lora.models.sdxl import NoiseSchedule, predict
 from sdxl_lora.training.activation_checkpointing import find_units
 from sdxl_lora.training.batches import NoiseDraws, TrainingBatch
 from sdxl_lora.training.denoiser import Denoiser
+from sdxl_lora.training.previews import PREVIEW_TILE
 from sdxl_lora.training.trainer import has_dropout, make_train_step, prepare_modules
 
 META = torch.device("meta")
@@ -154,7 +155,7 @@ class MetaTrainingRun:
                 torch.empty(2, pooled_width, dtype=dtype, device=META),
                 torch.empty(2, 6, device=META),
             )
-            tile = vae.tile_latent_min_size
+            tile = PREVIEW_TILE // spec.shapes.pixels_per_latent
             vae.decode(latents[:1, :, :tile, :tile])
         return self._trace.events[start:]
 

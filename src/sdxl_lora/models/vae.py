@@ -22,3 +22,18 @@ def load_vae(config: ModelConfig, precision: Precision, device: torch.device) ->
         folder, variant = open_vae(config), None
     options = {"dtype": DTYPES[precision], "variant": variant, "use_safetensors": True}
     return freeze(AutoencoderKL.from_pretrained(folder, **options), device)
+
+
+def tile_vae(vae: "AutoencoderKL", side: int | None) -> None:
+    """Make the VAE encode and decode images above `side` pixels in tiles that overlap by a quarter.
+
+    `AutoencoderKL.enable_tiling` alone takes the tile from the config's `sample_size`. That is 1024 in SDXL's
+    VAE, so an image of 1024 px would be processed as a whole.
+
+    Args:
+        side: of a tile, pixels; None: no tiles.
+    """
+    if side is not None:
+        vae.enable_tiling()
+        vae.tile_sample_min_size = side
+        vae.tile_latent_min_size = side // 2 ** (len(vae.config.block_out_channels) - 1)

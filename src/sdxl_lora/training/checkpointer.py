@@ -70,6 +70,10 @@ class Checkpointer:
         self._minutes = minutes
         self._saved = time.monotonic()
 
+    def is_empty(self) -> bool:
+        """Return whether no checkpoint has been saved."""
+        return not self._files()
+
     def are_due(self) -> bool:
         """Return whether it is time for the next one."""
         return self._minutes is not None and time.monotonic() - self._saved >= 60 * self._minutes

@@ -67,8 +67,7 @@ class TrainingLoop:
                 if metrics.step % self._config.log_every == 0:
                     live.log(**mean_metrics(self._trainer.history[-self._config.log_every :]))
                 if previewer and metrics.step in _multiples(self._config.preview_every, self._config.steps):
-                    path = paths.PREVIEWS / _preview_name(metrics.step)
-                    live.image("preview", previewer.save(path), metrics.step)
+                    self._preview(previewer, live)
                 if self.run.checkpoints.are_due():  # after the preview, which a resume would not sample again
                     self._save_or_warn()
                 if self.deadline.is_near():
@@ -112,6 +111,15 @@ class TrainingLoop:
             distributed_state().wait_for_everyone()
             raise SystemExit(EXIT_STOPPED)
 
+    def _preview(self, previewer: Previewer, live: _MetricLogger) -> None:
+        """Sample and log a preview; the first one only after a checkpoint, in case the process dies in it."""
+        if self.run.checkpoints.is_empty():
+            self._save_or_warn()
+        step = self._trainer.step
+        image = previewer.save_or_warn(paths.PREVIEWS / _preview_name(step))
+        if image is not None:
+            live.image("preview", image, step)
+
     def _save(self) -> None:
         """Save a checkpoint and copies of the previews: DVC deletes a stage's outputs before it runs."""
         with explain_write_errors(self._kept_previews):
@@ -134,8 +142,9 @@ class TrainingLoop:
         for end in _multiples(every, len(past)):
             live.log(**mean_metrics(past[end - every : end]))
         for step in _multiples(self._config.preview_every, len(past)):
-            path = shutil.copy(self._kept_previews / _preview_name(step), paths.PREVIEWS)
-            live.image("preview", Image.open(path), step)
+            kept = self._kept_previews / _preview_name(step)
+            if kept.is_file():  # it is missing if it failed, or if the process died in it
+                live.image("preview", Image.open(shutil.copy(kept, paths.PREVIEWS)), step)
 
     @property
     def _trainer(self) -> Trainer:

@@ -1,5 +1,6 @@
 """Previews of the adapter while it trains: one held-out caption, sampled from the same noise each time."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import nn
 from sdxl_lora import paths
 from sdxl_lora.config import ModelConfig
 from sdxl_lora.data.encoded_dataset import EncodedDataset
-from sdxl_lora.models.vae import load_vae
+from sdxl_lora.models.vae import load_vae, tile_vae
 from sdxl_lora.models.weights import open_base
 from sdxl_lora.runtime.rng import keyed_generator
 from sdxl_lora.storage.atomic_io import atomic_write
@@ -20,6 +21,10 @@ from sdxl_lora.training.denoiser import Denoiser
 # A preview serves to see whether training works: time matters more than the last detail.
 _NUM_INFERENCE_STEPS = 20
 _GUIDANCE_SCALE = 5.0
+PREVIEW_TILE = 512
+"""Side of the tiles that the VAE decodes, pixels: 1024 px as a whole did not fit into the 16 GB recipe."""
+
+logger = logging.getLogger(__name__)
 
 
 def make_previewer(denoiser: Denoiser, config: ModelConfig, every: int | None) -> "Previewer | None":
@@ -37,7 +42,7 @@ class Previewer:
         from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline  # only previews need them
 
         vae = load_vae(config, denoiser.precision, denoiser.device)
-        vae.enable_tiling()  # decoding 1024 px as a whole takes GiB
+        tile_vae(vae, PREVIEW_TILE)
         self._denoiser = denoiser
         self._batch = dataset[0].to(denoiser.device)
         self._pipeline = StableDiffusionXLPipeline(
@@ -52,12 +57,30 @@ class Previewer:
         )
         self._pipeline.set_progress_bar_config(disable=True)
 
-    def save(self, path: Path) -> Image:
-        """Sample the image and write it as a PNG to `path`."""
-        image = self.generate()
-        with atomic_write(path) as partial:
-            image.save(partial)
-        return image
+    def save_or_warn(self, path: Path) -> Image | None:
+        """Sample the image and write it as a PNG to `path`; return it.
+
+        Training must not end because of a preview. If one fails, log a warning and return None, with the
+        memory that the attempt took given back.
+        """
+        try:
+            image = self.generate()
+            with atomic_write(path) as partial:
+                image.save(partial)
+        except (
+            RuntimeError,
+            ArithmeticError,
+            ValueError,
+            OSError,
+        ) as error:  # out of memory is a RuntimeError
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            logger.warning("no preview %s (%s): training continues", path.name, reason)
+        else:
+            return image
+        # Only here, since the exception keeps the frames and their tensors alive until its block has ended.
+        if self._denoiser.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
 
     @torch.no_grad()
     def generate(self) -> Image:
