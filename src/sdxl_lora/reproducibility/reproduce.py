@@ -102,10 +102,13 @@ def _pull_data(clone: Path) -> None:
     settings = Path(".dvc/config.local")
     if settings.is_file():
         shutil.copy(settings, clone / settings)
-    # Remotes that are folders have paths relative to the project: `dvc remote list` makes them absolute.
-    for line in run_dvc(Path(), "remote", "list").stdout.splitlines():
-        name, url = line.split()[:2]
-        run_dvc(clone, "remote", "modify", "--local", name, "url", url)
+    # Remotes that are folders have paths relative to the project. This command prints absolute ones, one a
+    # line; `dvc remote list` wraps long paths.
+    for line in run_dvc(Path(), "config", "--list").stdout.splitlines():
+        key, _, url = line.partition("=")
+        if key.startswith("remote.") and key.endswith(".url"):
+            name = key.removeprefix("remote.").removesuffix(".url")
+            run_dvc(clone, "remote", "modify", "--local", name, "url", url)
     # A cache has the layout of a remote, so the project's serves as one. As the clone's cache it would hide
     # which stages ran, and be written to by them.
     if (cache := cache_folder(Path())) is not None:
