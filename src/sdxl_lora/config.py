@@ -65,9 +65,10 @@ class CaptionsConfig(Section):
     min_words: PositiveInt
     """Captions with fewer words after cleaning are rejected."""
     max_tokens: Annotated[int, Field(ge=3, le=77)]
-    """CLIP tokens of a caption, including start and end. SDXL's encoders read at most 77."""
+    """CLIP tokens, start and end included, above which a caption is too long. SDXL's encoders read 77."""
     too_long: Literal["truncate", "reject"]
-    """Treatment of captions with more than max_tokens."""
+    """`reject`: too long captions are left out. `truncate`: they stay and are reported; the text encoders
+    read their first 77 tokens."""
 
 
 class ModelConfig(Section):
@@ -164,7 +165,7 @@ class TrainingConfig(Section):
     text_encoder_steps: PositiveInt | None
     """Optimizer steps after which `trained_then_frozen` text encoders are frozen; null otherwise."""
     schedule: Literal["cosine", "constant"]
-    """Learning rate after the warm-up: a cosine that ends at 0 with the last step, or constant."""
+    """Learning rate after the warm-up: a cosine that would reach 0 one step after the last, or constant."""
     warmup_steps: NonNegativeInt
     """Optimizer steps over which the learning rate rises linearly."""
     betas: tuple[OpenFraction, OpenFraction]
@@ -182,7 +183,8 @@ class TrainingConfig(Section):
     recomputation; `auto`: as few as vram_gib requires."""
     attention: Attention
     """Kernels of the UNet's self-attention: `auto` measures them and selects the fastest, `sdpa` leaves the
-    selection to PyTorch. Cross-attention has a separate kernel on a GPU, unless this is `math`."""
+    selection to PyTorch. Cross-attention has a separate kernel on GPUs of compute capability 8.0 or newer,
+    unless this is `math`."""
     deterministic: bool
     """Use only deterministic kernels: bit-identical results on the same GPU and software. Not slower on an
     H100."""

@@ -43,8 +43,8 @@ def split_by_part(entries: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def peft_scale(config: Mapping[str, Any]) -> float:
     """Return the factor s of B A that PEFT gives to an adapter with this configuration, from a file's header.
 
-    Asks PEFT, with a layer without memory, and does not repeat its formula, as options such as `use_rslora`
-    change it. Loads PEFT: seconds.
+    PEFT computes it on a layer of the `meta` device, because options such as `use_rslora` change the formula.
+    Imports PEFT, which takes seconds.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from torch import nn

@@ -44,7 +44,7 @@ def batch_order(buckets: Sequence[Hashable], size: int, seed: int, first: int = 
 
 
 def _epoch_of_batch(members: Counter[Hashable], size: int, number: int) -> tuple[int, int]:
-    """Return the epoch in which batch `number` is completed, and how many batches it completes before it.
+    """Return the epoch that completes batch `number`, and the number of batches that it completes earlier.
 
     In e epochs a bucket of c examples is given e * c examples, whatever their order, and so completes
     e * c // size batches. The sum over buckets grows with e, so the epoch is found by bisection.
@@ -66,7 +66,8 @@ def _queues_at_start(
     """Return each bucket's queue as it is when an epoch begins: examples in no batch yet, oldest first.
 
     Of the epoch * c examples that a bucket was given, the last (epoch * c) % size are still queued. A queue
-    can be longer than the bucket (size > c), so it may reach several epochs back; only those are shuffled.
+    can be longer than the bucket (size > c). Then it holds examples of several epochs, and only these epochs
+    are shuffled again.
     """
     members = Counter(buckets)
     lengths = {bucket: epoch * count % size for bucket, count in members.items()}

@@ -91,7 +91,7 @@ class CaptionsReport:
     tokens: list[int] = field(default_factory=list)
     """Number of CLIP tokens of each caption kept, including trigger, start and end."""
     truncated: int = 0
-    """Number of captions kept that the text encoders will cut off."""
+    """Number of captions kept with more than captions.max_tokens."""
 
     def metrics(self) -> dict[str, object]:
         """Return the report as numbers."""

@@ -93,7 +93,7 @@ def drop_leaked_images(
     Args:
         bits: images whose perceptual hashes differ in at most this many bits are near duplicates.
     """
-    # Training images first, so that `stop` limits a comparison to them.
+    # Training images first: `stop` then compares with training images only.
     rows = [*splits["train"], *splits["held_out"]]
     num_train = len(splits["train"])
     fingerprints = np.stack([cache.fingerprint(row).numpy() for row in rows])

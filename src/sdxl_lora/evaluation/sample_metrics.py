@@ -36,7 +36,7 @@ _Statistic = Callable[[Tensor], Tensor]
 
 
 class _SizedStatistic(NamedTuple):
-    """A statistic and the number of samples that it is of."""
+    """A statistic and the number of samples that it is computed from."""
 
     num_samples: int
     statistic: _Statistic
@@ -129,8 +129,8 @@ def sample_metrics(
     - `style_distance`, CMMD between the samples of prompts in the trained style and the held-out images;
     - `diversity` of all samples.
 
-    Without `style` all prompts count as in the trained style, and there are no probabilities. Fewer than
-    `_MIN_IMAGES` images have no distance and no diversity.
+    Without `style` all prompts count as in the trained style, and there are no probabilities. Distance and
+    diversity need at least `_MIN_IMAGES` images.
 
     Args:
         features: of the samples, (N, D), each of length 1.

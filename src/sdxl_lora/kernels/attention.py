@@ -53,8 +53,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackend)
         query: (B, L, H, D).
         key: (B, S, H, D).
         value: shaped as `key`.
-        backend: whose kernels run otherwise; `sdpa` leaves the choice to PyTorch. `math` is plain arithmetic
-            for any number of keys.
+        backend: kernels to use where `short_kv_attention` does not run; `sdpa` leaves the choice to PyTorch.
+            `math` is plain arithmetic for any number of keys.
 
     Returns:
         (B, L, H, D).

@@ -33,8 +33,8 @@ def short_kv_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool =
     """Return softmax(Q K^T / sqrt(D)) V for few keys, as those of a caption.
 
     All scores of a row are in one tile. So only the inputs are kept for the gradient, which computes the
-    softmax a second time, and from it the sums that others compute from the output (Dao 2022,
-    arXiv:2205.14135, appendix B.2).
+    softmax a second time. Its row sums come from the softmax; other implementations compute them from the
+    output (Dao 2022, arXiv:2205.14135, appendix B.2).
 
     Args:
         query: (B, L, H, D).

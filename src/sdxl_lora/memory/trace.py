@@ -1,7 +1,7 @@
 """A record of every allocation that a program makes on a device, without the program's arithmetic.
 
 On tensors of the `meta` device a program takes seconds and no memory: each kernel computes the shape of its
-result only. Knows neither SDXL nor the GPU's allocator.
+result only. Independent of SDXL and of the GPU's allocator.
 
 PyTorch has no public interface for four things that are needed here. Each such line says why. The tests of
 this module pass with torch 2.13.0 and 2.14.1, and with 2.10.0 but for tensors of 0 bytes, which its

@@ -122,7 +122,7 @@ def token_histogram(tokens: Sequence[int], limit: int) -> Markup:
 
     Args:
         tokens: of each caption.
-        limit: number of tokens that is the last to be read; longer captions have another colour.
+        limit: captions.max_tokens; longer captions have another colour.
     """
     counts = dict(sorted(Counter(tokens).items()))
     with _chart("Histogram of caption lengths", height=2.4, width=9) as chart:

@@ -3,7 +3,7 @@
 `dvc repro` runs every stage in a new process and gives them no common identifier: it sets DVC_ROOT, DVC_STAGE
 and, for experiments, DVC_EXP_NAME. The stages of one command must share one MLflow run, so the command is
 identified by its process, an ancestor of every stage. Its stages share a scratch folder with that name, which
-is never an output: it would make the outputs of every run differ. Knows nothing of MLflow.
+is never an output: it would make the outputs of every run differ. Independent of MLflow.
 """
 
 import hashlib

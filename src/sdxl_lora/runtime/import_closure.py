@@ -19,7 +19,7 @@ INERT: dict[str, str] = {
     "sdxl_lora.paths": "says where files lie, not what is in them",
     "sdxl_lora.runtime.dvc_execution": "tells DVC's runs apart",
     "sdxl_lora.runtime.environment": "describes the machine for the record",
-    "sdxl_lora.runtime.import_closure": "makes keys, of which a changed one matches nothing that was kept",
+    "sdxl_lora.runtime.import_closure": "computes keys: if it changes, old entries are not found",
     "sdxl_lora.runtime.stage": "starts and ends a stage, and records how it ended",
     "sdxl_lora.tracking": "shows results in MLflow once they are there",
     "stages.__init__": "sets import path, logging and cuBLAS's workspace, which is in a training's key",

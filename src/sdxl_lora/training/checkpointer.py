@@ -1,7 +1,7 @@
 """Checkpoints of a training: the state after a step, in files that are complete or absent.
 
 Each training has its folder, named by a hash of everything that its result depends on, so that no other
-training resumes from it. Knows no model and no loop: it is given tensors.
+training resumes from it. Independent of model and loop: the caller passes tensors.
 """
 
 import hashlib
@@ -73,6 +73,10 @@ class Checkpointer:
     def is_empty(self) -> bool:
         """Return whether no checkpoint has been saved."""
         return not self._files()
+
+    def others(self) -> list[Path]:
+        """Return the folders of other trainings that were stopped: with other params, data, code or GPU."""
+        return [folder for folder in self.folder.parent.glob("*") if folder != self.folder]
 
     def are_due(self) -> bool:
         """Return whether it is time for the next one."""

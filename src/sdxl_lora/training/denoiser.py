@@ -1,4 +1,4 @@
-"""The base model with its adapters as training and evaluation use it: encoded examples in, errors out."""
+"""The base model with its adapters as training and evaluation use it: encoded examples to prediction errors."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +28,12 @@ _EMBEDDED_AT_ONCE = 16  # captions, whose hidden states are 0.12 GiB in a half p
 
 @dataclass(frozen=True)
 class _NullConditioning:
-    """The empty caption's embeddings, for base models in which these replace a dropped caption, not zeros."""
+    """The empty caption's embeddings, for base models that replace dropped captions by these, not zeros."""
 
     token_ids: Tensor
     """(1, 2, 77)."""
     prompt_embeds: Tensor
-    """By the text encoders as they were loaded or, if trained, as they were frozen, (1, 77, 2048)."""
+    """Computed by the text encoders as loaded or, once trained ones are frozen, by those, (1, 77, 2048)."""
     pooled_prompt_embeds: Tensor
     """(1, 1280)."""
 

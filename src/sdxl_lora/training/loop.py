@@ -135,7 +135,7 @@ class TrainingLoop:
             logger.warning("no checkpoint of step %d (%s): training continues", self._trainer.step, error)
 
     def _log_past(self, live: _MetricLogger) -> None:
-        """Log the steps and previews before a resume again: the earlier MLflow run and its files are gone."""
+        """Log the steps and previews before a resume to the new MLflow run; DVC deleted the preview files."""
         if self._trainer.step:
             logger.info("resuming after step %d of %d", self._trainer.step, self._config.steps)
         past, every = self._trainer.history, self._config.log_every

@@ -1,10 +1,12 @@
 """One training of the project: its model, its state and its checkpoints, new or resumed, and its results.
 
-Three configs, each the one before with fewer values `auto`: params.training as written; `planned`, with
-micro-batches and checkpointing as they fit the GPU; `resolved`, with the attention that runs. The planned one
-names the checkpoints' folder. The attention is in them, since another measurement could choose another one.
+There are three configs, each with fewer `auto` values than the one before: params.training as written;
+`planned`, with micro-batches and checkpointing as they fit the GPU; `resolved`, with the attention that runs.
+The planned one names the checkpoints' folder. The checkpoints store the attention, because another
+measurement could choose another one.
 """
 
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +25,8 @@ from sdxl_lora.training.auto_choices import recorded_choices, with_recorded_choi
 from sdxl_lora.training.checkpointer import Checkpointer, training_key
 from sdxl_lora.training.denoiser import Denoiser, load_denoiser
 from sdxl_lora.training.trainer import Trainer, loss_curve, prepare_modules, summarise
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,4 +93,6 @@ def start_or_resume(
     trainer = Trainer(denoiser, dataset, resolved, seed)
     if checkpoint is not None:
         trainer.load_state_dict(checkpoint.tensors)
+    elif checkpoints.others():
+        logger.info("no checkpoint of this training (params, data, code, libraries, GPU): starting at step 1")
     return TrainingRun(denoiser, trainer, resolved, checkpoints)

@@ -3,8 +3,8 @@
     accumulate(batch)   copies the batch to the GPU and replays the captured forward and backward pass
     update(rate)        sums over processes, clips, moves the fp32 masters, rounds them into the weights
 
-Nothing waits for the GPU but one read in `update`. Knows neither diffusion nor SDXL: it is given a loss and
-parameters.
+The CPU waits for the GPU once per step, in `update`. Independent of diffusion and SDXL: the caller passes a
+loss and parameters.
 """
 
 import math
@@ -176,7 +176,7 @@ class TrainStep(Generic[Inputs]):
             self._graph = GraphedCallable(self._forward_and_backward, self._device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return everything but the batches that the next step depends on. No copies: a step changes them."""
+        """Return all that the next step depends on, except its batches. Not copies: a step changes them."""
         state = {"master": self._flat.master, **self._grad_scaler.state_dict()}
         state["updates"] = torch.tensor(self._updates)
         if self._moving_average is not None:
@@ -216,7 +216,7 @@ class TrainStep(Generic[Inputs]):
 
 
 class _MovingAverage:
-    """Exponential moving average of a tensor, with a lower decay in early steps, which forget the start."""
+    """Exponential moving average of a tensor. Early steps use a lower decay, to forget the initial values."""
 
     def __init__(self, tensor: Tensor, decay: float) -> None:
         self._tensor = tensor
