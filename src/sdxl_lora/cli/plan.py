@@ -22,7 +22,7 @@ from sdxl_lora.storage.atomic_io import GIB
 
 CARDS = (8, 10, 12, 16, 24)
 _USABLE_SHARE = 0.92
-"""Share of a card's nominal memory that programs can use: 14.75 GiB of a T4's 16. ECC and driver take some."""
+"""Share of a card's nominal memory for programs: 14.75 GiB of a T4's 16. ECC and driver take the rest."""
 MEANINGS = {
     "weights": "of the base model",
     "adapters": "trained weights, their copies and gradients",

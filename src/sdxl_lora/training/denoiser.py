@@ -1,4 +1,4 @@
-"""The base model with its adapters as training and evaluation use it: encoded examples to prediction errors."""
+"""The base model with its adapters in training and evaluation: from encoded examples to prediction errors."""
 
 from dataclasses import dataclass
 from typing import Any
