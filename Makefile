@@ -15,7 +15,7 @@ override INSTALLED := .venv/installed
 # dvc.yaml says `python`: the environment's has to come first.
 override RUN := PATH="$$PWD/$(BIN):$$PATH"
 # On all cores, four at most: a worker takes 2 GB. A file's tests stay together, since they share fixtures.
-override PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile
+override PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-elsewhere check doctor plan ui promote push-to-hub recipe reproduce verify dvc-deps lock rebuild clean

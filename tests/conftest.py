@@ -19,6 +19,9 @@ from tests.support.hub import Hub, serving_hub
 from tests.support.interpreter import KERNEL_DEVICES, torch_device
 from tests.support.patience import TEST_SECONDS, patience
 
+LONG = {"pipeline", "reproducibility", "stages"}
+"""Folders of tests that run programs of the project for seconds to minutes."""
+
 settings.register_profile("busy machine", deadline=None)  # else an example fails that takes 200 ms
 settings.load_profile("busy machine")
 
@@ -30,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest files first: with several workers the last ones would leave all but one without work.
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
     if seed := os.environ.get("SDXL_LORA_TEST_ORDER"):
         items[:] = in_random_order(items, seed)
     if not torch.cuda.is_available():

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from sdxl_lora.paths import EXPORTED_WEIGHTS, PARAMS
-from sdxl_lora.runtime.library_settings import COMPUTE, set_library_settings
+from sdxl_lora.runtime.library_settings import COMPUTE, MLFLOW_CLIENT, set_library_settings
 from sdxl_lora.runtime.user_errors import exit_on_user_error
 
 
@@ -148,6 +148,7 @@ def _reproduce(
     Runs in a fresh clone without cached results, and takes as long as the run did. The exit status is 0 if
     the outputs are bit-identical or within tolerance.
     """
+    set_library_settings(MLFLOW_CLIENT)  # else a dead server takes four minutes a call
     from sdxl_lora.cli.reproduce import run_reproduce
 
     raise typer.Exit(run_reproduce(ref, data.value))
@@ -159,6 +160,7 @@ def _promote() -> None:
 
     Refuses an adapter that fails a gate of evaluation.gates in params.yaml.
     """
+    set_library_settings(MLFLOW_CLIENT)
     from sdxl_lora.cli.promote import run_promote
 
     run_promote()

@@ -67,8 +67,8 @@ class _LiveRun:
         self._thread.join(PATIENCE_SECONDS)
         if self._thread.is_alive():
             logger.warning(
-                "MLflow does not answer: its last curves are missing, and track_run logs them from the "
-                "results' files"
+                "MLflow does not answer: it lacks the last points until track_run logs the results from "
+                "their files"
             )
 
     def _enqueue(self, call: _Call) -> None:
