@@ -162,6 +162,7 @@ def test_temporary_copy_logs_into_the_project(project: Project) -> None:
     assert run.info.artifact_uri.startswith(place.as_uri())
 
 
+@pytest.mark.slow  # a minute: DVC starts workers, copies and a process per stage for three experiments
 def test_queue_of_two_at_a_time_leaves_a_live_run_for_each(project: Project) -> None:
     project.dvc(
         "exp", "run", "--queue", "--set-param=lora.rank=2,4,64", "--set-param=training.warmup_steps=3"
