@@ -8,6 +8,6 @@ from torch import Tensor
 
 
 def pad_rows(rows: Tensor, size: int) -> Tensor:
-    """`rows`, (B, ...), B <= size, and copies of the last one behind them, (size, ...)."""
+    """Append copies of the last row to `rows`, (B, ...), B <= size; return (size, ...)."""
     missing = size - len(rows)
     return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows

@@ -42,7 +42,7 @@ def load_pipeline(
     Frozen, because PyTorch uses another matmul path for weights with requires_grad, even under no_grad, and
     that rounds differently: it folds the batch into rows.
     """
-    from diffusers import StableDiffusionXLPipeline  # likewise, for training and evaluation
+    from diffusers import StableDiffusionXLPipeline  # loads modules that training and evaluation do not need
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         open_base(config),
